@@ -1,0 +1,337 @@
+"""Every option of the project, as frozen dataclasses; one thin command line over them.
+
+A command's configuration is a dataclass whose fields are groups (the dataclasses below); on the
+command line and in YAML all fields are flat, since a field name occurs once among the groups of a command.
+Precedence: defaults < ``--config conf/x.yaml`` < flags.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from icefall_kd.errors import ConfigError
+
+Kd = Literal["none", "l1", "l2", "mvq"]
+T = TypeVar("T")
+
+
+def _at_least(config: object, **minima: float) -> None:
+    """Raise a ConfigError for the first field below its minimum."""
+    for name, minimum in minima.items():
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where training data is and how it is batched."""
+
+    manifest_dir: Path = Path("data/fbank")
+    """Folder of cuts_<part>.jsonl.gz as prepare.sh writes it."""
+    lang_dir: Path = Path("data/lang_bpe_500")
+    """Folder of the tokenizer (tokenizer.json)."""
+    train_parts: list[str] = field(default_factory=lambda: ["train"])
+    """Parts to train on: names in manifest-dir, or paths of lhotse cut sets."""
+    valid_parts: list[str] = field(default_factory=lambda: ["dev"])
+    """Parts to validate on."""
+    features: Literal["precomputed", "on_the_fly"] = "precomputed"
+    """Read stored Fbank features, or compute them from audio in the workers."""
+    max_duration: float = 200.0
+    """Seconds of audio a batch (and a rank)."""
+    max_tokens: int | None = None
+    """Upper limit of padded tokens (utterances x longest) a batch; None: no limit."""
+    min_utt_duration: float = 0.3
+    """Shorter utterances are left out, in seconds."""
+    max_utt_duration: float = 20.0
+    """Longer utterances are left out of training, in seconds."""
+    num_buckets: int = 10
+    """Buckets of similar duration."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+    drop_last: bool = False
+    """Drop the last, smaller batch of an epoch."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, max_duration=0.1, num_buckets=1, num_workers=0, min_utt_duration=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Augmentation of the student's input; the teacher always hears clean audio."""
+
+    spec_aug: bool = True
+    """Apply SpecAugment."""
+    spec_aug_time_warp_factor: int = 0
+    """Time warp in frames, 0 or less: off.  Refused together with frame-level teacher labels."""
+    spec_aug_p: float = 0.9
+    """Probability of SpecAugment for an utterance."""
+    num_frame_masks: int = 10
+    """Most time masks an utterance."""
+    max_frames_mask_fraction: float = 0.15
+    """Largest fraction of masked frames."""
+    frames_mask_size: int = 100
+    """Longest time mask in frames."""
+    num_feature_masks: int = 2
+    """Frequency masks."""
+    features_mask_size: int = 27
+    """Widest frequency mask in bins."""
+    musan_cuts: Path | None = None
+    """Cut set of noises to mix in; None: no noise."""
+    musan_p: float = 0.5
+    """Probability of noise for an utterance."""
+    musan_snr: tuple[float, float] = (10.0, 20.0)
+    """Range of the signal-to-noise ratio in dB."""
+
+
+# Named encoder sizes: layers, dim, heads, feed-forward dim, convolution kernel.
+ENCODER_SIZES: dict[str, tuple[int, int, int, int, int]] = {
+    "tiny": (6, 144, 4, 576, 15),
+    "small": (12, 144, 4, 576, 31),
+    "medium": (12, 256, 4, 1024, 31),
+    "large": (12, 512, 8, 2048, 31),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The student: Conformer encoder, stateless decoder, joiner, optional CTC head."""
+
+    encoder_size: Literal["tiny", "small", "medium", "large"] = "medium"
+    """Named size; the overrides below replace single numbers of it."""
+    num_encoder_layers: int | None = None
+    """Override of the number of layers."""
+    encoder_dim: int | None = None
+    """Override of the model dimension."""
+    num_heads: int | None = None
+    """Override of the attention heads."""
+    feedforward_dim: int | None = None
+    """Override of the feed-forward dimension."""
+    cnn_kernel: int | None = None
+    """Override of the convolution kernel (odd)."""
+    feature_dim: int = 80
+    """Mel bins of the input."""
+    dropout: float = 0.1
+    """Dropout of the encoder."""
+    layer_dropout: float = 0.0
+    """Probability that a layer is bypassed in training."""
+    decoder_dim: int = 256
+    """Dimension of the stateless decoder."""
+    joiner_dim: int = 256
+    """Dimension of the joiner."""
+    context_size: int = 2
+    """Tokens of context of the stateless decoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsrLossConfig:
+    """Transducer and CTC losses."""
+
+    rnnt_backend: Literal["auto", "torch", "k2", "fast_rnnt"] = "auto"
+    """Which implementation computes the pruned transducer loss."""
+    prune_range: int = 5
+    """Symbols a frame that the full joiner sees."""
+    lm_scale: float = 0.25
+    """Smoothing with the decoder alone."""
+    am_scale: float = 0.0
+    """Smoothing with the encoder alone."""
+    simple_loss_scale: float = 0.5
+    """Scale of the simple loss after the warm-up."""
+    rnnt_warm_step: int = 2000
+    """Steps over which the simple loss fades to its scale and the pruned loss grows from 0.1 to 1."""
+    transducer_scale: float = 1.0
+    """Scale of the transducer losses; 0 builds no transducer (CTC alone)."""
+    ctc_scale: float = 0.2
+    """Scale of the CTC loss; 0 builds no CTC head."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, prune_range=2, lm_scale=0, am_scale=0, transducer_scale=0, ctc_scale=0, rnnt_warm_step=0)
+        if self.lm_scale + self.am_scale > 1:
+            raise ConfigError(f"--lm-scale {self.lm_scale} and --am-scale {self.am_scale} add up to more than 1")
+        if self.transducer_scale == 0 and self.ctc_scale == 0:
+            raise ConfigError("--transducer-scale and --ctc-scale are both 0: there is nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KdConfig:
+    """Distillation: whether and how, and where the labels come from."""
+
+    kd: Kd = "none"
+    """none, l1 or l2 embedding regression, or mvq codebook indexes."""
+    teacher_labels: Literal["stored", "online"] = "stored"
+    """Read labels from label-dir, or run the teacher (and the quantizer) in training."""
+    label_dir: list[Path] = field(default_factory=list)
+    """One or several stored label sets."""
+    kd_layer: list[int] = field(default_factory=lambda: [0])
+    """Student layer (1-based) of each label set; 0: the middle layer, num_layers // 2."""
+    kd_scale: list[float] = field(default_factory=lambda: [0.1])
+    """Scale of each label set's loss (summed over frames and codebooks)."""
+    codebook_head: Literal["independent", "joint"] = "independent"
+    """Independent classifiers, or each codebook conditioned on the earlier ones."""
+    min_coverage: float = 1.0
+    """Least fraction of training utterances that must have labels."""
+    quantizer: Path | None = None
+    """Quantizer file, needed for mvq with online labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Which teacher, which layer, and how it is run."""
+
+    teacher: str = "whisper-tiny.en"
+    """Hub id, local folder (transformers or CTranslate2 Whisper), an exp_dir of ours, or the name of a
+    pip-supplied model (whisper-tiny.en, whisper-base)."""
+    layer: int = -1
+    """Transformer block whose output is taken, 1-based; -1: the last block."""
+    normalize_embeddings: bool = False
+    """Apply LayerNorm without parameters to the embeddings."""
+    long_utterances: Literal["window", "reject"] = "window"
+    """Utterances longer than the teacher's limit: overlapping windows, or reject."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """auto: the GPU when there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """Multi-codebook quantizer and its training."""
+
+    num_codebooks: int = 8
+    """Codebooks, i.e. bytes a frame: 1, 2, 4, 8, 16 or 32."""
+    phase1_steps: int = 10000
+    """Steps with 2 x num-codebooks codebooks of 16 entries."""
+    phase2_steps: int = 10000
+    """Steps with num-codebooks codebooks of 256 entries."""
+    frames_per_step: int = 512
+    """Frames of a training step."""
+    quantizer_utts: int = 1000
+    """Utterances of the training sample, drawn with the seed, stratified by duration."""
+    entropy_scale: float = 0.01
+    """Weight of the entropy term."""
+    refine_iters: int = 5
+    """Refinement searches at extraction."""
+    quantizer_seed: int = 42
+    """Seed of sample and initialisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning rate."""
+
+    optimizer: Literal["scaled_adam", "adamw"] = "scaled_adam"
+    """ScaledAdam with Eden, or AdamW with warm-up and Eden decay."""
+    base_lr: float = 0.045
+    """Peak learning rate."""
+    lr_batches: float = 7500.0
+    """Eden: batches until the rate falls."""
+    lr_epochs: float = 3.5
+    """Eden: epochs until the rate falls."""
+    lr_warmup_steps: int = 500
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW only."""
+    grad_clip: float = 5.0
+    """AdamW only: largest gradient norm."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, base_lr=0, lr_batches=1, lr_epochs=0.1, lr_warmup_steps=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """The training loop."""
+
+    exp_dir: Path = Path("exp")
+    """Everything that a training writes lies here."""
+    num_epochs: int = 30
+    """Epochs to train."""
+    max_steps: int | None = None
+    """Stop after so many steps (a test or a benchmark); None: only num-epochs counts."""
+    seed: int = 42
+    """Seed of initialisation, sampling, augmentation and dropout."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the model; losses stay in float32."""
+    accum_grad: int = 1
+    """Batches a step."""
+    device: str = "auto"
+    """auto: the GPU when there is one."""
+    num_threads: int | None = None
+    """torch threads on a CPU; None: torch's own choice."""
+    log_interval: int = 50
+    """Steps between two log lines."""
+    valid_interval: int | None = None
+    """Steps between two validations; None: only at the end of an epoch."""
+    save_every_n: int = 4000
+    """Steps between two checkpoint-N.pt."""
+    keep_last_k: int = 10
+    """checkpoint-N.pt files kept."""
+    keep_epochs: int | None = None
+    """epoch-N.pt files kept; None: all."""
+    average_period: int = 100
+    """Steps between two updates of the running averaged model."""
+    max_skips: int = 10
+    """Non-finite batches in a row that are skipped before the training stops with exit code 3."""
+    oom_scan: bool = True
+    """Run the memory-worst batches once, with all losses, before step one."""
+    start_epoch: int = 1
+    """Kept for icefall users: training resumes by itself from the newest checkpoint of exp-dir."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, num_epochs=1, accum_grad=1, log_interval=1, save_every_n=1, keep_last_k=1, average_period=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Decoding and scoring."""
+
+    exp_dir: Path = Path("exp")
+    """exp_dir of the training."""
+    test_parts: list[str] = field(default_factory=lambda: ["test"])
+    """Parts of manifest-dir, paths of lhotse cut sets, or folders of audio with *.trans.txt."""
+    manifest_dir: Path = Path("data/fbank")
+    """Folder of cuts_<part>.jsonl.gz."""
+    decoding_method: Literal["greedy_search", "modified_beam_search", "ctc_greedy_search"] = "greedy_search"
+    """Search."""
+    beam_size: int = 4
+    """Beam of modified_beam_search."""
+    nbest: int = 1
+    """Hypotheses a utterance written with their scores."""
+    epoch: int | None = None
+    """Decode epoch-N.pt; None (and no --iter): the newest."""
+    iter: int | None = None
+    """Decode checkpoint-N.pt instead."""
+    avg: int = 1
+    """Epochs (or checkpoints) averaged."""
+    use_averaged_model: bool = True
+    """Use the running averages of the two end points of the range."""
+    max_duration: float = 200.0
+    """Seconds of audio a batch."""
+    unit: Literal["auto", "word", "char", "token"] = "auto"
+    """Scoring unit; auto: the tokenizer's (word for bpe and char, char for hanzi, token for pinyin)."""
+    bootstrap: int = 1000
+    """Bootstrap samples of the confidence interval."""
+    device: str = "auto"
+    """auto: the GPU when there is one."""
+    num_threads: int | None = None
+    """torch threads on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All options of train.py."""
+
+    system: Literal["mvq"] = "mvq"
+    """The distillation system."""
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    asr: AsrLossConfig = AsrLossConfig()
+    kd: KdConfig = KdConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()

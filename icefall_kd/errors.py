@@ -1,0 +1,46 @@
+"""The project's error types, and the exit code that each one ends a command with.
+
+Exit codes: 0 fine, 1 a bug, 2 usage or configuration, 3 numeric failure, 4 data or label integrity.
+This module imports nothing but the standard library.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+
+
+class KdError(ValueError):
+    """An error that the user can act on: its message says what, where, the value and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(KdError):
+    """Wrong usage or configuration (exit code 2)."""
+
+    exit_code = 2
+
+
+class NumericError(KdError):
+    """Non-finite losses or parameters (exit code 3)."""
+
+    exit_code = 3
+
+
+class DataError(KdError):
+    """Damaged, missing or inconsistent data or labels (exit code 4)."""
+
+    exit_code = 4
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and leave the process with the exit code of its outcome.
+
+    A :class:`KdError` ends in its message alone; anything else is a bug and keeps its traceback.
+    """
+    try:
+        code = main()
+    except KdError as error:
+        logging.getLogger("icefall_kd").error("%s: %s", type(error).__name__, error)
+        sys.exit(error.exit_code)
+    sys.exit(code or 0)

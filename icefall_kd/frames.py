@@ -1,0 +1,94 @@
+"""All frame arithmetic of the project: samples to frames, frames to encoder frames.
+
+Nothing else in the repository computes a number of frames.  Every formula is exact integer
+arithmetic, is written into the provenance of a label set, and is read back from there.
+"""
+
+from dataclasses import dataclass
+
+from icefall_kd.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameFormula:
+    """The exact number of frames of a stack of 1-D convolutions over samples.
+
+    With ``right_pad`` the last, partly filled frame counts: this is how encoders count that see
+    audio padded to a fixed window (Whisper).  Without it, frames are counted as by a stack of
+    un-padded convolutions (HuBERT, wav2vec 2.0, WavLM).
+    """
+
+    kernels: tuple[int, ...]
+    """Kernel sizes, first layer first, in samples of the layer's own input."""
+    strides: tuple[int, ...]
+    """Strides, first layer first."""
+    right_pad: bool = False
+    """Count ceil(num_samples / hop) frames instead of the un-padded convolution's."""
+
+    def __post_init__(self) -> None:
+        if not self.kernels or len(self.kernels) != len(self.strides):
+            raise ConfigError(f"a frame formula needs one stride a kernel, got {self.kernels} and {self.strides}")
+        if min(self.kernels) < 1 or min(self.strides) < 1:
+            raise ConfigError(f"kernels and strides are at least 1, got {self.kernels} and {self.strides}")
+
+    @property
+    def hop(self) -> int:
+        """Samples between two frames."""
+        hop = 1
+        for stride in self.strides:
+            hop *= stride
+        return hop
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees."""
+        field, jump = 1, 1
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            field += (kernel - 1) * jump
+            jump *= stride
+        return field
+
+    def num_frames(self, num_samples: int) -> int:
+        """Return the exact number of frames of ``num_samples`` samples (0 when too short)."""
+        if num_samples < 0:
+            raise ConfigError(f"num_samples is {num_samples}; it cannot be negative")
+        if self.right_pad:
+            return -(-num_samples // self.hop)
+        n = num_samples
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            if n < kernel:
+                return 0
+            n = (n - kernel) // stride + 1
+        return n
+
+    def to_dict(self) -> dict:
+        """Return the plain form stored in a label set's provenance."""
+        return {"kernels": list(self.kernels), "strides": list(self.strides), "right_pad": self.right_pad}
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "FrameFormula":
+        """Read back what :meth:`to_dict` wrote."""
+        return cls(kernels=tuple(d["kernels"]), strides=tuple(d["strides"]), right_pad=bool(d["right_pad"]))
+
+
+# The convolution stack shared by wav2vec 2.0, HuBERT and WavLM: hop 320, receptive field 400.
+SSL_CONV = FrameFormula(kernels=(10, 3, 3, 3, 3, 2, 2), strides=(5, 2, 2, 2, 2, 2, 2))
+# Whisper: one output frame is 320 samples; frames that lie wholly in the padding are dropped.
+WHISPER_CONV = FrameFormula(kernels=(320,), strides=(320,), right_pad=True)
+
+
+def fbank_num_frames(num_samples: int, hop: int = 160) -> int:
+    """Return the frames of an Fbank extractor with ``snip_edges=False``: round half up of samples/hop."""
+    return (num_samples + hop // 2) // hop
+
+
+def conv2d_subsampled_len(num_frames):
+    """Return T' of two un-padded stride-2 convolutions, ``((T - 1) // 2 - 1) // 2``.
+
+    Args:
+        num_frames: an int or an integer tensor of input frames T (10 ms each).
+    Returns:
+        The same type, never negative: frames of 40 ms.
+    """
+    length = ((num_frames - 1) // 2 - 1) // 2
+    return max(length, 0) if isinstance(length, int) else length.clamp(min=0)

@@ -1,0 +1,82 @@
+"""What every distillation system offers to the training loop and to the decoder."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from icefall_kd.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One named loss of a batch."""
+
+    value: Tensor
+    """Scalar float32: the SUM over all utterances, frames or tokens of the batch (differentiable)."""
+    scale: float
+    """Weight of this sum in the total; 0 means logged only."""
+    count: float
+    """What the log divides the sum by: frames or tokens."""
+    unit: str = "frame"
+    """Name of what ``count`` counts: "frame" or "token"."""
+    per_utterance: Tensor | None = None
+    """(N,) detached values, so that a non-finite loss can name its utterances."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """All losses of a batch."""
+
+    terms: dict[str, LossTerm]
+    frames: int
+    """Encoder input frames divided by the subsampling factor, the unit of the log's totals."""
+    metrics: dict[str, tuple[float | Tensor, float]] | None = None
+    """Logged beside the losses: name -> (sum, count), for instance codebook accuracy."""
+
+    @property
+    def total(self) -> Tensor:
+        """Return the weighted sum of the active terms, a scalar."""
+        active = [t.scale * t.value for t in self.terms.values() if t.scale != 0]
+        return torch.stack(active).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSpec:
+    """A label set that a system wants in every training batch."""
+
+    name: str
+    """Name in ``Batch.labels``."""
+    kind: str
+    """"codebook_indexes" or "embeddings"."""
+    path: str | None
+    """Folder of the stored set; None when the labels are made online by a teacher."""
+
+
+class System(nn.Module):
+    """A model together with its losses.
+
+    Subclasses build only the modules that their active losses use, so that no parameter stays
+    without a gradient.  ``forward`` is ``losses``, so that DistributedDataParallel can wrap the system.
+    """
+
+    @property
+    def label_specs(self) -> list[LabelSpec]:
+        """Return the label sets that training batches must hold."""
+        return []
+
+    def losses(self, batch: Batch, step: int) -> LossTerms:
+        """Return all loss terms of ``batch`` at global step ``step`` (0-based, for warm-ups)."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, step: int) -> LossTerms:
+        """Call :meth:`losses`."""
+        return self.losses(batch, step)
+
+    def decoders(self) -> dict[str, "object"]:
+        """Return the decoders of this system by method name (decode/base.py: Decoder)."""
+        raise NotImplementedError
+
+    def inference_state_dict(self) -> dict[str, Tensor]:
+        """Return the parameters needed at inference, distillation heads left out."""
+        return self.state_dict()
