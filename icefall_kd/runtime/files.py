@@ -1,0 +1,161 @@
+"""Atomic writes, checksums, fingerprints and locks.  Standard library only, so that shell stages start quickly.
+
+A reader sees the old file or the whole new one, never a part: content goes to a temporary name in the same
+folder, is flushed to the disk and then renamed over the target.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from icefall_kd.errors import DataError
+
+TMP_PREFIX = ".tmp-"
+_counter = itertools.count()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success it replaces ``path``, on failure it is removed.
+
+    The temporary name keeps the suffix of ``path``, for libraries that choose a format by it.
+
+    Args:
+        path: The target file; missing parent folders are created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{TMP_PREFIX}{os.getpid()}-{next(_counter)}-{path.name}")
+    try:
+        yield tmp
+        with open(tmp, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open ``path`` for an atomic write.
+
+    Args:
+        path: The target file; missing parent folders are created.
+        mode: ``"wb"`` or ``"w"`` (UTF-8, newlines as given).
+
+    Raises:
+        ValueError: For any other mode.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"mode is {mode!r}; an atomic write takes 'wb' or 'w'")
+    text_options = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+    with atomic_path(path) as tmp, open(tmp, mode, **text_options) as stream:
+        yield stream
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse to sync a folder; the rename itself is still atomic there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path, "w") as stream:
+        stream.write(text)
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write ``obj`` as indented JSON, atomically; key order is kept, NaN and infinity are refused."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    write_text(path, text + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: If the file is missing or is no JSON; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; run the stage that writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); delete it and run the stage that writes it") from error
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(obj: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of ``obj``: sorted keys, no spaces, paths as strings.
+
+    Args:
+        obj: Nested dicts, lists, tuples, strings, numbers, None, paths and dataclasses.
+
+    Raises:
+        ValueError: For NaN and infinity, which have no canonical form.
+        TypeError: For any other type.
+    """
+    text = json.dumps(
+        obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=_plain
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(obj: Any) -> Any:
+    if isinstance(obj, Path):
+        return str(obj)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
+    raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+
+
+@contextlib.contextmanager
+def file_lock(path: str | Path, timeout: float | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` between processes; the kernel frees it when the holder dies.
+
+    Args:
+        path: The lock file; it is created, and stays.
+        timeout: Seconds to wait; None waits for ever.
+
+    Raises:
+        TimeoutError: If another process holds the lock for longer than ``timeout``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with open(path, "a+b") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"{path} is still locked by another process after {timeout} s") from None
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.flock(stream, fcntl.LOCK_UN)

@@ -1,0 +1,114 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from icefall_kd.errors import DataError
+from icefall_kd.runtime import files
+
+
+def test_a_written_file_is_whole_and_leaves_no_temporary(tmp_path):
+    target = tmp_path / "new" / "folder" / "x.bin"
+    with files.atomic_write(target) as stream:
+        stream.write(b"abc")
+        assert not target.exists()
+        assert str(os.getpid()) in next(iter(target.parent.iterdir())).name
+    assert target.read_bytes() == b"abc"
+    assert [p.name for p in target.parent.iterdir()] == ["x.bin"]
+
+
+def test_a_failed_write_keeps_the_old_content_and_removes_the_temporary(tmp_path):
+    target = tmp_path / "x.txt"
+    files.write_text(target, "old\n")
+    with pytest.raises(RuntimeError), files.atomic_write(target, "w") as stream:
+        stream.write("half")
+        raise RuntimeError
+    assert target.read_text() == "old\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_killed_write_keeps_the_old_content(tmp_path):
+    target = tmp_path / "x.txt"
+    files.write_text(target, "old\n")
+    code = (
+        "import sys, time; from icefall_kd.runtime.files import atomic_write\n"
+        "with atomic_write(sys.argv[1], 'w') as f:\n"
+        "    f.write('half'); f.flush(); print('writing', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert target.read_text() == "old\n"
+
+
+def test_the_temporary_path_keeps_the_suffix(tmp_path):
+    with files.atomic_path(tmp_path / "cuts.jsonl.gz") as tmp:
+        assert tmp.parent == tmp_path and tmp.name.endswith("cuts.jsonl.gz")
+        tmp.write_bytes(b"1")
+    assert (tmp_path / "cuts.jsonl.gz").read_bytes() == b"1"
+
+
+def test_other_modes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'a'"), files.atomic_write(tmp_path / "x", "a"):
+        pass
+
+
+def test_json_round_trip_and_its_errors(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_json(path, {"z": 1, "a": [1.5, None, "汉"], "p": Path("d/e")})
+    assert files.read_json(path) == {"z": 1, "a": [1.5, None, "汉"], "p": "d/e"}
+    assert list(files.read_json(path)) == ["z", "a", "p"]
+    with pytest.raises(ValueError):
+        files.write_json(path, float("nan"))
+    assert files.read_json(path)["z"] == 1
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"x\.json"):
+        files.read_json(path)
+    with pytest.raises(DataError, match=r"none\.json does not exist"):
+        files.read_json(tmp_path / "none.json")
+
+
+def test_sha256_of_known_content(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")  # the example of FIPS 180
+    assert files.sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_fingerprint_depends_on_values_and_not_on_key_order():
+    @dataclass
+    class Point:
+        x: int
+        y: Path
+
+    one = files.fingerprint({"a": 1, "b": [1, 2]})
+    assert one == files.fingerprint({"b": (1, 2), "a": 1})
+    assert one != files.fingerprint({"a": 1, "b": [2, 1]})
+    assert one != files.fingerprint({"a": "1", "b": [1, 2]})
+    assert files.fingerprint(Point(1, Path("q"))) == files.fingerprint({"x": 1, "y": "q"})
+    with pytest.raises(ValueError):
+        files.fingerprint(float("inf"))
+    with pytest.raises(TypeError):
+        files.fingerprint(object())
+
+
+def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path):
+    lock = tmp_path / "sub" / "lock"
+    code = (
+        "import sys, time; from icefall_kd.runtime.files import file_lock\n"
+        "with file_lock(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="lock"), files.file_lock(lock, timeout=0.2):
+        pass
+    assert time.monotonic() - start < 5
+    process.kill()
+    process.wait()
+    with files.file_lock(lock, timeout=5):
+        pass
