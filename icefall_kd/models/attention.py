@@ -1,0 +1,97 @@
+"""Multi-head self-attention with relative positions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icefall_kd.errors import ConfigError
+
+# Added to forbidden scores: finite, so that a row without any allowed key stays free of NaN, and large
+# enough for an exact zero after the softmax in every precision, float16 included.
+MASKED_SCORE = -1.0e4
+
+
+class RelativePositions(nn.Module):
+    """Sinusoids of all distances between two frames (Dai et al. 2019, Transformer-XL, section 3.3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("table", torch.zeros(0, dim), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embeddings of the distances T-1, ..., -(T-1).
+
+        Args:
+            x: (N, T, C), read for its length, device and dtype.
+        Returns:
+            (2T-1, C).
+        """
+        num_frames = x.shape[1]
+        known = (self.table.shape[0] + 1) // 2
+        if known < num_frames or self.table.device != x.device:
+            known = max(num_frames, 2 * known)
+            self.table = self._sinusoids(known, x.device)
+        return self.table[known - num_frames : known + num_frames - 1].to(x.dtype)
+
+    def _sinusoids(self, num_frames: int, device: torch.device) -> Tensor:
+        distance = torch.arange(num_frames - 1, -num_frames, -1.0, dtype=torch.float64)
+        rate = torch.exp(torch.arange(0, self.dim, 2, dtype=torch.float64) * (-math.log(10000.0) / self.dim))
+        angle = distance.unsqueeze(1) * rate
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, : self.dim].float().to(device)
+
+
+def relative_shift(scores: Tensor) -> Tensor:
+    """Re-index scores by distance to scores by key, without copying.
+
+    Args:
+        scores: (N, H, T, 2T-1) contiguous; column m holds the distance T-1-m (query minus key).
+    Returns:
+        (N, H, T, T) view; entry (i, j) is scores[i, T-1-i+j].
+    """
+    num_frames = scores.shape[2]
+    if num_frames == 1:
+        return scores
+    # Row i starts T-1-i after its own beginning: in flat memory, rows of length 2T-2 that start at T-1.
+    flat = scores.flatten(2)[..., num_frames - 1 : num_frames - 1 + num_frames * (2 * num_frames - 2)]
+    return flat.unflatten(2, (num_frames, 2 * num_frames - 2))[..., :num_frames]
+
+
+class RelativeSelfAttention(nn.Module):
+    """Self-attention whose scores add a content-position term (Dai et al. 2019, terms a to d).
+
+    The content bias u of the paper is the bias of the query projection here; the position bias v is kept.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ConfigError(f"--encoder-dim {dim} is not a multiple of --num-heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.position = nn.Linear(dim, dim, bias=False)
+        self.position_bias = nn.Parameter(torch.zeros(num_heads, 1, dim // num_heads))
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (N, T, C).
+            positions: (2T-1, C) of :class:`RelativePositions`.
+            mask: bool that broadcasts to (N, H, T, T), True where attention is forbidden.
+        Returns:
+            (N, T, C).
+        """
+        heads = self.num_heads
+        qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (N, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, T, 3, H, D) -> 3 x (N, H, T, D)
+        q = q * (q.shape[-1] ** -0.5)
+        p = self.position(positions).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # (2T-1, H, D) -> (H, D, 2T-1)
+        bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        return self.out(y.transpose(1, 2).flatten(2))  # (N, H, T, D) -> (N, T, C)

@@ -1,0 +1,65 @@
+"""Convolutional front end: log-mel frames of 10 ms to vectors of 40 ms."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.frames import conv2d_subsampled_len
+from icefall_kd.models.masks import make_pad_mask
+
+# Natural-log mel energies of audio in [-1, 1] lie around this mean and deviation.  Fixed numbers, so that
+# nothing is estimated from (padded) batches and a stream sees what an utterance sees.
+LOG_MEL_MEAN = -8.0
+LOG_MEL_STD = 4.0
+
+
+class Conv2dSubsampling(nn.Module):
+    """Reduce the frame rate by four with three 3x3 convolutions, then project.
+
+    Channels and strides are those of icefall's Conformer recipes (strides 1, 2, 2; the first convolution
+    is padded by one, the others not at all).  Ours: fixed shift and scale of the input, ReLU, LayerNorm.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        dim: int,
+        channels: tuple[int, int, int] = (8, 32, 128),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if feature_dim < 7:
+            raise ConfigError(f"--feature-dim is {feature_dim}; the subsampling needs at least 7 bins")
+        c1, c2, c3 = channels
+        self.conv1 = nn.Conv2d(1, c1, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(c1, c2, kernel_size=3, stride=2)
+        self.conv3 = nn.Conv2d(c2, c3, kernel_size=3, stride=2)
+        # The bins shrink like the frames do.
+        self.out = nn.Linear(c3 * conv2d_subsampled_len(feature_dim), dim)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Subsample a batch.
+
+        Args:
+            features: (N, T, F) log-mel frames.
+            x_lens: (N,) valid frames.
+        Returns:
+            (N, T', C) vectors and (N,) their lengths, T' = frames.conv2d_subsampled_len(T).
+        Raises:
+            DataError: when T is too short for one output frame.
+        """
+        num_frames = features.shape[1]
+        if conv2d_subsampled_len(num_frames) < 1:
+            raise DataError(f"a batch of {num_frames} frames gives no encoder frame; utterances need at least 7 frames")
+        # The last valid output sees one frame beyond the utterance: zero, as at the end of an unpadded one.
+        padding = make_pad_mask(x_lens, num_frames).unsqueeze(-1)
+        x = ((features - LOG_MEL_MEAN) * (1.0 / LOG_MEL_STD)).masked_fill(padding, 0.0)
+        x = x.unsqueeze(1).to(memory_format=torch.channels_last)  # (N, 1, T, F)
+        x = F.relu(self.conv1(x), inplace=True)
+        x = F.relu(self.conv2(x), inplace=True)
+        x = F.relu(self.conv3(x), inplace=True)  # (N, C3, T', F')
+        x = x.permute(0, 2, 3, 1).flatten(2)  # (N, C3, T', F') -> (N, T', F' * C3): a view in channels-last memory
+        return self.dropout(self.norm(self.out(x))), conv2d_subsampled_len(x_lens)
