@@ -5,18 +5,13 @@ command line and in YAML all fields are flat, since a field name occurs once amo
 Precedence: defaults < ``--config conf/x.yaml`` < flags.
 """
 
-import dataclasses
-import difflib
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Literal
 
 from icefall_kd.errors import ConfigError
 
 Kd = Literal["none", "l1", "l2", "mvq"]
-T = TypeVar("T")
 
 
 def _at_least(config: object, **minima: float) -> None:
@@ -176,6 +171,8 @@ class KdConfig:
     """Least fraction of training utterances that must have labels."""
     quantizer: Path | None = None
     """Quantizer file, needed for mvq with online labels."""
+    online_refine_iters: int = 5
+    """Refinement searches of online codes; as many as the stored labels had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +190,7 @@ class TeacherConfig:
     """Utterances longer than the teacher's limit: overlapping windows, or reject."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
-    device: str = "auto"
+    teacher_device: str = "auto"
     """auto: the GPU when there is one."""
 
 
@@ -300,7 +297,11 @@ class DecodeConfig:
     beam_size: int = 4
     """Beam of modified_beam_search."""
     nbest: int = 1
-    """Hypotheses a utterance written with their scores."""
+    """Hypotheses a utterance written with their scores (modified_beam_search: at most beam-size)."""
+    blank_penalty: float = 0.0
+    """Subtracted from the blank's logit in transducer searches; above 0: fewer deletions."""
+    temperature: float = 1.0
+    """Divides the logits in modified_beam_search."""
     epoch: int | None = None
     """Decode epoch-N.pt; None (and no --iter): the newest."""
     iter: int | None = None
@@ -311,8 +312,9 @@ class DecodeConfig:
     """Use the running averages of the two end points of the range."""
     max_duration: float = 200.0
     """Seconds of audio a batch."""
-    unit: Literal["auto", "word", "char", "token"] = "auto"
-    """Scoring unit; auto: the tokenizer's (word for bpe and char, char for hanzi, token for pinyin)."""
+    unit: Literal["auto", "word", "char", "mixed", "token"] = "auto"
+    """Scoring unit; auto: the tokenizer's (word for bpe and char, char for hanzi, token for pinyin);
+    mixed: Chinese characters and whole words of other scripts."""
     bootstrap: int = 1000
     """Bootstrap samples of the confidence interval."""
     device: str = "auto"
