@@ -1,0 +1,124 @@
+"""The one module that imports transformers: builds the pre-trained modules that teachers run."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.teachers import ctranslate2
+
+
+@functools.cache
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"this teacher needs transformers ({error}); type: pip install transformers") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def version() -> str:
+    """Return the version of transformers."""
+    return _transformers().__version__
+
+
+def mel_filters(num_mel_bins: int) -> Tensor:
+    """Return Whisper's mel filters (num_mel_bins, 201) float32 for 16 kHz and an FFT of 400."""
+    _transformers()
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(
+        num_frequency_bins=201,
+        num_mel_filters=num_mel_bins,
+        min_frequency=0.0,
+        max_frequency=8000.0,
+        sampling_rate=16000,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return torch.from_numpy(filters).float().T.contiguous()
+
+
+def load_config(folder: Path) -> Any:
+    """Return the transformers configuration of a model folder."""
+    return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def whisper_encoder(folder: Path) -> nn.Module:
+    """Return a float32 ``WhisperEncoder`` from a transformers or a CTranslate2 folder."""
+    transformers = _transformers()
+    if ctranslate2.is_whisper_folder(folder):
+        model = ctranslate2.read_model(folder / "model.bin")
+        config = transformers.WhisperConfig(**ctranslate2.whisper_config(model), **_WHISPER_TOKENS)
+        encoder = _empty(transformers.models.whisper.modeling_whisper.WhisperEncoder, config)
+        _assign(encoder, ctranslate2.encoder_state_dict(model, config.encoder_layers), folder)
+        return encoder
+    config = load_config(folder)
+    if config.model_type != "whisper":
+        raise ConfigError(f"{folder} holds a {config.model_type} model, not Whisper")
+    return transformers.WhisperModel.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32
+    ).encoder.eval()
+
+
+def whisper_model(folder: Path) -> nn.Module:
+    """Return a whole float32 ``WhisperForConditionalGeneration``, for decoding in the teacher check."""
+    transformers = _transformers()
+    if not ctranslate2.is_whisper_folder(folder):
+        model = transformers.WhisperForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32
+        )
+        return model.eval()
+    source = ctranslate2.read_model(folder / "model.bin")
+    config = transformers.WhisperConfig(**ctranslate2.whisper_config(source), **_WHISPER_TOKENS)
+    model = _empty(transformers.WhisperForConditionalGeneration, config)
+    encoder = ctranslate2.encoder_state_dict(source, config.encoder_layers)
+    decoder = ctranslate2.decoder_state_dict(source, config.decoder_layers)
+    state = {f"model.encoder.{k}": v for k, v in encoder.items()}
+    state |= {f"model.decoder.{k}": v for k, v in decoder.items()}
+    state["proj_out.weight"] = source.tensor("decoder/projection/weight")
+    _assign(model, state, folder)
+    return model
+
+
+def speech_ssl_model(folder: Path) -> nn.Module:
+    """Return a float32 HuBERT, WavLM or wav2vec 2.0 model, without any task's head.
+
+    SDPA attention is asked for where the family has it; both attention kernels are exact.
+    """
+    return _transformers().AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+
+
+def tokenizer(folder: Path) -> Any:
+    """Return the fast tokenizer of a Whisper folder (its ``tokenizer.json``)."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; decoding with the teacher needs it")
+    return _transformers().PreTrainedTokenizerFast(tokenizer_file=str(path))
+
+
+# Token ids of the configuration are not used by the encoder; the class' defaults are out of range for tiny
+# vocabularies in tests, so they are pinned to 0.
+_WHISPER_TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+
+
+def _empty(cls: type, config: Any) -> nn.Module:
+    """Build a module without spending time on initial values."""
+    with torch.device("meta"):
+        return cls(config).eval()
+
+
+def _assign(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
+    for name, tensor in state.items():
+        if expected.get(name) != tuple(tensor.shape):
+            raise DataError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the model wants {expected.get(name)}")
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise DataError(f"{folder}: no weights for {missing[:5]} ({len(missing)} in all)")
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)
