@@ -1,0 +1,78 @@
+"""Which library computes the pruned transducer loss: the only module that imports k2 and fast_rnnt."""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+from icefall_kd.errors import ConfigError
+
+# In the order in which "auto" tries them.
+OUTSIDE = ("k2", "fast_rnnt")
+# What a library must offer; both name these alike.
+_FUNCTIONS = ("rnnt_loss_smoothed", "get_rnnt_prune_ranges", "do_rnnt_pruning", "rnnt_loss_pruned")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the loss."""
+
+    name: str
+    """torch, k2 or fast_rnnt."""
+    module: ModuleType | None
+    """The library; None for our own code."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The outcome of importing a library."""
+
+    module: ModuleType | None
+    """The library when it works."""
+    reason: str = ""
+    """Why it does not."""
+    installed: bool = True
+    """False when there is nothing of that name to import."""
+
+
+@cache
+def probe(name: str) -> Probe:
+    """Import a library once and say whether it works; a broken one is named in a warning, once.
+
+    Args:
+        name: "k2" or "fast_rnnt".
+    """
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # a binary wheel for another torch raises anything: ImportError, OSError, AttributeError
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return Probe(None, "it is not installed", installed=False)
+        return _broken(name, f"{type(error).__name__}: {error}".splitlines()[0])
+    missing = [function for function in _FUNCTIONS if not hasattr(module, function)]
+    return _broken(name, f"it lacks {', '.join(missing)}") if missing else Probe(module)
+
+
+def load_backend(name: str) -> Backend:
+    """Return the backend of a name; "auto" takes the first of k2, fast_rnnt and torch that works.
+
+    Raises:
+        ConfigError: for an unknown name, or for a library that is absent or broken.
+    """
+    if name == "torch":
+        return Backend("torch", None)
+    if name == "auto":
+        working = ((outside, probe(outside).module) for outside in OUTSIDE)
+        return next((Backend(n, module) for n, module in working if module is not None), Backend("torch", None))
+    if name not in OUTSIDE:
+        raise ConfigError(f"--rnnt-backend is {name!r}; choose auto, torch, {' or '.join(OUTSIDE)}")
+    found = probe(name)
+    if found.module is None:
+        raise ConfigError(f"--rnnt-backend {name} cannot be used: {found.reason}; use auto or torch")
+    return Backend(name, found.module)
+
+
+def _broken(name: str, reason: str) -> Probe:
+    """Name a broken library in the log."""
+    logging.getLogger(__name__).warning("%s is installed but broken (%s); it is passed over", name, reason)
+    return Probe(None, reason)
