@@ -1,0 +1,280 @@
+"""Decode whole test sets: encoder, search, timing, scoring, and every file that is left behind.
+
+Under ``<exp_dir>/<decoding_method>`` each part leaves the files icefall users know (recogs-, errs- and
+wer-summary-<part>-<suffix>.txt), nbest-<part>-<suffix>.jsonl, and results-<part>-<suffix>.json: error
+counts of every utterance, so that systems are compared without scoring again, with the parameters
+used, the options, the command and the git state.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from icefall_kd.bootstrap import confidence_interval
+from icefall_kd.config import DecodeConfig
+from icefall_kd.data.batch import Batch
+from icefall_kd.decode.base import Decoder, Hypothesis
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.env import environment
+from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
+from icefall_kd.scoring import NORMALIZATION, Score, score, write_errs, write_recogs, write_summary
+
+logger = logging.getLogger(__name__)
+
+# Seconds of one input frame, for batches that do not state their durations.
+_FRAME_SHIFT = 0.01
+
+
+@dataclass
+class Decoded:
+    """Everything that decoding one part gave."""
+
+    ids: list[str] = field(default_factory=list)
+    refs: list[str] = field(default_factory=list)
+    nbest: list[list[Hypothesis]] = field(default_factory=list)
+    audio_seconds: float = 0.0
+    encoder_seconds: float = 0.0
+    """Wall time of the encoder, the warm-up run left out."""
+    search_seconds: float = 0.0
+    warm_up_seconds: float = 0.0
+    """Wall time of the first batch's first run, whose output is thrown away."""
+
+    def rtf(self) -> dict[str, float | None]:
+        """Return real-time factors, wall seconds over audio seconds (data loading left out)."""
+        wall = self.encoder_seconds + self.search_seconds
+        audio = self.audio_seconds or math.nan
+        values = {
+            "rtf": wall / audio,
+            "rtf_with_warm_up": (wall + self.warm_up_seconds) / audio,
+            "rtf_encoder": self.encoder_seconds / audio,
+            "rtf_search": self.search_seconds / audio,
+        }
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def build_decoder(system, config: DecodeConfig) -> Decoder:
+    """Return the search that ``config`` names, from the system's constructors.
+
+    Raises:
+        ConfigError: the system has no such search; lists those it has.
+    """
+    found = system.decoders()
+    if config.decoding_method not in found:
+        raise ConfigError(f"--decoding-method {config.decoding_method}: this model offers {', '.join(sorted(found))}")
+    entry = found[config.decoding_method]
+    return entry if isinstance(entry, Decoder) else entry(config)
+
+
+def decode_suffix(config: DecodeConfig, files_used: Sequence = (), context_size: int | None = None) -> str:
+    """Return the part of the file names that says which parameters and which search, as in icefall.
+
+    Args:
+        config: options of decode.py.
+        files_used: checkpoint files; the last one names the epoch when no option does.
+        context_size: of the stateless decoder; None: left out.
+    """
+    if config.iter is not None:
+        where = f"iter-{config.iter}"
+    elif config.epoch is not None:
+        where = f"epoch-{config.epoch}"
+    else:
+        where = Path(str(files_used[-1])).stem if files_used else "newest"
+    parts = [f"{where}_avg-{config.avg}"]
+    if config.decoding_method == "greedy_search":
+        if context_size is not None:
+            parts.append(f"context-{context_size}")
+        parts.append("max-sym-per-frame-1")
+    elif config.decoding_method == "modified_beam_search":
+        parts[0] += "__modified_beam_search__beam-size-" + str(config.beam_size)
+        if config.temperature != 1.0:
+            parts.append(f"temperature-{config.temperature}")
+    else:
+        parts.append(config.decoding_method)
+    if config.blank_penalty:
+        parts.append(f"blank-penalty-{config.blank_penalty}")
+    if config.use_averaged_model:
+        parts.append("use-averaged-model")
+    return "_".join(parts)
+
+
+@torch.no_grad()
+def decode_batches(system, decoder: Decoder, batches: Iterable[Batch], warm_up: bool = True) -> Decoded:
+    """Decode the batches of one part.
+
+    Args:
+        system: offers ``encode(batch) -> (encoder_out (N, T', C), encoder_out_lens (N,))``.
+        decoder: the search.
+        batches: the part, in any order.
+        warm_up: run the first batch twice and leave its first run out of the times.
+    """
+    device = next(system.parameters()).device
+    out = Decoded()
+    for batch in batches:
+        batch = batch.to(device)
+        if warm_up:
+            seconds = _run(system, decoder, batch, device)[1:]
+            out.warm_up_seconds = sum(seconds)
+            warm_up = False
+        nbest, encoder_seconds, search_seconds = _run(system, decoder, batch, device)
+        out.encoder_seconds += encoder_seconds
+        out.search_seconds += search_seconds
+        out.audio_seconds += sum(batch.durations) if batch.durations else int(batch.x_lens.sum()) * _FRAME_SHIFT
+        out.ids += batch.ids
+        out.refs += batch.texts or [""] * len(batch)
+        out.nbest += nbest
+        logger.info("%d utterances decoded", len(out.ids))
+    return out
+
+
+def _run(system, decoder: Decoder, batch: Batch, device: torch.device) -> tuple[list[list[Hypothesis]], float, float]:
+    begin = _now(device)
+    encoder_out, encoder_out_lens = system.encode(batch)
+    middle = _now(device)
+    nbest = decoder.decode(encoder_out, encoder_out_lens)
+    return nbest, middle - begin, _now(device) - middle
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def score_decoded(decoded: Decoded, tokenizer, unit: str) -> Score:
+    """Score the best hypotheses in ``unit`` ("auto": the tokenizer's).
+
+    References go through the tokenizer for the unit "token", so that both sides are token strings.
+    """
+    unit = tokenizer.unit if unit == "auto" else unit
+    hyps = [tokenizer.decode(nbest[0].tokens) for nbest in decoded.nbest]
+    refs = decoded.refs
+    if unit == "token":
+        refs = [tokenizer.decode(tokenizer.encode(text)) for text in refs]
+    return score(refs, hyps, decoded.ids, unit)
+
+
+def decode_parts(
+    system,
+    tokenizer,
+    batches: Mapping[str, Iterable[Batch]],
+    config: DecodeConfig,
+    *,
+    files_used: Sequence = (),
+    suffix: str | None = None,
+    res_dir: Path | None = None,
+) -> dict[str, dict]:
+    """Decode and score parts, write their files and print one line a part.
+
+    Args:
+        system: the model, on its device.
+        tokenizer: of the training.
+        batches: the batches of each part by the part's name.
+        config: options of decode.py.
+        files_used: checkpoint files behind the parameters, for the record.
+        suffix: of the file names; None: :func:`decode_suffix`.
+        res_dir: where files go; None: ``exp_dir/decoding_method``.
+    Returns:
+        What results-<part>-<suffix>.json holds, by part.
+    Raises:
+        DataError: a part without utterances, or with a repeated utterance id.
+    """
+    system.eval()
+    decoder = build_decoder(system, config)
+    if suffix is None:
+        network = getattr(getattr(system, "model", None), "decoder", None)
+        suffix = decode_suffix(config, files_used, getattr(network, "context_size", None))
+    res_dir = Path(res_dir) if res_dir is not None else config.exp_dir / config.decoding_method
+    record = _provenance(config, tokenizer, files_used, next(system.parameters()).device)
+    results = {}
+    for part, part_batches in batches.items():
+        decoded = decode_batches(system, decoder, part_batches, warm_up=not results)
+        if not decoded.ids:
+            raise DataError(f"part {part} has no utterance to decode; check its cut set and --max-duration")
+        scored = score_decoded(decoded, tokenizer, config.unit)
+        results[part] = {"part": part, "suffix": suffix, **summarize(scored, config.bootstrap), **decoded.rtf()}
+        results[part] |= {"audio_seconds": decoded.audio_seconds, **record, "utterances": per_utterance(scored)}
+        name = f"{part}-{suffix}"
+        write_recogs(res_dir / f"recogs-{name}.txt", scored)
+        write_errs(res_dir / f"errs-{name}.txt", scored)
+        write_summary(res_dir / f"wer-summary-{name}.txt", {config.decoding_method: scored.error_rate})
+        write_nbest(res_dir / f"nbest-{name}.jsonl", decoded, tokenizer)
+        # Last, since its presence says that this part is done.
+        write_json(res_dir / f"results-{name}.json", results[part])
+        print(_line(scored, results[part]), flush=True)
+    return results
+
+
+def summarize(scored: Score, num_samples: int, seed: int = 0) -> dict:
+    """Return totals, error rate and its 95 % bootstrap interval as plain data (rates in per cent)."""
+    interval = confidence_interval(scored.errors, scored.ref_lens, num_samples, seed) if num_samples else None
+    return {
+        "unit": scored.unit,
+        "normalization": NORMALIZATION[scored.unit],
+        "num_utterances": len(scored.ids),
+        "num_ref": scored.num_ref,
+        "errors": scored.num_errors,
+        "ins": int(scored.ins.sum()),
+        "del": int(scored.dels.sum()),
+        "sub": int(scored.subs.sum()),
+        "error_rate": scored.error_rate if scored.num_ref else None,
+        "interval": [interval.low, interval.high] if interval else None,
+        "bootstrap": {"samples": num_samples, "seed": seed, "level": 0.95},
+    }
+
+
+def per_utterance(scored: Score) -> dict[str, list]:
+    """Return ids, error counts, reference lengths and reference hashes, as parallel lists."""
+    return {
+        "ids": scored.ids,
+        "ins": scored.ins.tolist(),
+        "del": scored.dels.tolist(),
+        "sub": scored.subs.tolist(),
+        "ref_len": scored.ref_lens.tolist(),
+        "ref_hash": [hashlib.blake2b(" ".join(ref).encode(), digest_size=8).hexdigest() for ref in scored.refs],
+    }
+
+
+def _provenance(config: DecodeConfig, tokenizer, files_used: Sequence, device: torch.device) -> dict:
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+    return {
+        "decoding_method": config.decoding_method,
+        "files_used": [str(f) for f in files_used],
+        "tokenizer_hash": tokenizer.hash,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "command": shlex.join(sys.argv),
+        "config": options,
+        "config_hash": fingerprint(options),
+        "environment": environment(),
+    }
+
+
+def write_nbest(path: Path, decoded: Decoded, tokenizer) -> None:
+    """Write one JSON line an utterance, sorted by id: reference and n-best with scores and frames."""
+    with atomic_write(path, "w") as f:
+        for line in _nbest_lines(decoded, tokenizer):
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _nbest_lines(decoded: Decoded, tokenizer) -> Iterator[dict]:
+    for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
+        hyps = [{"text": tokenizer.decode(h.tokens), **dataclasses.asdict(h)} for h in decoded.nbest[i]]
+        yield {"id": decoded.ids[i], "ref": decoded.refs[i], "nbest": hyps}
+
+
+def _line(scored: Score, result: dict) -> str:
+    line = scored.line(result["part"])
+    if result["interval"]:
+        line += " 95% interval {:.2f} to {:.2f}".format(*result["interval"])
+    if result["rtf"] is not None:
+        line += f", RTF {result['rtf']:.4f} ({result['rtf_with_warm_up']:.4f} with warm-up)"
+    return line
