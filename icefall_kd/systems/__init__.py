@@ -1,0 +1,18 @@
+"""The distillation systems, by name."""
+
+from icefall_kd.config import TrainConfig
+from icefall_kd.systems.base import System
+from icefall_kd.systems.mvq import build_mvq
+
+SYSTEMS = {"mvq": build_mvq}
+
+
+def build_system(config: TrainConfig, vocab_size: int, inference: bool = False) -> System:
+    """Build the system that ``config.system`` names.
+
+    Args:
+        config: all options of the training.
+        vocab_size: tokens of the tokenizer.
+        inference: leave out everything that only training needs (distillation heads, teachers).
+    """
+    return SYSTEMS[config.system](config, vocab_size, inference)

@@ -1,0 +1,326 @@
+"""Batches for training, validation and decoding, out of lhotse cuts and stored teacher labels."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset.sampling import DynamicBucketingSampler
+from lhotse.dataset.sampling.base import TimeConstraint
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from icefall_kd.config import AugmentConfig, DataConfig
+from icefall_kd.data.augment import FeatureAugment, NoiseAugment
+from icefall_kd.data.batch import LOG_EPS, Batch
+from icefall_kd.data.features import FbankExtractor
+from icefall_kd.data.filters import filter_cuts
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.align import collate_codes, collate_embeddings
+from icefall_kd.labels.keys import label_key
+from icefall_kd.labels.store import LabelStore
+from icefall_kd.runtime.dist import get_rank, get_world_size
+from icefall_kd.runtime.files import fingerprint
+from icefall_kd.systems.base import LabelSpec
+from icefall_kd.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def stable_seed(*parts: object) -> int:
+    """Return a 63-bit seed that is a pure function of ``parts``."""
+    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def cuts_path(manifest_dir: Path, part: str) -> Path:
+    """Return the cuts file of ``part``: a path of its own, or a name in ``manifest_dir``."""
+    direct = Path(part)
+    path = direct if direct.suffix in (".gz", ".jsonl") else Path(manifest_dir) / f"cuts_{part}.jsonl.gz"
+    if not path.is_file():
+        known = sorted(p.name[5:-9] for p in Path(manifest_dir).glob("cuts_*.jsonl.gz"))
+        raise DataError(f"there is no cut set {path}; parts in {manifest_dir}: {', '.join(known) or 'none'}")
+    return path
+
+
+def load_cuts(manifest_dir: Path, parts: Iterable[str]) -> CutSet:
+    """Return the cuts of all parts, in memory and in order; DataError when a part is missing or empty."""
+    cuts: list[Cut] = []
+    for part in parts:
+        path = cuts_path(manifest_dir, part)
+        some = list(CutSet.from_file(path))
+        if not some:
+            raise DataError(f"{path} holds no cuts")
+        cuts += some
+    return CutSet.from_cuts(cuts)
+
+
+@dataclass
+class DurationAndTokens(TimeConstraint):
+    """A batch limit on seconds of audio and on padded tokens (``custom["num_tokens"]`` of each cut)."""
+
+    max_tokens: int | None = None
+    most_tokens: int = 0
+
+    def add(self, example: Cut) -> None:
+        """Count one cut."""
+        super().add(example)
+        self.most_tokens = max(self.most_tokens, example.custom["num_tokens"])
+
+    def exceeded(self) -> bool:
+        """Return whether either limit is passed."""
+        return super().exceeded() or self._too_many(self.num_cuts)
+
+    def close_to_exceeding(self) -> bool:
+        """Return whether one more cut like the largest would pass a limit."""
+        return super().close_to_exceeding() or self._too_many(self.num_cuts + 1)
+
+    def _too_many(self, num_cuts: int) -> bool:
+        return self.max_tokens is not None and num_cuts > 1 and num_cuts * self.most_tokens > self.max_tokens
+
+    def reset(self) -> None:
+        """Begin a new batch."""
+        super().reset()
+        self.most_tokens = 0
+
+
+class CutBatches(Dataset):
+    """Turn (epoch, batch index, cuts) into a :class:`Batch`; runs in the loader's workers."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        features: str = "precomputed",
+        augment: AugmentConfig | None = None,
+        stores: dict[str, LabelStore] | None = None,
+        with_audio: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.extractor = FbankExtractor() if features == "on_the_fly" else None
+        self.spec_aug = FeatureAugment(augment) if augment is not None and augment.spec_aug else None
+        self.noise = NoiseAugment(augment) if augment is not None and augment.musan_cuts else None
+        if self.noise is not None and self.extractor is None:
+            logger.info("noise is mixed into precomputed features: the noise cuts need features too")
+        self.stores = stores or {}
+        self.with_audio = with_audio
+        self.seed = seed
+
+    def __getitem__(self, plan: tuple[int, int, CutSet]) -> Batch:
+        epoch, index, cuts = plan
+        clean = list(cuts)
+        heard = clean
+        if self.noise is not None:
+            heard = self.noise(cuts, stable_seed(self.seed, epoch, index, "noise"))
+        features = [self._features(cut) for cut in heard]
+        if self.spec_aug is not None:
+            features = [
+                self.spec_aug(x, stable_seed(self.seed, epoch, index, i, cut.id))
+                for i, (x, cut) in enumerate(zip(features, clean, strict=True))
+            ]
+        keys = [label_key(cut) for cut in clean]
+        texts = [cut.supervisions[0].text or "" if cut.supervisions else "" for cut in clean]
+        tokens = [torch.tensor(self.tokenizer.encode(text), dtype=torch.int64) for text in texts]
+        audio = audio_lens = None
+        if self.with_audio:
+            waves = [torch.from_numpy(cut.load_audio()[0]).float() for cut in clean]
+            audio_lens = torch.tensor([len(w) for w in waves])
+            audio = pad_sequence(waves, batch_first=True)
+        return Batch(
+            ids=[cut.id for cut in clean],
+            keys=keys,
+            features=pad_sequence(features, batch_first=True, padding_value=LOG_EPS),
+            x_lens=torch.tensor([len(x) for x in features]),
+            audio=audio,
+            audio_lens=audio_lens,
+            texts=texts,
+            y=pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.blank_id),
+            y_lens=torch.tensor([len(t) for t in tokens]),
+            labels={name: self._labels(store, clean, keys) for name, store in self.stores.items()},
+            durations=[cut.duration for cut in clean],
+        )
+
+    def _features(self, cut: Cut) -> torch.Tensor:
+        if self.extractor is not None:
+            return self.extractor.extract(torch.from_numpy(cut.load_audio()[0]).float())
+        if not cut.has_features:
+            raise DataError(f"cut {cut.id} has no stored features; use --features on_the_fly or the fbank manifests")
+        return torch.from_numpy(cut.load_features()).float()
+
+    @staticmethod
+    def _labels(store: LabelStore, cuts: list[Cut], keys: list[str]):
+        arrays = []
+        for cut, key in zip(cuts, keys, strict=True):
+            array = store.get(key) if key in store else None
+            if array is not None:
+                store.check_frames(len(array), cut.num_samples, f"{cut.id} (key {key})")
+            arrays.append(array)
+        if store.info.kind == "codebook_indexes":
+            return collate_codes(arrays, store.info.num_codebooks)
+        return collate_embeddings(arrays, store.info.dim)
+
+
+class _Plans:
+    """The sampler's batches of an epoch, numbered, without the first ``skip`` ones."""
+
+    def __init__(self, sampler, epoch: int, skip: int) -> None:
+        self.sampler, self.epoch, self.skip = sampler, epoch, skip
+
+    def __iter__(self) -> Iterator[tuple[int, int, CutSet]]:
+        numbered = enumerate(iter(self.sampler))
+        return ((self.epoch, index, cuts) for index, cuts in islice(numbered, self.skip, None))
+
+
+def _single_thread(_worker: int) -> None:
+    # Workers share the cores with the training process.
+    torch.set_num_threads(1)
+
+
+class DataModule:
+    """The data of one training: deterministic in (seed, epoch, rank), whatever the number of workers."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        augment: AugmentConfig,
+        tokenizer: Tokenizer,
+        *,
+        label_specs: list[LabelSpec] = (),
+        min_coverage: float = 1.0,
+        with_audio: bool = False,
+        transducer: bool = True,
+        ctc: bool = True,
+        seed: int = 42,
+    ) -> None:
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        cuts = load_cuts(config.manifest_dir, config.train_parts)
+        keep = {
+            "tokenizer": tokenizer,
+            "min_duration": config.min_utt_duration,
+            "max_duration": config.max_utt_duration,
+            "transducer": transducer,
+            "ctc": ctc,
+        }
+        self.train_cuts, self.rejected = filter_cuts(cuts, **keep)
+        self.valid_cuts, _ = filter_cuts(load_cuts(config.manifest_dir, config.valid_parts), **keep)
+        if len(self.train_cuts) == 0:
+            raise DataError(f"no training utterance is left of {len(cuts)}: {self.rejected[:3]}")
+        self.stores = {spec.name: LabelStore(spec.path) for spec in label_specs if spec.path}
+        self._refuse_time_warp(augment, bool(self.stores) or with_audio)
+        keys = [label_key(cut) for cut in self.train_cuts]
+        for name, store in self.stores.items():
+            logger.info("labels %s: %s", name, store.join(keys, min_coverage=min_coverage))
+        self.train_data = CutBatches(
+            tokenizer,
+            features=config.features,
+            augment=augment,
+            stores=self.stores,
+            with_audio=with_audio,
+            seed=seed,
+        )
+        self.valid_data = CutBatches(tokenizer, features=config.features)
+        hours = sum(cut.duration for cut in self.train_cuts) / 3600
+        logger.info(
+            "training on %d utterances, %.2f h (%d left out by the filters), validating on %d",
+            len(self.train_cuts), hours, len(self.rejected), len(self.valid_cuts),
+        )  # fmt: skip
+
+    @staticmethod
+    def _refuse_time_warp(augment: AugmentConfig, has_labels: bool) -> None:
+        if has_labels and augment.spec_aug and augment.spec_aug_time_warp_factor >= 1:
+            raise ConfigError(
+                f"--spec-aug-time-warp-factor {augment.spec_aug_time_warp_factor} moves the student's frames away "
+                "from the teacher's labels; use 0 with --kd, or --kd none"
+            )
+
+    def state(self) -> dict:
+        """Return what must not change between a stop and a resume."""
+        keys = [label_key(cut) for cut in self.train_cuts]
+        return {"train_cuts": fingerprint(keys), "labels": {n: s.info.fingerprint for n, s in self.stores.items()}}
+
+    def train_batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Return the batches of ``epoch`` (from 1) for this rank, without its first ``skip`` ones.
+
+        Skipped batches are drawn from the sampler but never read.
+        """
+        constraint = DurationAndTokens(max_duration=self.config.max_duration, max_tokens=self.config.max_tokens)
+        sampler = DynamicBucketingSampler(
+            self.train_cuts,
+            constraint=constraint,
+            num_buckets=max(1, min(self.config.num_buckets, len(self.train_cuts) // 4)),
+            shuffle=True,
+            drop_last=self.config.drop_last,
+            seed=self.seed,
+            rank=get_rank(),
+            world_size=get_world_size(),
+        )
+        sampler.set_epoch(epoch)
+        return iter(self._loader(self.train_data, _Plans(sampler, epoch, skip)))
+
+    def valid_batches(self) -> Iterator[Batch]:
+        """Return the validation batches of this rank, longest first, without augmentation or labels."""
+        return iter(self._loader(self.valid_data, _fixed_batches(self.valid_cuts, self.config.max_duration, rank=True)))
+
+    def worst_batches(self) -> list[Batch]:
+        """Return the memory-worst batches: longest audio, most tokens, most utterances; labels attached."""
+        orders = (
+            lambda cut: -cut.duration,
+            lambda cut: -cut.custom["num_tokens"],
+            lambda cut: cut.duration,
+        )
+        batches = []
+        for order in orders:
+            limit = DurationAndTokens(max_duration=self.config.max_duration, max_tokens=self.config.max_tokens)
+            chosen: list[Cut] = []
+            for cut in sorted(self.train_cuts, key=order):
+                limit.add(cut)
+                if limit.exceeded() and chosen:
+                    break
+                chosen.append(cut)
+            batches.append(self.train_data[(0, len(batches), CutSet.from_cuts(chosen))])
+        return batches
+
+    def _loader(self, data: CutBatches, plans: Iterable) -> DataLoader:
+        workers = self.config.num_workers
+        return DataLoader(
+            data,
+            batch_size=None,
+            sampler=plans,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_single_thread if workers else None,
+        )
+
+
+def _fixed_batches(cuts: Iterable[Cut], max_duration: float, rank: bool = False) -> list[tuple[int, int, CutSet]]:
+    """Cut a list of utterances, sorted by duration, into batches; with ``rank`` only this rank's share."""
+    plans: list[list[Cut]] = [[]]
+    for cut in sorted(cuts, key=lambda c: (-c.duration, c.id)):
+        if plans[-1] and (len(plans[-1]) + 1) * plans[-1][0].duration > max_duration:
+            plans.append([])
+        plans[-1].append(cut)
+    chosen = plans[get_rank() :: get_world_size()] if rank else plans
+    return [(0, i, CutSet.from_cuts(p)) for i, p in enumerate(chosen) if p]
+
+
+def decoding_batches(
+    cuts: CutSet, tokenizer: Tokenizer, *, max_duration: float, features: str, num_workers: int = 1
+) -> Iterator[Batch]:
+    """Return batches of all ``cuts``, longest first, without augmentation, filters or labels."""
+    data = CutBatches(tokenizer, features=features)
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=_fixed_batches(cuts, max_duration),
+        num_workers=num_workers,
+        worker_init_fn=_single_thread if num_workers else None,
+    )
+    return iter(loader)
+
+

@@ -1,0 +1,94 @@
+"""The main functions behind every recipe's train.py and decode.py."""
+
+import logging
+from pathlib import Path
+
+import torch
+from lhotse import CutSet
+
+from icefall_kd.cli import config_from_dict, parse_config
+from icefall_kd.config import DecodeConfig, TrainConfig
+from icefall_kd.data.corpora import cuts_from_folder
+from icefall_kd.data.datamodule import DataModule, cuts_path, decoding_batches
+from icefall_kd.decode.runner import decode_parts
+from icefall_kd.runtime import dist
+from icefall_kd.runtime.env import pick_device
+from icefall_kd.runtime.log import setup_logging
+from icefall_kd.systems import build_system
+from icefall_kd.text.tokenizer import Tokenizer
+from icefall_kd.train.average import load_for_decoding
+from icefall_kd.train.loop import train
+
+logger = logging.getLogger(__name__)
+
+
+def train_main(argv: list[str] | None = None) -> int:
+    """Train a system; run the same command again to resume."""
+    config = parse_config(TrainConfig, argv, prog="train.py", description=train_main.__doc__)
+    if config.loop.num_threads:
+        torch.set_num_threads(config.loop.num_threads)
+    dist.init()
+    try:
+        setup_logging(config.loop.exp_dir, "train", rank=dist.get_rank())
+        tokenizer = Tokenizer.load(config.data.lang_dir)
+        torch.manual_seed(config.loop.seed)
+        system = build_system(config, tokenizer.vocab_size)
+        data = DataModule(
+            config.data,
+            config.augment,
+            tokenizer,
+            label_specs=system.label_specs,
+            min_coverage=config.kd.min_coverage,
+            with_audio=config.kd.kd != "none" and config.kd.teacher_labels == "online",
+            transducer=config.asr.transducer_scale > 0,
+            ctc=config.asr.ctc_scale > 0,
+            seed=config.loop.seed,
+        )
+        if dist.get_rank() == 0:
+            tokenizer.save(config.loop.exp_dir / "tokenizer")
+        train(system, data, config, tokenizer_hash=tokenizer.hash)
+    finally:
+        dist.shutdown()
+    return 0
+
+
+def decode_main(argv: list[str] | None = None) -> int:
+    """Decode test sets, score them and print error rates with confidence intervals."""
+    config = parse_config(DecodeConfig, argv, prog="decode.py", description=decode_main.__doc__)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    setup_logging(config.exp_dir, f"decode-{config.decoding_method}")
+    state_dict, saved, used = load_for_decoding(
+        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model
+    )
+    logger.info("parameters from %s", used)
+    tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
+    train_config = config_from_dict(TrainConfig, saved)
+    system = build_system(train_config, tokenizer.vocab_size, inference=True)
+    wanted = set(system.state_dict())
+    system.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("heads.") or k in wanted})
+    system.to(pick_device(config.device)).eval()
+    batches = {
+        name: decoding_batches(
+            cuts, tokenizer, max_duration=config.max_duration, features=_features_of(cuts)
+        )
+        for name, cuts in ((_part_name(p), part_cuts(config.manifest_dir, p)) for p in config.test_parts)
+    }
+    decode_parts(system, tokenizer, batches, config, files_used=used)
+    return 0
+
+
+def _features_of(cuts: CutSet) -> str:
+    return "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
+
+
+def _part_name(part: str) -> str:
+    name = Path(part).name
+    return name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("cuts_")
+
+
+def part_cuts(manifest_dir: Path, part: str) -> CutSet:
+    """Return the cuts of a part: a name in ``manifest_dir``, a cut set's path, or a folder with *.trans.txt."""
+    if Path(part).is_dir():
+        return cuts_from_folder(Path(part))
+    return CutSet.from_file(cuts_path(manifest_dir, part)).to_eager()

@@ -1,0 +1,279 @@
+"""MVQ-KD: a transducer student that also predicts its teacher's codebook indexes.
+
+Guo et al., "Predicting Multi-Codebook Vector Quantization Indexes for Knowledge Distillation",
+arXiv 2211.00508.  The student's middle layer predicts, for every frame, the multi-codebook indexes of
+the teacher frames that it spans; ``--kd l1`` and ``l2`` regress the teacher's embeddings instead (the
+paper's comparison), and ``--kd none`` is the baseline.  All of it is dropped at inference.
+
+    total = simple_scale * simple + pruned_scale * pruned + ctc_scale * ctc + sum_i kd_scale_i * kd_i
+
+Every term is a sum over the batch, so that the published scales keep their meaning.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from icefall_kd.config import ENCODER_SIZES, KdConfig, TrainConfig
+from icefall_kd.data.batch import Batch, Labels
+from icefall_kd.decode.ctc import CtcGreedySearch
+from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
+from icefall_kd.errors import ConfigError
+from icefall_kd.frames import FrameFormula
+from icefall_kd.labels.align import join_embeddings, join_frames, label_ratio
+from icefall_kd.labels.store import LabelStore
+from icefall_kd.losses.codebook import CodebookLoss
+from icefall_kd.losses.ctc import ctc_loss
+from icefall_kd.losses.frame_kd import FrameKdLoss
+from icefall_kd.losses.rnnt import pruned_transducer_loss
+from icefall_kd.models.transducer import TransducerModel
+from icefall_kd.quantization.quantizer import Quantizer
+from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms, System
+from icefall_kd.teachers import build_teacher
+from icefall_kd.teachers.base import Teacher
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """What a label set offers, stored (with its path) or made online."""
+
+    path: str | None
+    kind: str
+    """"codebook_indexes" or "embeddings"."""
+    formula: FrameFormula
+    """The teacher's frames."""
+    width: int
+    """Codebooks Q, or embedding channels C, of one teacher frame."""
+    codebook_size: int = 256
+
+
+@dataclass(frozen=True)
+class KdTarget:
+    """One distillation target: which labels, predicted at which layer, at which scale."""
+
+    name: str
+    layer: int
+    """Student layer, 1-based."""
+    scale: float
+    ratio: int
+    """Teacher frames a student frame."""
+    source: LabelSource
+
+
+def warmup_scales(step: int, warm_step: int, simple_scale: float) -> tuple[float, float]:
+    """Return the scales of the simple and the pruned loss at ``step`` (the Zipformer recipe's ramp)."""
+    x = min(step / warm_step, 1.0) if warm_step > 0 else 1.0
+    return 1.0 - x * (1.0 - simple_scale), 0.1 + 0.9 * x
+
+
+def kd_targets(kd: KdConfig, num_layers: int, sources: list[LabelSource]) -> list[KdTarget]:
+    """Combine label sets with their layers and scales; ConfigError when their numbers do not fit.
+
+    Args:
+        kd: the options; one layer or scale serves all label sets.
+        num_layers: layers of the student's encoder.
+        sources: the label sets, stored or made online.
+    """
+    if not sources:
+        raise ConfigError(f"--kd {kd.kd} needs --label-dir (or --teacher-labels online)")
+    want = "codebook_indexes" if kd.kd == "mvq" else "embeddings"
+    targets = []
+    for i, source in enumerate(sources):
+        if source.kind != want:
+            raise ConfigError(f"--kd {kd.kd} needs labels of kind {want}, but {source.path} holds {source.kind}")
+        layer = _pick(kd.kd_layer, i, len(sources), "--kd-layer") or max(num_layers // 2, 1)
+        if not 1 <= layer <= num_layers:
+            raise ConfigError(f"--kd-layer {layer}: the student has layers 1 to {num_layers}")
+        targets.append(
+            KdTarget(
+                name=f"kd{i}" if len(sources) > 1 else "kd",
+                layer=layer,
+                scale=_pick(kd.kd_scale, i, len(sources), "--kd-scale"),
+                ratio=label_ratio(source.formula),
+                source=source,
+            )
+        )
+    return targets
+
+
+def _pick(values: list, index: int, count: int, flag: str):
+    if len(values) not in (1, count):
+        raise ConfigError(f"{flag} has {len(values)} values for {count} label sets; give one, or one for each")
+    return values[index if len(values) > 1 else 0]
+
+
+class OnlineTeacher:
+    """Make the labels of a batch from its clean audio, as extraction does; holds no trained parameters."""
+
+    def __init__(self, teacher: Teacher, quantizer: Quantizer | None, refine_iters: int) -> None:
+        self.teacher, self.quantizer, self.refine_iters = teacher, quantizer, refine_iters
+
+    @torch.no_grad()
+    def labels(self, batch: Batch) -> Labels:
+        """Return codes (N, T_l, Q) padded with -100, or embeddings (N, T_l, C) padded with 0."""
+        output = self.teacher.extract(batch)
+        embeddings, lens = output.arrays["embeddings"].float(), output.lens["embeddings"]
+        if self.quantizer is None:
+            return Labels(embeddings, lens)
+        self.quantizer.to(embeddings.device)
+        valid = torch.arange(embeddings.size(1), device=lens.device) < lens[:, None]
+        codes = torch.full((*embeddings.shape[:2], self.quantizer.num_codebooks), -100, device=embeddings.device)
+        codes[valid] = self.quantizer.encode(embeddings[valid], refine_iters=self.refine_iters).long()
+        return Labels(codes, lens)
+
+
+class MvqSystem(System):
+    """The student with its ASR losses and, in training, its distillation heads."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        vocab_size: int,
+        targets: list[KdTarget] = (),
+        online: OnlineTeacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.asr, self.kd = config.asr, config.kd
+        self.model = TransducerModel(
+            config.model, vocab_size, transducer=config.asr.transducer_scale > 0, ctc=config.asr.ctc_scale > 0
+        )
+        self.targets = list(targets)
+        self.online = online
+        dim = self.model.encoder.dim
+        self.heads = nn.ModuleDict()
+        for t in self.targets:
+            width = t.ratio * t.source.width
+            if t.source.kind == "codebook_indexes":
+                joint = config.kd.codebook_head == "joint"
+                self.heads[t.name] = CodebookLoss(dim, width, t.source.codebook_size, joint=joint)
+            else:
+                self.heads[t.name] = FrameKdLoss(dim, width, loss=config.kd.kd)
+
+    @property
+    def label_specs(self) -> list[LabelSpec]:
+        """Return the stored label sets of the active distillation terms."""
+        return [
+            LabelSpec(name=t.name, kind=t.source.kind, path=t.source.path)
+            for t in self.targets
+            if self.online is None
+        ]
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return encoder_out (N, T', C) and encoder_out_lens (N,)."""
+        out = self.model.encoder(batch.features, batch.x_lens)
+        return out.encoder_out, out.encoder_out_lens
+
+    def losses(self, batch: Batch, step: int) -> LossTerms:
+        """Return simple, pruned, ctc and, in training, distillation losses of ``batch``."""
+        taps = tuple(t.layer for t in self.targets) if self.training else ()
+        out = self.model.encoder(batch.features, batch.x_lens, taps=taps)
+        terms: dict[str, LossTerm] = {}
+        frames = int(out.encoder_out_lens.sum())
+        if self.asr.transducer_scale > 0:
+            self._transducer_terms(terms, batch, out, step, frames)
+        if self.asr.ctc_scale > 0:
+            ctc = ctc_loss(self.model.ctc_output(out.encoder_out), out.encoder_out_lens, batch.y, batch.y_lens)
+            terms["ctc_loss"] = LossTerm(ctc.sum(), self.asr.ctc_scale, frames, per_utterance=ctc.detach())
+        metrics: dict[str, tuple[float | Tensor, float]] = {}
+        for target in self.targets if self.training else ():
+            self._kd_terms(terms, metrics, target, batch, out)
+        return LossTerms(terms=terms, frames=frames, metrics=metrics)
+
+    def _transducer_terms(self, terms: dict, batch: Batch, out, step: int, frames: int) -> None:
+        blank = torch.zeros(len(batch), 1, dtype=batch.y.dtype, device=batch.y.device)
+        decoder_out = self.model.decoder(torch.cat([blank, batch.y], dim=1))  # (N, U + 1, C)
+        simple, pruned = pruned_transducer_loss(
+            out.encoder_out,
+            decoder_out,
+            self.model.joiner,
+            self.model.simple_am_proj,
+            self.model.simple_lm_proj,
+            batch.y,
+            out.encoder_out_lens,
+            batch.y_lens,
+            prune_range=self.asr.prune_range,
+            lm_scale=self.asr.lm_scale,
+            am_scale=self.asr.am_scale,
+            backend=self.asr.rnnt_backend,
+        )
+        scales = warmup_scales(step, self.asr.rnnt_warm_step, self.asr.simple_loss_scale)
+        for name, loss, scale in zip(("simple_loss", "pruned_loss"), (simple, pruned), scales, strict=True):
+            terms[name] = LossTerm(
+                loss.sum(), scale * self.asr.transducer_scale, frames, per_utterance=loss.detach()
+            )
+
+    def _kd_terms(self, terms: dict, metrics: dict, target: KdTarget, batch: Batch, out) -> None:
+        labels = self.online.labels(batch) if self.online is not None else batch.labels[target.name]
+        lens = out.encoder_out_lens
+        if target.source.kind == "embeddings":
+            joined, valid = join_embeddings(labels, lens, target.ratio)
+            loss = self.heads[target.name](out.taps[target.layer], joined, valid)
+            terms[f"{target.name}_{self.kd.kd}_loss"] = LossTerm(
+                loss.total, target.scale, loss.num_frames, per_utterance=loss.per_utterance
+            )
+            return
+        codes = join_frames(labels, lens, target.ratio)  # (N, T', ratio * Q)
+        loss = self.heads[target.name](out.taps[target.layer], codes)
+        terms[f"{target.name}_codebook_loss"] = LossTerm(
+            loss.total, target.scale, loss.num_frames, per_utterance=loss.per_utterance
+        )
+        # The bound of every codebook's cross-entropy is ln K: a head that sits there has learned nothing.
+        metrics[f"{target.name}_codebook_acc"] = (loss.correct.sum(), float(loss.counts.sum()))
+        metrics[f"{target.name}_ce_bound"] = (math.log(target.source.codebook_size), 1.0)
+        for m in range(len(loss.counts)):
+            metrics[f"{target.name}_ce{m:02d}"] = (loss.per_codebook[m], float(loss.counts[m]))
+
+    def decoders(self) -> dict[str, object]:
+        """Return the constructors of this model's searches, by the names of --decoding-method."""
+        found: dict[str, object] = {}
+        if self.model.joiner is not None:
+            found["greedy_search"] = lambda config: GreedySearch(self.model)
+            found["modified_beam_search"] = lambda config: ModifiedBeamSearch(self.model, beam_size=config.beam_size)
+        if self.model.ctc_output is not None:
+            found["ctc_greedy_search"] = lambda config: CtcGreedySearch(self.model)
+        return found
+
+    def inference_state_dict(self) -> dict[str, Tensor]:
+        """Return the parameters without the distillation heads."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("heads.")}
+
+
+def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> MvqSystem:
+    """Build the system with stored or online labels, as ``config.kd`` says."""
+    if inference or config.kd.kd == "none":
+        return MvqSystem(config, vocab_size)
+    num_layers = config.model.num_encoder_layers or ENCODER_SIZES[config.model.encoder_size][0]
+    if config.kd.teacher_labels == "stored":
+        sources = [stored_source(path) for path in config.kd.label_dir]
+        return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, sources))
+    teacher = build_teacher(config.teacher)
+    quantizer = None
+    if config.kd.kd == "mvq":
+        if config.kd.quantizer is None:
+            raise ConfigError("--kd mvq --teacher-labels online needs --quantizer FILE (local/train_quantizer.py)")
+        quantizer = Quantizer.load(config.kd.quantizer)
+    source = LabelSource(
+        path=None,
+        kind="embeddings" if quantizer is None else "codebook_indexes",
+        formula=teacher.frame_formula,
+        width=teacher.dim if quantizer is None else quantizer.num_codebooks,
+        codebook_size=256 if quantizer is None else quantizer.codebook_size,
+    )
+    online = OnlineTeacher(teacher, quantizer, config.kd.online_refine_iters)
+    return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, [source]), online)
+
+
+def stored_source(path: Path) -> LabelSource:
+    """Read what a stored label set holds."""
+    info = LabelStore(path).info
+    is_codes = info.kind == "codebook_indexes"
+    return LabelSource(
+        path=str(path),
+        kind=info.kind,
+        formula=info.formula,
+        width=info.num_codebooks if is_codes else info.dim,
+        codebook_size=info.codebook_size or 256,
+    )
