@@ -1,0 +1,241 @@
+"""Tokens: sentencepiece BPE, characters, or pinyin initials and finals, with the same fixed special ids."""
+
+import collections
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+BLANK, SOS, UNK, MASK = "<blk>", "<sos/eos>", "<unk>", "<mask>"
+SPACE = "\u2581"  # how sentencepiece renders a space
+FORMAT_VERSION = 1
+
+
+class Tokenizer:
+    """Map normalised text to token ids and back.
+
+    Ids: 0 blank, 1 sos and eos, 2 unknown, the last one mask; all others are the kind's own.
+    """
+
+    blank_id, sos_id, unk_id = 0, 1, 2
+
+    def __init__(self, kind: str, tokens: Sequence[str], unit: str, model: bytes | None = None) -> None:
+        """Make a tokenizer of a complete token table; the ``train_*`` methods and :meth:`load` are the usual ways.
+
+        Args:
+            kind: "bpe", "char" or "pinyin".
+            tokens: all tokens by id, specials included.
+            unit: scoring unit, "word", "char" or "token".
+            model: serialised sentencepiece model, for "bpe" alone.
+        """
+        if kind not in ("bpe", "char", "pinyin"):
+            raise ConfigError(f"token kind is {kind!r}; it must be bpe, char or pinyin")
+        if unit not in ("word", "char", "token"):
+            raise ConfigError(f"scoring unit is {unit!r}; it must be word, char or token")
+        if (model is not None) != (kind == "bpe"):
+            raise ConfigError(f"a {kind} tokenizer {'needs a' if kind == 'bpe' else 'has no'} sentencepiece model")
+        tokens = list(tokens)
+        if tokens[:3] != [BLANK, SOS, UNK] or tokens[-1] != MASK or len(set(tokens)) != len(tokens):
+            raise DataError(f"the token table must be different tokens, {BLANK} {SOS} {UNK} ... {MASK}")
+        self.kind, self.unit, self.tokens, self._model = kind, unit, tokens, model
+        self._ids = {token: i for i, token in enumerate(tokens)}
+        self._processor = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_processor": None}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens V, specials included."""
+        return len(self.tokens)
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token, V - 1."""
+        return len(self.tokens) - 1
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything that determines encoding and decoding."""
+        model = hashlib.sha256(self._model).hexdigest() if self._model is not None else None
+        content = {
+            "format": FORMAT_VERSION,
+            "kind": self.kind,
+            "unit": self.unit,
+            "tokens": self.tokens,
+            "model": model,
+        }
+        return fingerprint(content)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a normalised text; what the table lacks becomes the unknown token."""
+        if self.kind == "bpe":
+            return self._sentencepiece().encode(text)
+        return [self._ids.get(piece, self.unk_id) for piece in self.pieces(text)]
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the tokens of a normalised text as strings, those that the table lacks included."""
+        if self.kind == "bpe":
+            return self._sentencepiece().encode(text, out_type=str)
+        if self.kind == "char":
+            return list(text.replace(" ", SPACE))
+        return pinyin_pieces(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; blank, sos/eos and mask are left out.
+
+        Words (or hanzi) for bpe and char; for pinyin the tokens separated by spaces.
+        """
+        silent = (self.blank_id, self.sos_id, self.mask_id)
+        kept = [int(i) for i in ids if int(i) not in silent]
+        if kept and not 0 <= min(kept) <= max(kept) < self.vocab_size:
+            raise DataError(f"token ids run from {min(kept)} to {max(kept)}; this tokenizer has {self.vocab_size}")
+        tokens = [self.tokens[i] for i in kept]
+        if self.kind == "pinyin":
+            return " ".join(tokens)
+        return " ".join("".join(tokens).replace(SPACE, " ").split())
+
+    def _sentencepiece(self):
+        if self._processor is None:
+            import sentencepiece
+
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        return self._processor
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``tokenizer.json`` (and ``bpe.model``, ``tokens.txt``) into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._model is not None:
+            with atomic_write(folder / "bpe.model") as stream:
+                stream.write(self._model)
+        with atomic_write(folder / "tokens.txt", "w") as stream:
+            stream.write("".join(f"{token} {i}\n" for i, token in enumerate(self.tokens)))
+        content = {"format": FORMAT_VERSION, "kind": self.kind, "unit": self.unit, "vocab_size": self.vocab_size}
+        write_json(folder / "tokenizer.json", {**content, "hash": self.hash, "tokens": self.tokens})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DataError: a file is missing, damaged or was changed.
+        """
+        folder = Path(folder)
+        content = read_json(folder / "tokenizer.json")
+        model_file = folder / "bpe.model"
+        try:
+            if content["format"] != FORMAT_VERSION:
+                raise DataError(f"{folder} has token format {content['format']}; this version reads {FORMAT_VERSION}")
+            model = model_file.read_bytes() if content["kind"] == "bpe" else None
+            tokenizer = cls(content["kind"], content["tokens"], content["unit"], model)
+            stored = content["hash"]
+        except (KeyError, TypeError, OSError, ConfigError) as error:
+            raise DataError(f"the tokenizer in {folder} is damaged ({error!r}); run the token stage again") from error
+        if tokenizer.hash != stored:
+            raise DataError(
+                f"the tokenizer in {folder} was changed: its hash is {tokenizer.hash}, recorded is {stored}; "
+                "restore it or run the token stage again"
+            )
+        return tokenizer
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int = 500) -> "Tokenizer":
+        """Train sentencepiece BPE; too large a ``vocab_size`` for the corpus is clipped, with a warning.
+
+        Args:
+            texts: normalised transcripts.
+            vocab_size: tokens V, the four specials included.
+        """
+        texts = [t for t in texts if t]
+        model, pieces = _train_sentencepiece(texts, vocab_size - 1)
+        return cls("bpe", [*pieces, MASK], "word", model)
+
+    @classmethod
+    def train_char(cls, texts: Iterable[str]) -> "Tokenizer":
+        """Make a table of the characters of ``texts``; a space is a token, too."""
+        found = sorted({c for text in texts for c in text.replace(" ", SPACE)})
+        _require(found)
+        return cls("char", [BLANK, SOS, UNK, *found, MASK], "word" if SPACE in found else "char")
+
+    @classmethod
+    def train_pinyin(cls, texts: Iterable[str]) -> "Tokenizer":
+        """Make a table of the pinyin initials and toned finals of ``texts``."""
+        found = sorted({piece for text in texts for piece in pinyin_pieces(text)})
+        _require(found)
+        return cls("pinyin", [BLANK, SOS, UNK, *found, MASK], "token")
+
+
+def _require(found: Sequence[str]) -> None:
+    if not found:
+        raise DataError("there is no text to make tokens from; check the transcripts of the training parts")
+
+
+def _train_sentencepiece(texts: Sequence[str], size: int) -> tuple[bytes, list[str]]:
+    """Return a serialised model of at most ``size`` pieces, and the pieces."""
+    import sentencepiece
+
+    characters = collections.Counter(c for text in texts for c in text if c != " ")
+    _require(list(characters))
+    least = len(characters) + 4  # the three specials and the space
+    if size < least:
+        raise ConfigError(
+            f"--vocab-size is {size + 1}; the corpus has {len(characters)} characters, so at least {least + 1}"
+        )
+    try:
+        buffer = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=buffer,
+            model_type="bpe",
+            vocab_size=size,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            user_defined_symbols=[BLANK, SOS],
+            unk_id=Tokenizer.unk_id,
+            unk_piece=UNK,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            max_sentence_length=1 << 16,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        fitting = re.search(r"value <= (\d+)", str(error))
+        if not fitting:
+            raise DataError(f"sentencepiece cannot train {size} pieces: {error}") from error
+        limit = int(fitting[1])
+        logger.warning("--vocab-size %d is too large for this corpus, which gives %d tokens", size + 1, limit + 1)
+        return _train_sentencepiece(texts, limit)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    return buffer.getvalue(), [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+
+
+def pinyin_pieces(text: str) -> list[str]:
+    """Return the pinyin initials and toned finals of hanzi, e.g. zh ong1 g uo2; other characters stay themselves.
+
+    The neutral tone is 5.  Readings of characters with several depend on the word, as pypinyin knows it.
+    """
+    try:
+        from pypinyin import Style, lazy_pinyin
+    except ImportError as error:
+        raise ConfigError("pinyin tokens need pypinyin: pip install pypinyin") from error
+
+    def read(style):
+        return lazy_pinyin(text, style=style, errors=list, neutral_tone_with_five=True, strict=True)
+
+    pieces: list[str] = []
+    for initial, final, syllable in zip(read(Style.INITIALS), read(Style.FINALS_TONE3), read(Style.TONE3), strict=True):
+        if initial == final == syllable:  # no hanzi
+            pieces += [] if syllable.isspace() else [syllable]
+        else:
+            pieces += [p for p in (initial, final) if p] or [syllable]
+    return pieces
