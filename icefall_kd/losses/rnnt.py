@@ -159,20 +159,18 @@ class _WindowLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, symbols, blank_id):
-        norm = torch.logsumexp(_at_least_float32(logits), dim=-1)
-        emit = logits.gather(-1, symbols.unsqueeze(-1)).squeeze(-1).to(norm.dtype) - norm
-        blank = logits[..., blank_id].to(norm.dtype) - norm
-        ctx.save_for_backward(logits, symbols, norm)
-        ctx.blank_id = blank_id
-        return emit, blank
+        logprobs = _at_least_float32(logits).log_softmax(-1)
+        ctx.save_for_backward(logprobs, symbols)
+        ctx.blank_id, ctx.dtype = blank_id, logits.dtype
+        return logprobs.gather(-1, symbols.unsqueeze(-1)).squeeze(-1), logprobs[..., blank_id].clone()
 
     @staticmethod
     def backward(ctx, emit_grad, blank_grad):
-        logits, symbols, norm = ctx.saved_tensors
-        grad = (logits - norm.unsqueeze(-1)).exp_().mul_(-(emit_grad + blank_grad).unsqueeze(-1))
+        logprobs, symbols = ctx.saved_tensors
+        grad = logprobs.exp().mul_(-(emit_grad + blank_grad).unsqueeze(-1))
         grad.scatter_add_(-1, symbols.unsqueeze(-1), emit_grad.unsqueeze(-1))
         grad[..., ctx.blank_id] += blank_grad
-        return grad.to(logits.dtype), None, None
+        return grad.to(ctx.dtype), None, None
 
 
 def _additive_arcs(am: Tensor, lm: Tensor, y: Tensor, blank_id: int) -> tuple[Tensor, Tensor]:
