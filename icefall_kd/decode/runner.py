@@ -11,16 +11,18 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from icefall_kd.bootstrap import confidence_interval
+from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.decode.base import Decoder, Hypothesis
@@ -75,20 +77,19 @@ def build_decoder(system, config: DecodeConfig) -> Decoder:
     return entry if isinstance(entry, Decoder) else entry(config)
 
 
-def decode_suffix(config: DecodeConfig, files_used: Sequence = (), context_size: int | None = None) -> str:
+def decode_suffix(config: DecodeConfig, files_used: str = "", context_size: int | None = None) -> str:
     """Return the part of the file names that says which parameters and which search, as in icefall.
 
     Args:
         config: options of decode.py.
-        files_used: checkpoint files; the last one names the epoch when no option does.
+        files_used: what load_for_decoding says it took; its last file counts when no option names one.
         context_size: of the stateless decoder; None: left out.
     """
-    if config.iter is not None:
-        where = f"iter-{config.iter}"
-    elif config.epoch is not None:
-        where = f"epoch-{config.epoch}"
-    else:
-        where = Path(str(files_used[-1])).stem if files_used else "newest"
+    found = re.findall(r"(epoch|checkpoint)-(\d+)", files_used)
+    kind, number = found[-1] if found else ("epoch", "newest")
+    if config.iter is not None or config.epoch is not None:
+        kind, number = ("checkpoint", config.iter) if config.iter is not None else ("epoch", config.epoch)
+    where = f"{'iter' if kind == 'checkpoint' else 'epoch'}-{number}"
     parts = [f"{where}_avg-{config.avg}"]
     if config.decoding_method == "greedy_search":
         if context_size is not None:
@@ -169,7 +170,7 @@ def decode_parts(
     batches: Mapping[str, Iterable[Batch]],
     config: DecodeConfig,
     *,
-    files_used: Sequence = (),
+    files_used: str = "",
     suffix: str | None = None,
     res_dir: Path | None = None,
 ) -> dict[str, dict]:
@@ -180,7 +181,7 @@ def decode_parts(
         tokenizer: of the training.
         batches: the batches of each part by the part's name.
         config: options of decode.py.
-        files_used: checkpoint files behind the parameters, for the record.
+        files_used: which checkpoint files the parameters come from, for the record.
         suffix: of the file names; None: :func:`decode_suffix`.
         res_dir: where files go; None: ``exp_dir/decoding_method``.
     Returns:
@@ -244,11 +245,11 @@ def per_utterance(scored: Score) -> dict[str, list]:
     }
 
 
-def _provenance(config: DecodeConfig, tokenizer, files_used: Sequence, device: torch.device) -> dict:
-    options = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.device) -> dict:
+    options = config_to_dict(config)
     return {
         "decoding_method": config.decoding_method,
-        "files_used": [str(f) for f in files_used],
+        "files_used": files_used,
         "tokenizer_hash": tokenizer.hash,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "command": shlex.join(sys.argv),
