@@ -230,8 +230,8 @@ class MvqSystem(System):
         """Return the constructors of this model's searches, by the names of --decoding-method."""
         found: dict[str, object] = {}
         if self.model.joiner is not None:
-            found["greedy_search"] = lambda config: GreedySearch(self.model)
-            found["modified_beam_search"] = lambda config: ModifiedBeamSearch(self.model, beam_size=config.beam_size)
+            found["greedy_search"] = lambda config: GreedySearch.from_config(self.model, config)
+            found["modified_beam_search"] = lambda config: ModifiedBeamSearch.from_config(self.model, config)
         if self.model.ctc_output is not None:
             found["ctc_greedy_search"] = lambda config: CtcGreedySearch(self.model)
         return found
