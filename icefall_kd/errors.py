@@ -4,7 +4,6 @@ Exit codes: 0 fine, 1 a bug, 2 usage or configuration, 3 numeric failure, 4 data
 This module imports nothing but the standard library.
 """
 
-import logging
 import sys
 from collections.abc import Callable
 
@@ -41,6 +40,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except KdError as error:
+        import logging  # here, since the check of a shell stage imports this module and must start quickly
+
         logging.getLogger("icefall_kd").error("%s: %s", type(error).__name__, error)
         sys.exit(error.exit_code)
     sys.exit(code or 0)
