@@ -24,12 +24,16 @@ class FrameFormula:
     """Strides, first layer first."""
     right_pad: bool = False
     """Count ceil(num_samples / hop) frames instead of the un-padded convolution's."""
+    pad: int = 0
+    """Samples of padding, both ends together, that the first layer adds (Fbank extractors)."""
 
     def __post_init__(self) -> None:
         if not self.kernels or len(self.kernels) != len(self.strides):
             raise ConfigError(f"a frame formula needs one stride a kernel, got {self.kernels} and {self.strides}")
         if min(self.kernels) < 1 or min(self.strides) < 1:
             raise ConfigError(f"kernels and strides are at least 1, got {self.kernels} and {self.strides}")
+        if self.pad < 0 or (self.pad and self.right_pad):
+            raise ConfigError(f"pad is {self.pad}; it is at least 0, and 0 with right_pad")
 
     @property
     def hop(self) -> int:
@@ -54,7 +58,7 @@ class FrameFormula:
             raise ConfigError(f"num_samples is {num_samples}; it cannot be negative")
         if self.right_pad:
             return -(-num_samples // self.hop)
-        n = num_samples
+        n = num_samples + self.pad
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             if n < kernel:
                 return 0
@@ -63,18 +67,31 @@ class FrameFormula:
 
     def to_dict(self) -> dict:
         """Return the plain form stored in a label set's provenance."""
-        return {"kernels": list(self.kernels), "strides": list(self.strides), "right_pad": self.right_pad}
+        return {
+            "kernels": list(self.kernels),
+            "strides": list(self.strides),
+            "right_pad": self.right_pad,
+            "pad": self.pad,
+        }
 
     @classmethod
     def from_dict(cls, d: dict) -> "FrameFormula":
         """Read back what :meth:`to_dict` wrote."""
-        return cls(kernels=tuple(d["kernels"]), strides=tuple(d["strides"]), right_pad=bool(d["right_pad"]))
+        return cls(
+            kernels=tuple(d["kernels"]),
+            strides=tuple(d["strides"]),
+            right_pad=bool(d["right_pad"]),
+            pad=int(d.get("pad", 0)),
+        )
 
 
 # The convolution stack shared by wav2vec 2.0, HuBERT and WavLM: hop 320, receptive field 400.
 SSL_CONV = FrameFormula(kernels=(10, 3, 3, 3, 3, 2, 2), strides=(5, 2, 2, 2, 2, 2, 2))
 # Whisper: one output frame is 320 samples; frames that lie wholly in the padding are dropped.
 WHISPER_CONV = FrameFormula(kernels=(320,), strides=(320,), right_pad=True)
+# Our own encoders: log-mel frames of 25 ms every 10 ms centred by padding (see fbank_num_frames), then two un-padded
+# convolutions of kernel 3 and stride 2 (see conv2d_subsampled_len): hop 640.
+FBANK_CONV2D = FrameFormula(kernels=(400, 3, 3), strides=(160, 2, 2), pad=320)
 
 
 def fbank_num_frames(num_samples: int, hop: int = 160) -> int:

@@ -11,6 +11,7 @@ from icefall_kd.teachers import ctranslate2
 from icefall_kd.teachers.base import Teacher
 from icefall_kd.teachers.locate import Located, locate
 from icefall_kd.teachers.pretrained import Precision
+from icefall_kd.teachers.windows import WindowedTeacher
 
 
 def _whisper(found: Located, cfg: TeacherConfig, precision: Precision) -> Teacher:
@@ -19,8 +20,17 @@ def _whisper(found: Located, cfg: TeacherConfig, precision: Precision) -> Teache
     return WhisperTeacher.load(found.folder, **_options(found, cfg, precision))
 
 
+def _speech_ssl(found: Located, cfg: TeacherConfig, precision: Precision) -> Teacher:
+    from icefall_kd.teachers.speech_ssl import SpeechSslTeacher
+
+    return SpeechSslTeacher.load(found.folder, **_options(found, cfg, precision))
+
+
 LOADERS: dict[str, Callable[[Located, TeacherConfig, Precision], Teacher]] = {
     "whisper": _whisper,
+    "hubert": _speech_ssl,
+    "wavlm": _speech_ssl,
+    "wav2vec2": _speech_ssl,
 }
 
 
@@ -48,8 +58,22 @@ def family_of(folder: Path) -> str:
     raise ConfigError(f"{folder} holds model_type {model_type!r}; teachers are {', '.join(sorted(LOADERS))}")
 
 
+def is_exp_dir(folder: Path) -> bool:
+    """Tell whether a folder is a training of ours: it holds checkpoints by epoch or by step."""
+    return folder.is_dir() and (any(folder.glob("epoch-*.pt")) or any(folder.glob("checkpoint-*.pt")))
+
+
 def build(cfg: TeacherConfig) -> Teacher:
     """Build the teacher that ``cfg`` names; see :func:`icefall_kd.teachers.build_teacher`."""
     precision = Precision.choose(pick_device(cfg.teacher_device), cfg.teacher_dtype)
+    if is_exp_dir(Path(cfg.teacher)):
+        from icefall_kd.teachers.experiment import ExperimentTeacher
+
+        return ExperimentTeacher.load(
+            Path(cfg.teacher), layer=cfg.layer, normalize_embeddings=cfg.normalize_embeddings, precision=precision
+        )
     found = locate(cfg.teacher)
-    return LOADERS[family_of(found.folder)](found, cfg, precision)
+    teacher = LOADERS[family_of(found.folder)](found, cfg, precision)
+    if teacher.max_samples is not None and cfg.long_utterances == "window":
+        return WindowedTeacher(teacher)
+    return teacher

@@ -100,7 +100,7 @@ class PretrainedTeacher:
         """Return the exact number of frames of an utterance."""
         return self.frame_formula.num_frames(int(num_samples))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def extract(self, batch: Batch) -> TeacherOutput:
         """Return the embeddings of ``batch.audio`` (N, S) with ``batch.audio_lens`` (N,).
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from icefall_kd.frames import WHISPER_CONV
 from icefall_kd.teachers import hf
-from icefall_kd.teachers.pretrained import PretrainedTeacher, Precision, pick_layer
+from icefall_kd.teachers.pretrained import Precision, PretrainedTeacher, pick_layer
 
 N_FFT = 400
 HOP = 160
@@ -83,9 +83,11 @@ class WhisperTeacher(PretrainedTeacher):
             precision=precision,
             identity=identity,
         )
-        encoder.layers = encoder.layers[:layer]
+        encoder.eval().requires_grad_(False).to(precision.device)
+        self.last_block = encoder.layers[layer - 1]
+        encoder.layers = encoder.layers[: layer - 1]
         encoder.layer_norm = nn.Identity()
-        self.encoder = encoder.eval().requires_grad_(False).to(precision.device)
+        self.encoder = encoder
         self.filters = hf.mel_filters(config.num_mel_bins).to(precision.device)
         self.windows_per_forward = windows_per_forward or (1 if precision.device.type == "cpu" else 16)
 
@@ -101,5 +103,20 @@ class WhisperTeacher(PretrainedTeacher):
             longest = max(num_samples[i] for i in part)
             features = log_mel(audio[part, :longest], self.filters, self.max_samples)
             with self.precision.autocast():
-                values = self.encoder(features).last_hidden_state
-            yield part, values[:, : max(frames[i] for i in part)]
+                hidden = self.encoder(features).last_hidden_state
+                yield part, self._last(hidden, max(frames[i] for i in part))
+
+    def _last(self, hidden: Tensor, num_frames: int) -> Tensor:
+        """Run the chosen block for the first ``num_frames`` frames only; they attend to the whole window.
+
+        Args:
+            hidden: (n, 1500, C) input of the block.
+            num_frames: frames that are wanted.
+        Returns:
+            (n, num_frames, C).
+        """
+        block = self.last_block
+        normed = block.self_attn_layer_norm(hidden)
+        attended, _ = block.self_attn(normed[:, :num_frames], key_value_states=normed)
+        x = hidden[:, :num_frames] + attended
+        return x + block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(x))))
