@@ -1,0 +1,208 @@
+"""Checkpoints: the only reader and writer of .pt files.
+
+A checkpoint is one dict of tensors and plain containers, so that ``weights_only`` loading suffices:
+model, model_avg, optimizer, scheduler, grad_scaler, train (counters), config, tokenizer_hash, format_version.
+"""
+
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.files import atomic_write
+
+FORMAT_VERSION = 1
+_PLAIN = (str, int, float, bool, bytes, type(None))
+
+
+def _plain_copy(value: Any, where: str) -> Any:
+    """Return ``value`` ready to be saved; refuse whatever is not a tensor or a plain container."""
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+        # A view would drag its whole storage into the file.
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, dict):  # OrderedDict of state_dict() becomes a dict
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"checkpoint{where}: key {key!r} is a {type(key).__name__}, not a str or an int")
+        return {key: _plain_copy(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain_copy(item, f"{where}[{i}]") for i, item in enumerate(value))
+    raise TypeError(f"checkpoint{where} is a {type(value).__name__}; only tensors and plain containers are saved")
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Write ``checkpoint`` atomically: a reader sees the old file or the whole new one.
+
+    Raises:
+        TypeError: naming the entry that is neither a tensor nor a plain container.
+    """
+    plain = _plain_copy({**checkpoint, "format_version": FORMAT_VERSION}, "")
+    with atomic_write(path, "wb") as f:
+        torch.save(plain, f)
+
+
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Read one checkpoint to the CPU.
+
+    Args:
+        path: the file.
+        mmap: map the tensors instead of reading them, for a look at the counters.
+    Raises:
+        DataError: the file is missing or damaged.
+        ConfigError: a newer version of the project wrote it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # damaged zip archives end in errors of many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"checkpoint {path} is damaged and cannot be read ({reason})") from error
+    if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
+        raise DataError(f"{path} is not a checkpoint of this project: it has no format_version")
+    if checkpoint["format_version"] > FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has format version {checkpoint['format_version']}, this code reads up to {FORMAT_VERSION}; "
+            "update the code"
+        )
+    return checkpoint
+
+
+def list_checkpoints(exp_dir: str | Path, kind: str) -> dict[int, Path]:
+    """Return ``<kind>-N.pt`` of ``exp_dir`` by N, ascending (kind: "epoch" or "checkpoint").
+
+    Only the number orders them: times of modification change when files are copied.
+    """
+    pattern = re.compile(rf"{re.escape(kind)}-(\d+)\.pt")
+    exp_dir = Path(exp_dir)
+    found = {}
+    if exp_dir.is_dir():
+        for path in exp_dir.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match:
+                found[int(match.group(1))] = path
+    return dict(sorted(found.items()))
+
+
+def load_newest(exp_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the readable checkpoint with the most steps, or None when there is none to begin with.
+
+    A damaged file is named in the log and the one before it is taken.
+
+    Raises:
+        DataError: checkpoints exist, but every one of them is damaged.
+    """
+    best: tuple[Path, dict[str, Any]] | None = None
+    damaged = []
+    for kind in ("epoch", "checkpoint"):
+        for path in reversed(list_checkpoints(exp_dir, kind).values()):
+            try:
+                checkpoint = load_checkpoint(path)
+            except DataError as error:
+                logging.getLogger(__name__).warning("%s; falling back to the file before it", error)
+                damaged.append(path.name)
+                continue
+            if best is None or checkpoint["train"]["step"] > best[1]["train"]["step"]:
+                best = (path, checkpoint)
+            break
+    if best is None and damaged:
+        raise DataError(f"every checkpoint of {exp_dir} is damaged: {', '.join(damaged)}; remove them to start anew")
+    return best
+
+
+def remove_old(exp_dir: str | Path, kind: str, keep: int | None) -> list[Path]:
+    """Delete all but the ``keep`` highest-numbered files of ``kind`` and return what was deleted."""
+    if keep is None:
+        return []
+    old = list(list_checkpoints(exp_dir, kind).values())[:-keep]
+    for path in old:
+        path.unlink(missing_ok=True)
+    return old
+
+
+def copy_as(source: str | Path, name: str) -> Path:
+    """Make ``name`` beside ``source`` the same file, atomically (a hard link where the disk allows)."""
+    source = Path(source)
+    target, temporary = source.with_name(name), source.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    return target
+
+
+def check_tokenizer(checkpoint: dict[str, Any], tokenizer_hash: str, path: str | Path) -> None:
+    """Refuse a checkpoint that was trained with another tokenizer."""
+    saved = checkpoint.get("tokenizer_hash", "")
+    if saved and tokenizer_hash and saved != tokenizer_hash:
+        raise ConfigError(
+            f"{path} was trained with tokenizer {saved}, this run uses {tokenizer_hash}; "
+            "use the tokenizer in its exp_dir, or another --exp-dir"
+        )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the entries of a state dict."""
+
+    loaded: list[str] = field(default_factory=list)
+    """Entries that were copied."""
+    missing: list[str] = field(default_factory=list)
+    """Entries of the model that the file lacks."""
+    unexpected: list[str] = field(default_factory=list)
+    """Entries of the file that the model lacks."""
+    mismatched: list[str] = field(default_factory=list)
+    """Entries of another shape, with both shapes."""
+
+    def __str__(self) -> str:
+        parts = [f"loaded {len(self.loaded)} tensors"]
+        for title, names in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("of another shape", self.mismatched),
+        ):
+            if names:
+                parts.append(f"{len(names)} {title}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
+        return "; ".join(parts)
+
+
+def load_model(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True, source: str = "") -> LoadReport:
+    """Copy a state dict into ``model`` and report on every entry.
+
+    Args:
+        model: receives the parameters and buffers.
+        state_dict: name -> tensor.
+        strict: refuse anything missing, unexpected or of another shape.
+        source: where the state dict is from, for the message.
+    Raises:
+        ConfigError: in strict mode, naming the entries.
+    """
+    own = model.state_dict()
+    matching = {k: v for k, v in state_dict.items() if k in own and own[k].shape == v.shape}
+    report = LoadReport(
+        loaded=list(matching),
+        missing=[k for k in own if k not in state_dict],
+        unexpected=[k for k in state_dict if k not in own],
+        mismatched=[
+            f"{k} {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the model"
+            for k, v in state_dict.items()
+            if k in own and own[k].shape != v.shape
+        ],
+    )
+    if strict and (report.missing or report.unexpected or report.mismatched):
+        raise ConfigError(f"the weights of {source or 'the checkpoint'} do not fit the model: {report}")
+    model.load_state_dict(matching, strict=False)
+    return report

@@ -1,0 +1,546 @@
+"""The one training loop of all systems.
+
+What a step computes depends on the configuration, the data and (seed, step, rank) alone, so a training that was
+stopped at any step and is started again with the same command ends in the same weights, bit by bit on a CPU.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from icefall_kd.cli import config_to_dict
+from icefall_kd.config import TrainConfig
+from icefall_kd.data.batch import Batch
+from icefall_kd.errors import DataError, NumericError
+from icefall_kd.runtime import dist
+from icefall_kd.runtime.env import pick_device
+from icefall_kd.runtime.files import write_json
+from icefall_kd.runtime.log import format_seconds
+from icefall_kd.systems.base import LossTerms, System
+from icefall_kd.train import checkpoint as ckpt
+from icefall_kd.train import guards
+from icefall_kd.train.average import RunningAverage
+from icefall_kd.train.metrics import RESET_INTERVAL, MetricsWriter, Tracker, format_values, read_terms
+from icefall_kd.train.optim import ScaledAdam, build_optimizer, learning_rate
+from icefall_kd.train.state import TrainState, refuse_changed_config, refuse_changed_data, write_config
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainData(Protocol):
+    """What the loop needs of a data module."""
+
+    def train_batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+        """Return this rank's batches of ``epoch`` (from 1) without the first ``skip``, equally many on all ranks."""
+
+    def valid_batches(self) -> Iterator[Batch]:
+        """Return this rank's share of the validation data."""
+
+    def worst_batches(self) -> list[Batch]:
+        """Return the batches that need most memory."""
+
+    def state(self) -> dict:
+        """Return a fingerprint of the training data."""
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of all randomness of one step on one rank."""
+    digest = hashlib.blake2b(f"{seed},{step},{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def train(
+    system: System,
+    data: TrainData,
+    config: TrainConfig,
+    tokenizer_hash: str = "",
+    on_start: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Train ``system``, or continue the training that ``exp_dir`` holds.
+
+    Args:
+        system: model and losses, on the CPU; it holds the trained weights afterwards.
+        data: see :class:`TrainData`.
+        config: all options; those of ``config.loop`` and ``config.optim`` are used here.
+        tokenizer_hash: stored in every checkpoint; a checkpoint of another tokenizer is refused.
+        on_start: called on rank 0 before the first step of a run that has steps to do.
+    Returns:
+        What exp_dir/train_summary.json holds: finished, epochs, steps, train_loss, valid, seconds, ...
+    Raises:
+        ConfigError: changed options, unused parameters, or out of memory.
+        DataError: other data than before, or damaged checkpoints.
+        NumericError: too many non-finite steps in a row.
+    """
+    dist.init()
+    trainer = _Trainer(system, data, config, tokenizer_hash)
+    try:
+        with trainer.signals():
+            return trainer.run(on_start)
+    except BaseException as error:
+        dist.report_failure(error)
+        raise
+    finally:
+        if trainer.writer is not None:
+            trainer.writer.close()
+
+
+class _Stop(Exception):
+    """Raised inside a run when it ends before its last epoch."""
+
+    def __init__(self, by_signal: bool) -> None:
+        super().__init__()
+        self.by_signal = by_signal
+
+
+class _Trainer:
+    def __init__(self, system: System, data: TrainData, config: TrainConfig, tokenizer_hash: str) -> None:
+        self.config, self.loop = config, config.loop
+        self.data, self.tokenizer_hash = data, tokenizer_hash
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.exp_dir = Path(self.loop.exp_dir)
+        if self.loop.num_threads:
+            torch.set_num_threads(self.loop.num_threads)
+        self.device = pick_device(self.loop.device)
+        if self.device.type == "cuda" and self.world_size > 1:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.system = system.to(self.device)
+        self.optimizer = build_optimizer(config.optim, system)
+        # The scale starts at 1, where nothing can overflow that does not overflow by itself.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0, enabled=self.loop.precision == "fp16")
+        self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=data.state())
+        self.average = RunningAverage(system, self.loop.average_period) if self.rank == 0 else None
+        self.guard = guards.NonFiniteGuard(self.loop.max_skips, self.exp_dir, self.rank)
+        self.running, self.epoch_tracker = Tracker(1 - 1 / RESET_INTERVAL), Tracker()
+        self.current: Tracker = Tracker()
+        self.writer: MetricsWriter | None = None
+        self.stop_signal: str | None = None
+        self.gradients_checked = False
+        self.grad_norm = math.nan
+        self.model: nn.Module = system
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Note SIGTERM and SIGUSR1 (a scheduler's warning) while the training runs."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _frame: object) -> None:
+            self.stop_signal = signal.Signals(number).name
+
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        dtype = AUTOCAST[self.loop.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def run(self, on_start: Callable[[], None] | None) -> dict[str, Any]:
+        self._resume()
+        if self._finished():
+            logger.info("%s is trained already: %d steps", self.exp_dir, self.state.step)
+            return self._summary(finished=True, write=not (self.exp_dir / "train_summary.json").exists())
+        self._start(on_start)
+        start = time.monotonic()
+        self.started, self.seconds_before, self.steps_before = start, self.state.seconds, self.state.step
+        self.interval_start, self.interval_audio = start, 0.0
+        try:
+            while not self._finished():
+                self._epoch()
+        except _Stop as stop:
+            self._save(f"checkpoint-{self.state.step}.pt", "checkpoint", self.loop.keep_last_k)
+            if stop.by_signal:
+                logger.warning(
+                    "stopped by %s after step %d and saved; run the same command again to continue",
+                    self.stop_signal or "a signal to another rank",
+                    self.state.step,
+                )
+                return self._summary(finished=False, write=False)
+        return self._summary(finished=True, write=True)
+
+    def _finished(self) -> bool:
+        steps = self.loop.max_steps
+        return self.state.epoch > self.loop.num_epochs or (steps is not None and self.state.step >= steps)
+
+    def _resume(self) -> None:
+        found = ckpt.load_newest(self.exp_dir)
+        steps = dist.gather_objects(found[1]["train"]["step"] if found else -1)
+        if len(set(steps)) > 1:
+            raise DataError(f"the ranks found checkpoints of steps {steps}: is {self.exp_dir} one folder for all?")
+        if found is None:
+            return
+        path, saved = found
+        ckpt.check_tokenizer(saved, self.tokenizer_hash, path)
+        refuse_changed_config(saved["config"], config_to_dict(self.config), path)
+        state = TrainState.from_dict(saved["train"])
+        refuse_changed_data(state.data, self.state.data, path)
+        if state.world_size != self.world_size:
+            if state.batch:
+                raise DataError(
+                    f"{path} was saved within an epoch by {state.world_size} ranks; {self.world_size} ranks see other "
+                    f"batches. Continue with {state.world_size}, or from an epoch-N.pt (move {path.name} away)"
+                )
+            logger.warning("continuing with %d ranks instead of %d", self.world_size, state.world_size)
+            state.world_size = self.world_size
+        ckpt.load_model(self.system, saved["model"], source=str(path))
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["grad_scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["model_avg"])
+        self.state = state
+        self.guard.in_a_row, self.guard.total = state.skipped_in_a_row, state.skipped
+        if self.rank == 0:  # the saved sums are those of all ranks
+            self.running.load_state_dict(state.running_sums)
+            self.epoch_tracker.load_state_dict(state.epoch_sums)
+        logger.info("continuing from %s: epoch %d, batch %d, step %d", path, state.epoch, state.batch, state.step)
+
+    def _start(self, on_start: Callable[[], None] | None) -> None:
+        # Nobody writes before every rank has read.
+        dist.barrier()
+        if self.rank == 0:
+            self.exp_dir.mkdir(parents=True, exist_ok=True)
+            write_config(self.exp_dir, self.config, self.state.step)
+            self.writer = MetricsWriter(self.exp_dir, self.state.step)
+            if on_start is not None:
+                on_start()
+        num_params = sum(p.numel() for p in self.system.parameters())
+        logger.info("%d parameters, device %s, %d ranks", num_params, self.device, self.world_size)
+        if self.loop.oom_scan:
+            guards.scan_worst_batches(
+                self.system,
+                self.data.worst_batches(),
+                self.device,
+                self.autocast,
+                self.exp_dir,
+                self.config.data.max_duration,
+                rank=self.rank,
+                step=self.state.step,
+            )
+        if self.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.system, device_ids=ids)
+
+    def _epoch(self) -> None:
+        """Train what is left of the epoch in progress, validate and save."""
+        state, loop = self.state, self.loop
+        groups = _groups(self.data.train_batches(state.epoch, state.batch), loop.accum_grad)
+        self.system.train()
+        for batches, is_last in groups:
+            stop = self._step(batches, is_last)
+            state.batch += len(batches)
+            state.step += 1
+            if self.average is not None:
+                self.average.update(self.system, state.step)
+            if state.step % loop.log_interval == 0 or state.step == 1:
+                self._log(len(batches[-1]))
+            at_end = loop.max_steps is not None and state.step >= loop.max_steps
+            if at_end or (loop.valid_interval and state.step % loop.valid_interval == 0 and not is_last):
+                stop = self._validate() or stop
+            if stop or at_end:
+                raise _Stop(by_signal=stop and not at_end)
+            if state.step % loop.save_every_n == 0:
+                self._save(f"checkpoint-{state.step}.pt", "checkpoint", loop.keep_last_k)
+        if state.batch == 0:
+            raise DataError(f"epoch {state.epoch} has no training batches")
+        if self._validate():
+            raise _Stop(by_signal=True)
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        state, epoch = self.state, self.state.epoch
+        state.train_loss = self.epoch_tracker.reduced().means().get("loss", math.nan)
+        state.history.append(
+            {"epoch": epoch, "step": state.step, "train_loss": state.train_loss, "valid": state.valid}
+        )
+        guards.constant_metrics([h["valid"] for h in state.history if h["valid"]])
+        best = []
+        if state.best_train_loss is None or state.train_loss < state.best_train_loss:
+            state.best_train_loss, state.best_train_epoch = state.train_loss, epoch
+            best.append("best-train-loss.pt")
+        if state.valid and (state.best_valid_loss is None or state.valid["loss"] < state.best_valid_loss):
+            state.best_valid_loss, state.best_valid_epoch = state.valid["loss"], epoch
+            best.append("best-valid-loss.pt")
+        state.batches_per_epoch = state.batch
+        state.epoch, state.batch = epoch + 1, 0
+        self.epoch_tracker = Tracker()
+        self._save(f"epoch-{epoch}.pt", "epoch", self.loop.keep_epochs)
+        if self.rank == 0:
+            for name in best:
+                ckpt.copy_as(self.exp_dir / f"epoch-{epoch}.pt", name)
+
+    def _step(self, batches: list[Batch], is_last: bool) -> bool:
+        """Do one optimizer step, or skip it on all ranks; return whether a rank was told to stop."""
+        state, optimizer = self.state, self.optimizer
+        rate = learning_rate(self.config.optim, state.step, state.epoch - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        seed_everything(step_seed(self.loop.seed, state.step, self.rank))
+        optimizer.zero_grad(set_to_none=True)
+        self.current = Tracker()
+        frames, stop = 0.0, False
+        for i, batch in enumerate(batches):
+            state.audio_seconds += sum(batch.durations)
+            self.interval_audio += sum(batch.durations)
+            synchronise = i == len(batches) - 1 or self.model is self.system
+            with contextlib.nullcontext() if synchronise else self.model.no_sync():
+                terms, values = self._forward(batch)
+                finite = math.isfinite(values["loss"][0])
+                flags = [not finite, self.stop_signal is not None, is_last, terms.frames]
+                bad, stops, lasts, all_frames = dist.all_reduce_sum(flags, self.device)
+                stop = stops > 0
+                if 0 < lasts < self.world_size:
+                    raise DataError(f"epoch {state.epoch} ends after batch {state.batch + i + 1} on some ranks only")
+                if bad:
+                    self._skip(terms, batch, locally=not finite)
+                    return stop
+                self._backward(terms, batch)
+            self.current.add(values)
+            frames += all_frames
+        if not self.gradients_checked:
+            guards.refuse_unused(guards.parameters_without_gradient(self.system))
+            self.gradients_checked = True
+        if self._update(frames):
+            self.guard.good()
+            state.skipped_in_a_row = 0
+            self.running.add(self.current.sums)
+            self.running.bounds = self.current.bounds
+            self.epoch_tracker.add(self.current.sums)
+        else:
+            self._skip(None, batches[-1], locally=True)
+        return stop
+
+    def _skip(self, terms: LossTerms | None, batch: Batch, locally: bool) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            self.guard.bad(self.state.step, terms, batch, locally)
+        finally:
+            self.state.skipped, self.state.skipped_in_a_row = self.guard.total, self.guard.in_a_row
+
+    def _forward(self, batch: Batch) -> tuple[LossTerms, dict[str, list[float]]]:
+        with self._memory_guard(batch), self.autocast():
+            terms = self.model(batch.to(self.device), self.state.step)
+            return terms, read_terms(terms)
+
+    def _backward(self, terms: LossTerms, batch: Batch) -> None:
+        with self._memory_guard(batch):
+            self.scaler.scale(terms.total).backward()
+
+    @contextlib.contextmanager
+    def _memory_guard(self, batch: Batch) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not guards.is_out_of_memory(error):
+                raise
+            file = self.exp_dir / f"oom-step{self.state.step}-rank{self.rank}.json"
+            where = f"at step {self.state.step}"
+            raise guards.out_of_memory(error, batch, where, file, self.config.data.max_duration) from error
+
+    def _update(self, frames: float) -> bool:
+        """Normalise, clip and apply the gradients; return False when they are not finite."""
+        self.scaler.unscale_(self.optimizer)
+        params = [p for p in self.system.parameters() if p.grad is not None]
+        scaled_adam = isinstance(self.optimizer, ScaledAdam)
+        # DDP leaves the mean over ranks: back to the sum, and AdamW (whose clipping is absolute) to a mean a frame.
+        factor = self.world_size / (1.0 if scaled_adam else max(frames, 1.0))
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in params], factor)
+        if not scaled_adam:
+            norm = nn.utils.get_total_norm([p.grad for p in params])
+            self.grad_norm = float(norm)
+            if not math.isfinite(self.grad_norm) and not self.scaler.is_enabled():
+                return False
+            nn.utils.clip_grads_with_norm_(params, self.config.optim.grad_clip, norm)
+        self.scaler.step(self.optimizer)
+        if scaled_adam and self.optimizer.last_grad_norm is not None:
+            self.grad_norm = float(self.optimizer.last_grad_norm)
+        if self.scaler.is_enabled():
+            self._adjust_scale()
+            return True
+        return math.isfinite(self.grad_norm)
+
+    def _adjust_scale(self) -> None:
+        """Update the fp16 loss scale: torch halves it at an overflow, and is slow to double a small one."""
+        self.scaler.update()
+        scale, step = self.scaler.get_scale(), self.state.step
+        if scale < 1e-5:
+            raise NumericError(f"the fp16 loss scale fell to {scale:g} at step {step}; use --precision bf16 or fp32")
+        if (step % 25 == 0 and scale < 2) or (step % 100 == 0 and scale < 8) or (step % 400 == 0 and scale < 32):
+            self.scaler.update(scale * 2)
+        if scale < 0.01 and step % self.loop.log_interval == 0:
+            logger.warning("the fp16 loss scale is down to %g at step %d", scale, step)
+
+    def _validate(self) -> bool:
+        """Validate and record the results; return True when a signal to stop came meanwhile."""
+        tracker = Tracker()
+        self.system.eval()
+        start = time.monotonic()
+        with torch.no_grad():
+            for batch in self.data.valid_batches():
+                if self.stop_signal is not None:
+                    break
+                with self.autocast():
+                    tracker.add(read_terms(self.system(batch.to(self.device), self.state.step)))
+        self.system.train()
+        if dist.any_rank(self.stop_signal is not None, self.device):
+            return True
+        tracker = tracker.reduced()
+        if tracker.frames:
+            self.state.valid = tracker.means()
+            logger.info(
+                "Epoch %d, step %d, validation[%s], %s",
+                self.state.epoch,
+                self.state.step,
+                tracker,
+                format_seconds(time.monotonic() - start),
+            )
+            if self.writer is not None:
+                self.writer.write("valid", self.state.step, self.state.valid, epoch=self.state.epoch)
+        return False
+
+    def _log(self, batch_size: int) -> None:
+        current, running = self.current.reduced(), self.running.reduced()
+        now = time.monotonic()
+        audio, = dist.all_reduce_sum([self.interval_audio], self.device)
+        speed = audio / max(now - self.interval_start, 1e-9)
+        self.interval_start, self.interval_audio = now, 0.0
+        state, rate = self.state, self.optimizer.param_groups[0]["lr"]
+        memory = self._peak_memory()
+        eta = self._eta(now)
+        logger.info(
+            "Epoch %d, batch %d, step %d, loss[%s], tot_loss[%s], batch size: %d, lr: %.3g, grad_norm: %.4g, "
+            "%.4g audio hours/hour, memory: %.2f GiB, ETA: %s%s",
+            state.epoch,
+            state.batch,
+            state.step,
+            current,
+            format_values({"loss": running.means().get("loss", math.nan)}),
+            batch_size,
+            rate,
+            self.grad_norm,
+            speed,
+            memory,
+            "unknown" if eta is None else format_seconds(eta),
+            f", grad_scale: {self.scaler.get_scale():g}" if self.scaler.is_enabled() else "",
+        )
+        if self.writer is not None:
+            self.writer.write(
+                "train",
+                state.step,
+                current.means(),
+                tot=running.means(),
+                epoch=state.epoch,
+                batch=state.batch,
+                lr=rate,
+                grad_norm=self.grad_norm,
+                audio_hours_per_hour=speed,
+                memory_gib=memory,
+                skipped=state.skipped,
+            )
+
+    def _eta(self, now: float) -> float | None:
+        """Return the seconds left at this run's pace, or None in the first epoch."""
+        state, done = self.state, self.state.step - self.steps_before
+        if not done:
+            return None
+        steps = self.loop.max_steps
+        if state.batches_per_epoch is not None:
+            left = state.batches_per_epoch * (self.loop.num_epochs - state.epoch + 1) - state.batch
+            by_epochs = state.step + math.ceil(left / self.loop.accum_grad)
+            steps = by_epochs if steps is None else min(steps, by_epochs)
+        return None if steps is None else (now - self.started) / done * max(0, steps - state.step)
+
+    def _peak_memory(self) -> float:
+        """Return the peak memory in GiB: of the GPU, or resident on the host."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+    def _save(self, name: str, kind: str, keep: int | None) -> None:
+        state = self.state
+        running, epoch_tracker = self.running.reduced(), self.epoch_tracker.reduced()
+        if self.rank != 0:
+            return
+        state.running_sums, state.epoch_sums = running.state_dict(), epoch_tracker.state_dict()
+        state.seconds = self.seconds_before + time.monotonic() - self.started
+        ckpt.save_checkpoint(
+            self.exp_dir / name,
+            {
+                "model": self.system.state_dict(),
+                "model_avg": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                # The rate is a function of these two; they are here for whoever reads the file.
+                "scheduler": {"step": state.step, "epoch": state.epoch},
+                "grad_scaler": self.scaler.state_dict(),
+                "train": state.to_dict(),
+                "config": config_to_dict(self.config),
+                "tokenizer_hash": self.tokenizer_hash,
+            },
+        )
+        ckpt.remove_old(self.exp_dir, kind, keep)
+        logger.info("saved %s", self.exp_dir / name)
+
+    def _summary(self, finished: bool, write: bool) -> dict[str, Any]:
+        state = self.state
+        audio, = dist.all_reduce_sum([state.audio_seconds], self.device)
+        train_loss = state.train_loss
+        if state.batch and self.epoch_tracker.sums:
+            train_loss = self.epoch_tracker.reduced().means()["loss"]
+        summary = {
+            "finished": finished,
+            "epochs": state.epoch - 1,
+            "steps": state.step,
+            "skipped_steps": state.skipped,
+            "train_loss": train_loss,
+            "valid": state.valid,
+            "best_valid_epoch": state.best_valid_epoch,
+            "seconds": state.seconds,
+            "audio_hours": audio / 3600,
+            "audio_hours_per_hour": audio / state.seconds if state.seconds else None,
+            "peak_memory_gib": self._peak_memory(),
+            "parameters": sum(p.numel() for p in self.system.parameters()),
+            "world_size": self.world_size,
+            "device": str(self.device),
+        }
+        if write and self.rank == 0:
+            write_json(self.exp_dir / "train_summary.json", json.loads(json.dumps(summary)))
+        return summary
+
+
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[tuple[list[Batch], bool]]:
+    """Yield groups of ``size`` batches (the last may be smaller) and whether a group is the last."""
+    pending: list[Batch] = []
+    for batch in batches:
+        if len(pending) == size:
+            yield pending, False
+            pending = []
+        pending.append(batch)
+    if pending:
+        yield pending, True

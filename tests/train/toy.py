@@ -1,0 +1,149 @@
+"""A toy system and its data: a linear encoder with dropout and a classifier of frames."""
+
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from icefall_kd.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
+from icefall_kd.data.batch import Batch
+from icefall_kd.errors import run_main
+from icefall_kd.runtime import dist
+from icefall_kd.runtime.log import setup_logging
+from icefall_kd.systems.base import LossTerm, LossTerms, System
+from icefall_kd.train.loop import train
+
+FEATURE_DIM, NUM_CLASSES = 8, 5
+
+
+class ToySystem(System):
+    """Classify every frame; ``unused`` adds a parameter that no loss uses."""
+
+    def __init__(self, dropout: float = 0.3, unused: bool = False) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(FEATURE_DIM, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 16))
+        self.output = nn.Linear(16, NUM_CLASSES)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("num_forwards", torch.zeros((), dtype=torch.int64))
+        if unused:
+            self.forgotten = nn.Linear(3, 3)
+
+    def losses(self, batch: Batch, step: int) -> LossTerms:
+        if self.training:
+            self.num_forwards += 1
+        logits = self.output(self.encoder(batch.features)).float() * self.scale  # (N, T, V)
+        mask = torch.arange(logits.size(1), device=logits.device) < batch.x_lens[:, None]
+        ce = nn.functional.cross_entropy(logits.transpose(1, 2), batch.y, reduction="none") * mask
+        frames = int(batch.x_lens.sum())
+        correct = ((logits.argmax(-1) == batch.y) & mask).sum()
+        return LossTerms(
+            terms={
+                "ce_loss": LossTerm(ce.sum(), 1.0, frames, per_utterance=ce.sum(dim=1).detach()),
+                "logged_only": LossTerm(logits.detach().square().mean(), 0.0, 1.0),
+            },
+            frames=frames,
+            metrics={"accuracy": (correct, float(frames)), "ce_bounded": (ce.sum(), float(frames), math.log(5))},
+        )
+
+
+class ToyData:
+    """Batches that depend on (seed, epoch, index) alone; every rank sees its share of the utterances.
+
+    Args:
+        num_batches: batches an epoch.
+        per_batch: utterances a batch of all ranks.
+        inf_at: (epoch, index, rank) triples whose batch holds an infinite feature.
+        fail_at: (epoch, index, rank) at which reading fails.
+        delay: seconds a batch takes to read.
+    """
+
+    def __init__(self, num_batches=7, per_batch=4, inf_at=(), fail_at=None, delay=0.0) -> None:
+        self.num_batches, self.per_batch = num_batches, per_batch
+        self.inf_at, self.fail_at, self.delay = {tuple(x) for x in inf_at}, fail_at, delay
+        self.num_read = 0
+        self.fingerprint = "toy"
+
+    def _batch(self, epoch: int, index: int, share: bool = True) -> Batch:
+        self.num_read += 1
+        g = torch.Generator().manual_seed(1000 * epoch + index)
+        features = torch.randn(self.per_batch, 12, FEATURE_DIM, generator=g)
+        x_lens = torch.randint(6, 13, (self.per_batch,), generator=g)
+        y = features[..., :NUM_CLASSES].argmax(-1)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
+        if (epoch, index, rank) in self.inf_at:
+            features[rank, 0, 0] = float("inf")
+        pick = slice(rank, None, world_size)
+        ids = [f"utt-{epoch}-{index}-{i}" for i in range(self.per_batch)]
+        return Batch(ids=ids[pick], features=features[pick], x_lens=x_lens[pick], y=y[pick], durations=[0.1] * len(ids[pick]))
+
+    def train_batches(self, epoch, skip):
+        for index in range(skip, self.num_batches):
+            if self.fail_at == (epoch, index, dist.get_rank()):
+                raise RuntimeError("planted failure")
+            if self.delay:
+                time.sleep(self.delay)
+            yield self._batch(epoch, index)
+
+    def valid_batches(self):
+        for index in range(2):
+            yield self._batch(0, index)
+
+    def worst_batches(self):
+        return [self._batch(1, 100), self._batch(1, 101)]
+
+    def state(self):
+        return {"train": self.fingerprint}
+
+
+def toy_config(exp_dir: Path, optimizer: str = "scaled_adam", **loop) -> TrainConfig:
+    """Return a configuration with short intervals; ``optim_*`` goes to the optimizer, ``data_*`` to the data."""
+    optim = {k.removeprefix("optim_"): loop.pop(k) for k in list(loop) if k.startswith("optim_")}
+    data = {k.removeprefix("data_"): loop.pop(k) for k in list(loop) if k.startswith("data_")}
+    defaults = {"num_epochs": 3, "log_interval": 1, "save_every_n": 4, "average_period": 2, "device": "cpu"}
+    return TrainConfig(
+        optim=OptimConfig(optimizer=optimizer, **{"base_lr": 0.02, "lr_warmup_steps": 5, "lr_batches": 50.0, **optim}),
+        loop=LoopConfig(exp_dir=exp_dir, **{**defaults, **loop}),
+        data=DataConfig(max_duration=100.0, **data),
+    )
+
+
+def run_toy(exp_dir: Path, data: ToyData | None = None, dropout: float = 0.3, **config) -> tuple[dict, ToySystem]:
+    """Train a toy system from a fixed initialisation."""
+    torch.manual_seed(7)
+    system = ToySystem(dropout)
+    result = train(system, data or ToyData(), toy_config(exp_dir, **config), tokenizer_hash="abc")
+    return result, system
+
+
+def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Return whether two state dicts are bit-equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def main() -> int:
+    """Train in a process of its own: toy.py EXP_DIR '{"data": {...}, "config": {...}}'."""
+    import json
+
+    torch.set_num_threads(1)
+    random.seed(0)
+    options = json.loads(sys.argv[2])
+    data = options.get("data", {})
+    if data.get("fail_at"):
+        data["fail_at"] = tuple(data["fail_at"])
+    dist.init(timeout=60)
+    try:
+        setup_logging(None, "toy", dist.get_rank())
+        result, _ = run_toy(Path(sys.argv[1]), ToyData(**data), options.get("dropout", 0.3), **options["config"])
+    finally:
+        dist.shutdown()
+    if dist.get_rank() == 0:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
