@@ -195,7 +195,10 @@ def decode_parts(
         network = getattr(getattr(system, "model", None), "decoder", None)
         suffix = decode_suffix(config, files_used, getattr(network, "context_size", None))
     res_dir = Path(res_dir) if res_dir is not None else config.exp_dir / config.decoding_method
-    record = _provenance(config, tokenizer, files_used, next(system.parameters()).device)
+    record = {
+        "parameters": sum(p.numel() for p in system.parameters()),
+        **_provenance(config, tokenizer, files_used, next(system.parameters()).device),
+    }
     results = {}
     for part, part_batches in batches.items():
         decoded = decode_batches(system, decoder, part_batches, warm_up=not results)

@@ -1,0 +1,307 @@
+"""Tables of results, made from what exp_dirs hold: nothing in them is typed by hand.
+
+An exp_dir holds config.json and train_summary.json of the training, and under each decoding method the
+results-<part>-<suffix>.json of decode.py.  Trainings that differ in their seed alone become one row.
+No torch here: a table is printed again in a second.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, paired_bootstrap
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.files import read_json, write_json
+
+RATE_NAMES = {"word": "WER", "char": "CER", "mixed": "MER", "token": "TER"}
+SYSTEM_NAMES = {
+    ("mvq", "none"): "student without KD",
+    ("mvq", "l1"): "student with L1 embedding KD",
+    ("mvq", "l2"): "student with L2 embedding KD",
+    ("mvq", "mvq"): "student with MVQ-KD",
+}
+# Options in which repetitions of one experiment may differ.
+_NOT_THE_EXPERIMENT = ("seed", "exp_dir", "device", "num_threads", "num_workers", "log_interval", "oom_scan")
+_STORAGE_FILE = "label_storage.json"
+
+
+@dataclass(frozen=True)
+class LabelStorage:
+    """What a label set takes on the disk."""
+
+    kind: str
+    """"codebook_indexes" or "embeddings"."""
+    width: int
+    """Values a teacher frame: codebooks or channels."""
+    dim: int
+    """Channels of the teacher's embeddings."""
+    frames: int
+    """Teacher frames."""
+    hours: float
+    """Hours of audio, speed copies counted."""
+    file_bytes: int
+    """Bytes of all shards, their indexes included."""
+
+    @property
+    def bytes_per_hour(self) -> float:
+        """Return bytes on disk an hour of audio."""
+        return self.file_bytes / self.hours
+
+    @property
+    def ratio(self) -> float:
+        """Return bytes on disk over the bytes of the same frames as float32 embeddings."""
+        return self.file_bytes / (4.0 * self.frames * self.dim)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its decodings."""
+
+    exp_dir: Path
+    config: dict
+    """Resolved options of the training, flat."""
+    seed: int
+    command: list[str]
+    commit: str
+    summary: dict
+    """train_summary.json."""
+    labels: list[LabelStorage]
+    results: list[dict]
+    """The results-*.json files."""
+
+
+@dataclass
+class Row:
+    """One line of a table: a system under one decoding, pooled over seeds."""
+
+    system: str
+    decoding: str
+    """Suffix of the result files: checkpoint, averaging and search."""
+    runs: list[Run]
+    results: dict[str, list[dict]] = field(default_factory=dict)
+    """Results of each part, one a run that has it."""
+
+    def rate(self, part: str) -> Interval | None:
+        """Return the error rate of a part over all seeds with its interval; None: not decoded or no reference."""
+        found = self.results.get(part)
+        if not found:
+            return None
+        if len(found) == 1 and found[0]["interval"]:
+            return Interval(found[0]["error_rate"], *found[0]["interval"])
+        _, errors, ref_lens = stack_utterances(found, [part] * len(found))
+        samples = found[0]["bootstrap"]["samples"] or 1000
+        return confidence_interval(errors.sum(axis=0), len(found) * ref_lens, samples)
+
+    @property
+    def parameters(self) -> int | None:
+        """Return the parameters of the decoded model, or of the trained one before any decoding."""
+        decoded = [r["parameters"] for results in self.results.values() for r in results if "parameters" in r]
+        return decoded[0] if decoded else self.runs[0].summary.get("parameters")
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the mean seconds of a training."""
+        seconds = [run.summary["seconds"] for run in self.runs if run.summary.get("seconds") is not None]
+        return sum(seconds) / len(seconds) if seconds else None
+
+    def label_texts(self) -> tuple[str, str, str]:
+        """Return label kind, bytes an hour and the ratio to float32 embeddings, for people."""
+        config, labels = self.runs[0].config, self.runs[0].labels
+        if config.get("kd", "none") == "none":
+            return "none", "0", "0"
+        if config.get("teacher_labels") == "online":
+            return "online", "0", "0"
+        if not labels:
+            return "not found", "?", "?"
+        kinds = " + ".join(
+            f"{s.width} codebooks" if s.kind == "codebook_indexes" else f"{s.width} {s.kind}" for s in labels
+        )
+        total = sum(s.bytes_per_hour for s in labels)
+        floats = sum(4.0 * s.frames * s.dim / s.hours for s in labels)
+        return kinds, f"{total:,.0f}", f"{100 * total / floats:.3g} %"
+
+
+def read_run(exp_dir: Path, decoding_method: str | None = None, suffix: str | None = None) -> Run:
+    """Read an exp_dir.
+
+    Args:
+        exp_dir: folder of a training.
+        decoding_method: only results of this search.
+        suffix: only results with this suffix.
+    Raises:
+        DataError: there is no config.json, or a file in the folder is damaged.
+    """
+    exp_dir = Path(exp_dir)
+    saved = read_json(exp_dir / "config.json")
+    summary_file = exp_dir / "train_summary.json"
+    git = saved.get("environment", {}).get("git") or {}
+    return Run(
+        exp_dir=exp_dir,
+        config=saved["config"],
+        seed=saved["seed"],
+        command=saved["command"],
+        commit=git.get("commit", "unknown")[:10] + (" (changed)" if git.get("dirty") else ""),
+        summary=read_json(summary_file) if summary_file.exists() else {},
+        labels=_labels_of(exp_dir, saved["config"]),
+        results=find_results(exp_dir, decoding_method=decoding_method, suffix=suffix),
+    )
+
+
+def find_results(
+    path: Path, part: str | None = None, decoding_method: str | None = None, suffix: str | None = None
+) -> list[dict]:
+    """Return the results of an exp_dir (or of one results-*.json) that meet all given conditions."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*/results-*.json"))
+    wanted = {"part": part, "decoding_method": decoding_method, "suffix": suffix}
+    found = [read_json(file) for file in files]
+    return [r for r in found if all(value in (None, r[name]) for name, value in wanted.items())]
+
+
+def measure_labels(label_dir: Path) -> LabelStorage:
+    """Return what a label set takes on disk, from the headers of its shards.
+
+    Raises:
+        DataError: no label set, or no shards.
+    """
+    info = read_json(Path(label_dir) / "label_set.json")
+    shards = sorted(Path(label_dir).glob("shard-*.safetensors"))
+    if not shards:
+        raise DataError(f"label set {label_dir} has no shards yet; run the extraction")
+    frames = samples = 0
+    for shard in shards:
+        shard_frames, shard_samples = _shard_size(shard)
+        frames += shard_frames
+        samples += shard_samples
+    return LabelStorage(
+        kind=info["kind"],
+        width=info["width"],
+        dim=info["dim"],
+        frames=frames,
+        hours=samples / info["sampling_rate"] / 3600.0,
+        file_bytes=sum(shard.stat().st_size for shard in shards),
+    )
+
+
+def _shard_size(path: Path) -> tuple[int, int]:
+    """Return frames and samples of a shard; the label store itself would import torch through lhotse."""
+    try:
+        with open(path, "rb") as f:
+            length = struct.unpack("<Q", f.read(8))[0]
+            header = json.loads(f.read(length))
+            begin, end = header["num_samples"]["data_offsets"]
+            f.seek(8 + length + begin)
+            samples = np.frombuffer(f.read(end - begin), dtype="<i8")
+            return header["values"]["shape"][0], int(samples.sum())
+    except (struct.error, ValueError, KeyError) as error:
+        raise DataError(f"label shard {path} is damaged ({error!r}); extract this shard again") from error
+
+
+def _labels_of(exp_dir: Path, config: dict) -> list[LabelStorage]:
+    """Return the storage of the run's label sets, kept in the exp_dir so that it outlives the sets."""
+    if config.get("kd", "none") == "none" or config.get("teacher_labels") == "online":
+        return []
+    kept = exp_dir / _STORAGE_FILE
+    if kept.exists():
+        return [LabelStorage(**entry) for entry in read_json(kept)]
+    # Paths of the options are relative to the folder where train.py was called: an ancestor of the exp_dir.
+    places = [Path(), *exp_dir.resolve().parents]
+    found = [
+        next((p / d for p in places if (p / d / "label_set.json").exists()), None) for d in config.get("label_dir", [])
+    ]
+    if not found or None in found:
+        return []
+    labels = [measure_labels(d) for d in found]
+    write_json(kept, [asdict(s) for s in labels])
+    return labels
+
+
+def stack_utterances(results: Sequence[dict], names: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Bring decodings of one part together, utterance by utterance.
+
+    Args:
+        results: contents of results-*.json.
+        names: what to call each in messages.
+    Returns:
+        Ids, errors (decodings, utterances) and reference lengths (utterances,).
+    Raises:
+        DataError: unit, ids or references differ; names the first five utterances.
+    """
+    first, first_name = results[0]["utterances"], names[0]
+    for result, name in zip(results[1:], names[1:], strict=True):
+        other = result["utterances"]
+        if result["unit"] != results[0]["unit"]:
+            raise DataError(
+                f"{first_name} counts in {results[0]['unit']}s, {name} in {result['unit']}s; score one again"
+            )
+        only = sorted(set(first["ids"]) ^ set(other["ids"]))
+        if only:
+            raise DataError(f"{first_name} and {name} differ in {len(only)} utterances, the first are {only[:5]}")
+        pairs = zip(first["ids"], first["ref_hash"], first["ref_len"], other["ref_hash"], other["ref_len"], strict=True)
+        changed = [i for i, *values in pairs if values[:2] != values[2:]]
+        if changed:
+            raise DataError(
+                f"{first_name} and {name} have other references for {len(changed)} utterances, "
+                f"the first are {changed[:5]}"
+            )
+    errors = [np.array([r["utterances"][kind] for kind in ("ins", "del", "sub")]).sum(axis=0) for r in results]
+    return first["ids"], np.stack(errors), np.array(first["ref_len"])
+
+
+def compare(
+    a: Sequence[dict], b: Sequence[dict], names: Sequence[str], num_samples: int = 10000, seed: int = 0
+) -> PairedResult:
+    """Compare two systems on one part by the paired bootstrap, pooled over their seeds.
+
+    Args:
+        a: results of the first system, one a seed.
+        b: results of the second system.
+        names: what to call the results of ``a`` and then of ``b`` in messages.
+        num_samples: bootstrap draws.
+        seed: of the draws.
+    """
+    _, errors, ref_lens = stack_utterances([*a, *b], names)
+    return paired_bootstrap(errors[: len(a)], errors[len(a) :], ref_lens, num_samples, seed)
+
+
+def build_rows(runs: Sequence[Run]) -> list[Row]:
+    """Group runs that differ in seed alone, and their results by decoding, in the order of ``runs``."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        same = {k: v for k, v in run.config.items() if k not in _NOT_THE_EXPERIMENT}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    rows = []
+    for group in groups.values():
+        seeds = [run.seed for run in group]
+        if len(set(seeds)) < len(seeds):
+            folders = ", ".join(str(run.exp_dir) for run in group)
+            raise ConfigError(f"{folders} are the same experiment with seeds {seeds}: give each seed once")
+        rows += _rows_of(group)
+    for name in {row.system for row in rows}:
+        namesakes = [row for row in rows if row.system == name]
+        if len({id(row.runs[0]) for row in namesakes}) > 1:
+            for row in namesakes:
+                row.system += f" ({row.runs[0].exp_dir.name})"
+    return rows
+
+
+def _rows_of(group: list[Run]) -> list[Row]:
+    config = group[0].config
+    key = (config.get("system", "?"), config.get("kd", "none"))
+    name = SYSTEM_NAMES.get(key, " ".join(key))
+    by_decoding: dict[str, Row] = {}
+    for run in group:
+        for result in run.results:
+            row = by_decoding.setdefault(result["suffix"], Row(name, result["suffix"], group))
+            row.results.setdefault(result["part"], []).append(result)
+    return list(by_decoding.values()) or [Row(name, "not decoded", group)]
+
+
+def part_order(rows: Sequence[Row]) -> list[str]:
+    """Return all parts of the rows, development sets first."""
+    parts = {part for row in rows for part in row.results}
+    return sorted(parts, key=lambda p: (not p.startswith("dev"), p))

@@ -1,0 +1,103 @@
+"""How rows of results are shown: on a terminal, in Markdown, in RESULTS.md between markers."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from icefall_kd.bootstrap import Interval
+from icefall_kd.errors import DataError
+from icefall_kd.results import RATE_NAMES, Row, part_order
+
+
+def demo_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the table that ``make demo`` ends with."""
+    parts = part_order(rows)
+    header = ["system", "parameters", "labels", "label bytes per hour", "ratio to float32"]
+    header += [f"{_rate_name(rows, part)} {part}" for part in parts] + ["seconds"]
+    cells = []
+    for row in rows:
+        parameters = "?" if row.parameters is None else f"{row.parameters:,}"
+        rates = [_percent(row.rate(part)) for part in parts]
+        cells.append([row.system, parameters, *row.label_texts(), *rates, _seconds(row)])
+    return header, cells
+
+
+def full_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells for RESULTS.md: the demo's columns with decoding and seeds."""
+    header, cells = demo_table(rows)
+    header[1:1] = ["decoding", "seeds"]
+    for row, line in zip(rows, cells, strict=True):
+        line[1:1] = [row.decoding, ", ".join(str(run.seed) for run in row.runs)]
+    return header, cells
+
+
+def _rate_name(rows: Sequence[Row], part: str) -> str:
+    units = {r["unit"] for row in rows for r in row.results.get(part, [])}
+    return "/".join(RATE_NAMES[unit] for unit in sorted(units))
+
+
+def _percent(rate: Interval | None) -> str:
+    return "-" if rate is None else f"{rate.value:.2f} % ({rate.low:.2f} to {rate.high:.2f})"
+
+
+def _seconds(row: Row) -> str:
+    return "?" if row.seconds is None else f"{row.seconds:,.0f}"
+
+
+def details(rows: Sequence[Row]) -> str:
+    """Return, for each row, the commands, git states, checkpoints and speeds behind it, in Markdown."""
+    blocks = []
+    for row in rows:
+        lines = [f"**{row.system}**, {row.decoding}", ""]
+        for run in row.runs:
+            lines += [f"Seed {run.seed}, commit {run.commit}:", "", "```bash", shlex.join(run.command)]
+            mine = [r for r in run.results if r["suffix"] == row.decoding]
+            lines += [*sorted({r["command"] for r in mine}), "```", ""]
+            lines += [_counts(result) for result in mine] + [""]
+        blocks.append("\n".join(lines).rstrip())
+    return "\n\n".join(blocks)
+
+
+def _counts(r: dict) -> str:
+    rtf = "" if r["rtf"] is None else f", RTF {r['rtf']:.4f} on {r['device']}"
+    kinds = f"{r['ins']} ins, {r['del']} del, {r['sub']} sub"
+    return f"- {r['part']}: {r['errors']} errors in {r['num_ref']} ({kinds}), {r['files_used']}{rtf}"
+
+
+def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """Return ``text`` with ``content`` between the markers of ``name``, which are appended when missing.
+
+    Raises:
+        DataError: one of the two markers is missing, or they are in the wrong order.
+    """
+    begin, end = f"<!-- results:{name} begin -->", f"<!-- results:{name} end -->"
+    block = f"{begin}\n\n{content}\n\n{end}"
+    if begin not in text and end not in text:
+        return f"{text.rstrip()}\n\n{block}\n".lstrip()
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise DataError(f"the markers {begin} and {end} are not both there, in this order; restore them")
+    return before + block + after
+
+
+def print_table(header: Sequence[str], cells: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print a table to stdout: with frames on a terminal, in Markdown into a file or pipe."""
+    if not sys.stdout.isatty():
+        print(markdown_table(header, cells))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    Console().print(table)

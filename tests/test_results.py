@@ -1,0 +1,220 @@
+"""Tables and comparisons from exp_dirs: grouping over seeds, label storage, refusals, no torch."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from icefall_kd.config import TrainConfig
+from icefall_kd.decode.runner import per_utterance, summarize
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.frames import WHISPER_CONV
+from icefall_kd.labels.shard import LabelEntry, ShardHeader, write_shard
+from icefall_kd.results import build_rows, compare, measure_labels, read_run, stack_utterances
+from icefall_kd.results_table import demo_table, details, full_table, markdown_table, replace_block
+from icefall_kd.runtime.files import read_json, write_json
+from icefall_kd.scoring import score
+
+REPO = Path(__file__).resolve().parent.parent
+REFS = [f"W{i} A B C" for i in range(40)]
+IDS = [f"u{i:02d}" for i in range(40)]
+
+
+def result(part="test", wrong=8, refs=REFS, ids=IDS, suffix="epoch-2_avg-1", unit="word", method="greedy_search"):
+    """Return what decode.py leaves when the first ``wrong`` utterances have one substitution each."""
+    hyps = [r.replace(" B ", " X ") if i < wrong else r for i, r in enumerate(refs)]
+    scored = score(refs, hyps, ids, unit)
+    return {
+        "part": part,
+        "suffix": suffix,
+        **summarize(scored, 200),
+        "rtf": 0.0123,
+        "parameters": 1234567,
+        "decoding_method": method,
+        "files_used": "epoch-2.pt",
+        "device": "cpu",
+        "command": "decode.py --epoch 2",
+        "utterances": per_utterance(scored),
+    }
+
+
+def exp_dir(folder, results, seed=1, seconds=100.0, **options):
+    from icefall_kd.cli import config_to_dict
+
+    config = config_to_dict(TrainConfig()) | {"exp_dir": str(folder), "seed": seed} | options
+    environment = {"git": {"commit": "0123456789abcdef", "dirty": False}}
+    command = ["train.py", "--exp-dir", "a folder"]
+    write_json(folder / "config.json", {"config": config, "seed": seed, "command": command, "environment": environment})
+    write_json(folder / "train_summary.json", {"seconds": seconds, "parameters": 2000000})
+    for r in results:
+        write_json(folder / r["decoding_method"] / f"results-{r['part']}-{r['suffix']}.json", r)
+    return folder
+
+
+def label_set(folder, dim=384, width=8):
+    """Write a label set of two utterances of 1 s and 0.5 s in two shards."""
+    info = {"kind": "codebook_indexes", "width": width, "dim": dim, "sampling_rate": 16000}
+    write_json(folder / "label_set.json", {**info, "frame_formula": WHISPER_CONV.to_dict()})
+    for shard, (key, samples) in enumerate((("a|0|16000|1/1", 16000), ("b|0|8000|1/1", 8000))):
+        entry = LabelEntry(key, np.zeros((samples // 320, width), dtype=np.uint8), samples)
+        header = ShardHeader("f", shard, 2, info["kind"])
+        write_shard(folder / f"shard-{shard:05d}-of-00002.safetensors", [entry], header, "uint8", width)
+    return folder
+
+
+def test_label_storage_counts_files_frames_and_hours(tmp_path):
+    storage = measure_labels(label_set(tmp_path / "labels"))
+    assert storage.frames == 75
+    assert storage.hours == pytest.approx(1.5 / 3600)
+    size = sum(f.stat().st_size for f in (tmp_path / "labels").glob("shard-*"))
+    assert storage.bytes_per_hour == pytest.approx(size / 1.5 * 3600)
+    assert storage.ratio == pytest.approx(size / (75 * 384 * 4))
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    folder = label_set(tmp_path / "labels")
+    (folder / "shard-00001-of-00002.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0rubbish")
+    with pytest.raises(DataError, match="shard-00001-of-00002"):
+        measure_labels(folder)
+
+
+def test_the_demo_table_has_every_column_filled(tmp_path):
+    label_set(tmp_path / "data" / "labels")
+    none = exp_dir(tmp_path / "exp" / "none", [result("dev", 10), result("test", 20)])
+    mvq = exp_dir(
+        tmp_path / "exp" / "mvq",
+        [result("dev", 5), result("test", 9)],
+        kd="mvq",
+        label_dir=["data/labels"],
+        seconds=1234.4,
+    )
+    header, cells = demo_table(build_rows([read_run(none), read_run(mvq)]))
+    assert header == [
+        "system", "parameters", "labels", "label bytes per hour", "ratio to float32", "WER dev", "WER test", "seconds",
+    ]  # fmt: skip
+    assert cells[0][:5] == ["student without KD", "1,234,567", "none", "0", "0"]
+    assert cells[0][5].startswith("6.25 % (") and cells[0][6].startswith("12.50 % (")
+    storage = measure_labels(tmp_path / "data" / "labels")
+    assert cells[1][2:5] == ["8 codebooks", f"{storage.bytes_per_hour:,.0f}", f"{100 * storage.ratio:.3g} %"]
+    assert cells[1][-1] == "1,234"
+    # The numbers outlive the label set.
+    for file in (tmp_path / "data" / "labels").iterdir():
+        file.unlink()
+    assert demo_table(build_rows([read_run(none), read_run(mvq)]))[1] == cells
+
+
+def test_runs_that_differ_in_the_seed_alone_are_pooled(tmp_path):
+    folders = [exp_dir(tmp_path / f"s{s}", [result(wrong=w)], seed=s) for s, w in ((1, 8), (2, 12), (3, 16))]
+    other = exp_dir(tmp_path / "other", [result(wrong=4)], seed=1, dropout=0.3)
+    rows = build_rows([read_run(f) for f in (*folders, other)])
+    assert [len(row.runs) for row in rows] == [3, 1]
+    rate = rows[0].rate("test")
+    assert rate.value == pytest.approx(100 * 36 / (3 * 160))
+    assert rate.low < rate.value < rate.high
+    assert [row.system for row in rows] == ["student without KD (s1)", "student without KD (other)"]
+    _, cells = full_table(rows)
+    assert cells[0][1:3] == ["epoch-2_avg-1", "1, 2, 3"]
+
+
+def test_the_same_seed_twice_is_refused(tmp_path):
+    folders = [exp_dir(tmp_path / name, [result()]) for name in "ab"]
+    with pytest.raises(ConfigError, match=r"seeds \[1, 1\]"):
+        build_rows([read_run(f) for f in folders])
+
+
+def test_each_decoding_has_a_row_and_can_be_chosen(tmp_path):
+    beam = result(wrong=6, suffix="epoch-2_avg-1__modified_beam_search", method="modified_beam_search")
+    folder = exp_dir(tmp_path / "x", [result(), beam])
+    assert len(build_rows([read_run(folder)])) == 2
+    (row,) = build_rows([read_run(folder, decoding_method="modified_beam_search")])
+    assert row.rate("test").value == pytest.approx(100 * 6 / 160)
+    (row,) = build_rows([read_run(folder, suffix="nothing")])
+    assert row.decoding == "not decoded" and row.rate("test") is None
+
+
+def test_a_difference_in_utterances_or_references_is_refused_by_name():
+    a = result()
+    with pytest.raises(DataError, match=r"mine and theirs differ in 1 utterances, the first are \['u39'\]"):
+        stack_utterances([a, result(refs=REFS[:-1], ids=IDS[:-1])], ["mine", "theirs"])
+    changed = [*REFS[:-1], "W39 A B D"]
+    with pytest.raises(DataError, match=r"other references for 1 utterances, the first are \['u39'\]"):
+        stack_utterances([a, result(refs=changed)], ["mine", "theirs"])
+    with pytest.raises(DataError, match="counts in words, theirs in chars"):
+        stack_utterances([a, result(unit="char")], ["mine", "theirs"])
+
+
+def test_comparison_pools_seeds():
+    a, b = [result(wrong=20), result(wrong=16)], [result(wrong=4), result(wrong=2)]
+    outcome = compare(a, b, list("abcd"), 500)
+    assert outcome.a.value == pytest.approx(100 * 36 / 320)
+    assert outcome.difference.value == pytest.approx(100 * (6 - 36) / 320)
+    assert outcome.difference.high < 0 and outcome.probability_of_improvement == 1.0
+
+
+def test_blocks_are_replaced_between_their_markers_alone():
+    text = replace_block("# Title\n", "a", "one")
+    text = replace_block(text, "b", "two") + "\ntail\n"
+    again = replace_block(text, "a", "three")
+    assert again == text.replace("one", "three")
+    assert replace_block(again, "a", "three") == again
+    with pytest.raises(DataError, match="restore them"):
+        replace_block("<!-- results:a end -->", "a", "x")
+
+
+def test_details_hold_commands_seeds_and_git_state(tmp_path):
+    rows = build_rows([read_run(exp_dir(tmp_path / "x", [result()], seed=7))])
+    text = details(rows)
+    for part in (
+        "Seed 7, commit 0123456789",
+        "train.py --exp-dir 'a folder'",
+        "decode.py --epoch 2",
+        "8 errors in 160",
+    ):
+        assert part in text
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def run_script(name, *args):
+    """Run a script of local/ in a Python where torch cannot be imported."""
+    code = f"import sys, runpy; sys.modules['torch'] = None; sys.argv[0] = {name!r}; "
+    code += f"runpy.run_path({str(REPO / 'local' / name)!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+
+
+def test_the_script_prints_and_writes_the_same_table_twice_without_torch(tmp_path):
+    folders = [exp_dir(tmp_path / "none", [result("dev"), result()]), exp_dir(tmp_path / "l2", [result()], kd="l2")]
+    out, data = tmp_path / "results" / "demo.md", tmp_path / "rows.json"
+    args = ["--exp-dirs", ",".join(map(str, folders)), "--table", "demo", "--out", out, "--json", data]
+    begin = time.monotonic()
+    first = run_script("results.py", *args)
+    assert first.returncode == 0, first.stderr
+    assert time.monotonic() - begin < 10
+    assert first.stdout in out.read_text()
+    before = out.stat().st_mtime_ns
+    second = run_script("results.py", *args)
+    assert (second.stdout, out.stat().st_mtime_ns) == (first.stdout, before)
+    assert read_json(data)[0]["error_rates"]["test"]["value"] == pytest.approx(5.0)
+    assert "utterances" not in read_json(data)[0]["decodings"]["test"][0]
+
+
+def test_the_comparison_script_prints_each_part_and_refuses_ambiguity(tmp_path):
+    a = exp_dir(tmp_path / "a", [result("dev", 20), result("test", 20)])
+    b = exp_dir(tmp_path / "b", [result("test", 19)])
+    done = run_script("compare.py", "--a", a, "--b", b, "--bootstrap", 200, "--out", tmp_path / "c.json")
+    assert done.returncode == 0, done.stderr
+    assert "test: %WER on 40 utterances, 1 and 1 decodings" in done.stdout
+    assert "dev:" not in done.stdout
+    assert read_json(tmp_path / "c.json")["comparisons"][0]["difference"]["value"] == pytest.approx(-100 / 160)
+    exp_dir(tmp_path / "a", [result(suffix="epoch-1_avg-1")])
+    refused = run_script("compare.py", "--a", a, "--b", b)
+    assert refused.returncode == 2
+    assert "--suffix: epoch-1_avg-1, epoch-2_avg-1" in refused.stderr
+
+
+def test_a_missing_exp_dir_ends_in_its_name(tmp_path):
+    done = run_script("results.py", "--exp-dirs", tmp_path / "nowhere")
+    assert done.returncode == 4
+    assert "nowhere" in done.stderr
