@@ -63,14 +63,14 @@ class RelativeSelfAttention(nn.Module):
     """Self-attention whose scores add a content-position term (Dai et al. 2019, terms a to d).
 
     The content bias u of the paper is the bias of the query projection here; the position bias v is kept.
+    Attention weights see no dropout.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         if dim % num_heads:
             raise ConfigError(f"--encoder-dim {dim} is not a multiple of --num-heads {num_heads}")
         self.num_heads = num_heads
-        self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.position = nn.Linear(dim, dim, bias=False)
         self.position_bias = nn.Parameter(torch.zeros(num_heads, 1, dim // num_heads))
@@ -92,6 +92,15 @@ class RelativeSelfAttention(nn.Module):
         q = q * (q.shape[-1] ** -0.5)
         p = self.position(positions).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # (2T-1, H, D) -> (H, D, 2T-1)
         bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        y = _attend(q, k, v, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (N, H, T, D) -> (N, T, C)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Return softmax(q k^T + bias) v for (N, H, T, D) and a bias (N, H, T, T)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+    # With a bias that needs a gradient, torch has no fused kernel for CPUs: its composite path makes
+    # several passes over the scores more than this.
+    scores = torch.baddbmm(bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))  # (N * H, T, T)
+    return torch.bmm(scores.softmax(2), v.flatten(0, 1)).view_as(q)

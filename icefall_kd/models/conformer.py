@@ -13,6 +13,7 @@ from icefall_kd.config import ENCODER_SIZES, ModelConfig
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.models.attention import RelativePositions, RelativeSelfAttention
+from icefall_kd.models.dropout import Dropout
 from icefall_kd.models.masks import make_attention_mask, make_pad_mask
 from icefall_kd.models.subsampling import Conv2dSubsampling
 
@@ -81,7 +82,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, hidden_dim)
         self.contract = nn.Linear(hidden_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, T, C) to (N, T, C), frame by frame."""
@@ -103,7 +104,7 @@ class ConvolutionModule(nn.Module):
         self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
         self.inner_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """Convolve over the valid frames.
@@ -131,11 +132,11 @@ class ConformerLayer(nn.Module):
         super().__init__()
         self.feed_forward1 = FeedForward(shape.dim, shape.feedforward_dim, dropout)
         self.attention_norm = nn.LayerNorm(shape.dim)
-        self.attention = RelativeSelfAttention(shape.dim, shape.num_heads, dropout)
+        self.attention = RelativeSelfAttention(shape.dim, shape.num_heads)
         self.convolution = ConvolutionModule(shape.dim, shape.cnn_kernel, dropout)
         self.feed_forward2 = FeedForward(shape.dim, shape.feedforward_dim, dropout)
         self.norm = nn.LayerNorm(shape.dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, positions: Tensor, attention_mask: Tensor, padding: Tensor) -> Tensor:
         """Map (N, T, C) to (N, T, C); see the modules for the masks."""

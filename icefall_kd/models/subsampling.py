@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len
+from icefall_kd.models.dropout import Dropout
 from icefall_kd.models.masks import make_pad_mask
 
 # Natural-log mel energies of audio in [-1, 1] lie around this mean and deviation.  Fixed numbers, so that
@@ -38,7 +39,7 @@ class Conv2dSubsampling(nn.Module):
         # The bins shrink like the frames do.
         self.out = nn.Linear(c3 * conv2d_subsampled_len(feature_dim), dim)
         self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, features: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Subsample a batch.
