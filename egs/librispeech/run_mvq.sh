@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# MVQ-KD on LibriSpeech, Mini LibriSpeech, the demo corpus, or any folder with *.trans.txt (--corpus trans).
+exec "$(dirname "${BASH_SOURCE[0]}")/../../local/run_mvq.sh" --recipe "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)" "$@"

@@ -1,0 +1,198 @@
+#!/usr/bin/env bash
+# MVQ-KD: a teacher's embeddings become codebook indexes, and a small transducer learns to predict them.
+#
+# Started by egs/*/run_mvq.sh.  Trains one student for every word of --systems and every seed of --seeds,
+# decodes dev and test, and prints one table.  Run the same line again to go on where it stopped.
+set -euo pipefail
+
+recipe=                    # Folder of the recipe (egs/librispeech or egs/aishell), set by its run_mvq.sh
+corpus=demo                # Corpus that prepare.sh knows
+corpus_dir=                # Folder of a corpus that is on disk already
+parts=                     # Parts to prepare, with commas; empty: all of the corpus
+train_parts=               # Parts to train on, with commas; empty: the corpus's own
+valid_parts=               # Parts to validate and choose on
+test_parts=                # Parts to decode, with commas
+data_dir=                  # Prepared data; empty: data/CORPUS
+exp_dir=                   # Experiments; empty: exp/CORPUS
+systems="none mvq"         # Students: none, mvq, l1, l2
+seeds=42                   # Seeds, with spaces: one training of each system a seed
+teacher=whisper-tiny.en    # Hub id, folder, exp_dir, whisper-tiny.en or whisper-base
+layer=-1                   # Teacher block, from 1; -1: the last
+normalize_embeddings=false # LayerNorm of the embeddings before the quantizer
+num_codebooks=8            # Bytes a teacher frame
+phase1_steps=10000         # Quantizer steps with 2N codebooks of 16 entries
+phase2_steps=10000         # Quantizer steps with N codebooks of 256 entries
+quantizer_utts=1000        # Utterances that the quantizer is trained on
+num_shards=4               # Shards of the label set: tasks of the extraction
+token_kind=                # Tokens: bpe, char or pinyin; empty: prepare.sh's own
+vocab_size=                # BPE tokens; empty: prepare.sh's own
+speed_perturb=             # Speed copies of the training parts; empty: prepare.sh's own
+config=                    # Training options in YAML; empty: conf/mvq_CORPUS.yaml or conf/mvq.yaml
+train_args=                # More options of train.py, in one string
+num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
+decoding_methods="greedy_search modified_beam_search"  # Searches, with spaces
+decode_args=               # More options of decode.py, in one string
+nj=2                       # Processes of data preparation
+short=false                # A few utterances and steps, to see that everything runs
+
+# shellcheck source=local/stages.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
+parse_options "$@"
+[[ -n $recipe ]] || fail 2 "start egs/librispeech/run_mvq.sh or egs/aishell/run_mvq.sh instead"
+cd "$recipe"
+# shellcheck disable=SC1091
+. ./path.sh
+# shellcheck disable=SC1091
+. ./cmd.sh
+
+[[ $short == false ]] || corpus_tag=$corpus-short
+: "${corpus_tag:=$corpus}"
+: "${data_dir:=data/$corpus_tag}" "${exp_dir:=exp/$corpus_tag}"
+if [[ -z $config ]]; then
+  config=conf/mvq.yaml
+  [[ ! -f conf/mvq_$corpus.yaml ]] || config=conf/mvq_$corpus.yaml
+fi
+case $recipe:$corpus in
+  *librispeech:demo) : "${train_parts:=train-demo}" "${valid_parts:=dev-demo}" "${test_parts:=dev-demo,test-demo}" ;;
+  *librispeech:trans) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev}" ;;
+  *librispeech:mini) : "${train_parts:=train-clean-5}" "${valid_parts:=dev-clean-2}" "${test_parts:=dev-clean-2}" ;;
+  *librispeech:*)
+    : "${train_parts:=train-clean-100,train-clean-360,train-other-500}" "${valid_parts:=dev-clean,dev-other}"
+    : "${test_parts:=dev-clean,dev-other,test-clean,test-other}"
+    ;;
+  *) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev,test}" ;;
+esac
+if [[ $corpus == demo ]]; then # sized for two cores and twenty minutes
+  [[ $phase1_steps != 10000 ]] || phase1_steps=600
+  [[ $phase2_steps != 10000 ]] || phase2_steps=400
+  [[ $quantizer_utts != 1000 ]] || quantizer_utts=200
+  num_shards=2
+fi
+if [[ $short == true ]]; then
+  phase1_steps=30 phase2_steps=20 quantizer_utts=20 num_shards=2
+  train_args="$train_args --num-epochs 2"
+fi
+
+marker_dir=$exp_dir/.done
+kind=fbank
+teacher_tag=${teacher##*/}-layer${layer/-1/last}
+[[ $normalize_embeddings == false ]] || teacher_tag+=-normalized
+quantizer_dir=$exp_dir/quantizer-$teacher_tag-q$num_codebooks
+codes_dir=$exp_dir/labels/$teacher_tag-q$num_codebooks
+embeddings_dir=$exp_dir/labels/$teacher_tag-embeddings
+teacher_options=(--teacher "$teacher" --layer "$layer" --normalize-embeddings "$normalize_embeddings")
+IFS=, read -r -a train_list <<< "$train_parts"
+train_cuts=("${train_list[@]/#/$data_dir/$kind/cuts_}")
+train_cuts=("${train_cuts[@]/%/.jsonl.gz}")
+cuts_list=$(IFS=,; echo "${train_cuts[*]}")
+
+wants() { # wants KIND: does one of the systems need labels of this kind
+  case $1 in
+    codebook_indexes) [[ " $systems " == *" mvq "* ]] ;;
+    embeddings) [[ " $systems " == *" l1 "* || " $systems " == *" l2 "* ]] ;;
+  esac
+}
+
+lang_dir() { # the one tokenizer of the prepared data
+  local found=("$data_dir"/lang_*)
+  [[ ${#found[@]} == 1 && -d ${found[0]} ]] || fail 2 "$data_dir holds ${#found[@]} tokenizers: ${found[*]}; keep one"
+  echo "${found[0]}"
+}
+
+stage_0_data() { # Prepare the corpus (its stages have markers of their own)
+  ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" \
+    ${corpus_dir:+--corpus-dir "$corpus_dir"} ${parts:+--parts "$parts"} ${token_kind:+--token-kind "$token_kind"} \
+    ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"}
+}
+
+stage_1_teacher() { # Check the teacher on a few utterances
+  wants codebook_indexes || wants embeddings || return 0
+  begin --option teacher layer normalize_embeddings --input "${train_cuts[@]}" \
+    --output "$exp_dir/teacher-$teacher_tag.json" --code 'icefall_kd/teachers/*.py' || return 0
+  python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "$exp_dir/teacher-$teacher_tag.json" \
+    "${teacher_options[@]}"
+}
+
+stage_2_quantizer() { # Train the quantizer and report on it
+  wants codebook_indexes || return 0
+  begin --option teacher layer normalize_embeddings num_codebooks phase1_steps phase2_steps quantizer_utts \
+    --input "${train_cuts[@]}" --output "$quantizer_dir/quantizer.safetensors" \
+    --code 'icefall_kd/quantization/*.py' 'icefall_kd/teachers/*.py' || return 0
+  python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "$quantizer_dir/quantizer.safetensors" \
+    --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
+    --quantizer-utts "$quantizer_utts" "${teacher_options[@]}"
+}
+
+extract() { # extract KIND DIR [OPTION ...]: all shards of a label set, then a check of every byte
+  local label_kind=$1 dir=$2 inputs=("${train_cuts[@]}")
+  shift 2
+  [[ $label_kind == embeddings ]] || inputs+=("$quantizer_dir/quantizer.safetensors")
+  begin --name "$label_kind" --option teacher layer normalize_embeddings num_shards --input "${inputs[@]}" \
+    --output "$dir/label_set.json" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
+  run_cmd --log "$dir/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "${extract_jobs:-1}" -- \
+    python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$dir" --kind "$label_kind" \
+    --shard JOB --num-shards "$num_shards" "${teacher_options[@]}" "$@"
+  python3 ../../local/label_sets.py verify "$dir"
+  python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}"
+  finish
+}
+
+stage_3_labels() { # Extract and verify the teacher's labels
+  if wants codebook_indexes; then
+    extract codebook_indexes "$codes_dir" --quantizer "$quantizer_dir/quantizer.safetensors"
+  fi
+  if wants embeddings; then
+    extract embeddings "$embeddings_dir"
+  fi
+}
+
+stage_4_train() { # Train every student
+  local system seed dir launch=(python3) labels
+  ((num_gpus <= 1)) || launch=(torchrun --standalone --nproc-per-node "$num_gpus")
+  for seed in $seeds; do
+    for system in $systems; do
+      dir=$exp_dir/$system-seed$seed
+      labels=()
+      case $system in
+        mvq) labels=(--label-dir "$codes_dir") ;;
+        l1 | l2) labels=(--label-dir "$embeddings_dir") ;;
+      esac
+      begin --name "$system-seed$seed" --option train_args train_parts valid_parts --input "$config" \
+        --input "${train_cuts[@]}" --input "${labels[@]:1}" --output "$dir/train_summary.json" || continue
+      # shellcheck disable=SC2086
+      "${launch[@]}" ./train.py --config "$config" --exp-dir "$dir" --kd "$system" --seed "$seed" \
+        --manifest-dir "$data_dir/$kind" --lang-dir "$(lang_dir)" --train-parts "$train_parts" \
+        --valid-parts "$valid_parts" "${labels[@]}" $train_args
+      finish
+    done
+  done
+}
+
+stage_5_decode() { # Decode and score
+  local system seed dir method
+  for seed in $seeds; do
+    for system in $systems; do
+      dir=$exp_dir/$system-seed$seed
+      for method in $decoding_methods; do
+        begin --name "$system-seed$seed-$method" --option decode_args test_parts --input "$dir/train_summary.json" \
+          --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || continue
+        # shellcheck disable=SC2086
+        ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
+          --decoding-method "$method" $decode_args
+        finish
+      done
+    done
+  done
+}
+
+stage_6_results() { # Print the table of results
+  local system seed dirs=()
+  for seed in $seeds; do
+    for system in $systems; do
+      dirs+=("$exp_dir/$system-seed$seed")
+    done
+  done
+  python3 ../../local/results.py --exp-dirs "$(IFS=,; echo "${dirs[*]}")" --table demo --out "$exp_dir/results.md"
+}
+
+run_stages
