@@ -8,8 +8,8 @@ from lhotse import CutSet
 
 from icefall_kd.cli import config_from_dict, parse_config
 from icefall_kd.config import DecodeConfig, TrainConfig
-from icefall_kd.data.corpora import cuts_from_folder
 from icefall_kd.data.datamodule import DataModule, cuts_path, decoding_batches
+from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device

@@ -12,16 +12,19 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset.sampling import DynamicBucketingSampler
 from lhotse.dataset.sampling.base import TimeConstraint
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
-from icefall_kd.data.batch import LOG_EPS, Batch
+from icefall_kd.data.batch import LOG_EPS, Batch, Labels
 from icefall_kd.data.features import FbankExtractor
 from icefall_kd.data.filters import filter_cuts
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.labels.align import collate_codes, collate_embeddings
+from icefall_kd.frames import conv2d_subsampled_len
+from icefall_kd.labels.align import check_lengths, collate_codes, collate_embeddings
+from icefall_kd.labels.compat import check_label_compat
 from icefall_kd.labels.keys import label_key
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.runtime.dist import get_rank, get_world_size
@@ -142,11 +145,11 @@ class CutBatches(Dataset):
             texts=texts,
             y=pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.blank_id),
             y_lens=torch.tensor([len(t) for t in tokens]),
-            labels={name: self._labels(store, clean, keys) for name, store in self.stores.items()},
+            labels={name: self._labels(store, clean, keys, features) for name, store in self.stores.items()},
             durations=[cut.duration for cut in clean],
         )
 
-    def _features(self, cut: Cut) -> torch.Tensor:
+    def _features(self, cut: Cut) -> Tensor:
         if self.extractor is not None:
             return self.extractor.extract(torch.from_numpy(cut.load_audio()[0]).float())
         if not cut.has_features:
@@ -154,12 +157,13 @@ class CutBatches(Dataset):
         return torch.from_numpy(cut.load_features()).float()
 
     @staticmethod
-    def _labels(store: LabelStore, cuts: list[Cut], keys: list[str]):
+    def _labels(store: LabelStore, cuts: list[Cut], keys: list[str], features: list[Tensor]) -> Labels:
         arrays = []
-        for cut, key in zip(cuts, keys, strict=True):
+        for cut, key, x in zip(cuts, keys, features, strict=True):
             array = store.get(key) if key in store else None
             if array is not None:
-                store.check_frames(len(array), cut.num_samples, f"{cut.id} (key {key})")
+                encoder_len = conv2d_subsampled_len(len(x))
+                check_lengths(len(array), cut.num_samples, store.info.formula, encoder_len, cut.id, key)
             arrays.append(array)
         if store.info.kind == "codebook_indexes":
             return collate_codes(arrays, store.info.num_codebooks)
@@ -212,9 +216,15 @@ class DataModule:
         if len(self.train_cuts) == 0:
             raise DataError(f"no training utterance is left of {len(cuts)}: {self.rejected[:3]}")
         self.stores = {spec.name: LabelStore(spec.path) for spec in label_specs if spec.path}
-        self._refuse_time_warp(augment, bool(self.stores) or with_audio)
+        warp = augment.spec_aug_time_warp_factor if augment.spec_aug else 0
+        if with_audio and warp >= 1:
+            raise ConfigError(
+                f"--spec-aug-time-warp-factor is {warp}, online teacher labels need 0: time warp moves the student's "
+                "frames away from the teacher's"
+            )
         keys = [label_key(cut) for cut in self.train_cuts]
         for name, store in self.stores.items():
+            check_label_compat(store.info, str(store.path), time_warp_factor=warp)
             logger.info("labels %s: %s", name, store.join(keys, min_coverage=min_coverage))
         self.train_data = CutBatches(
             tokenizer,
@@ -230,14 +240,6 @@ class DataModule:
             "training on %d utterances, %.2f h (%d left out by the filters), validating on %d",
             len(self.train_cuts), hours, len(self.rejected), len(self.valid_cuts),
         )  # fmt: skip
-
-    @staticmethod
-    def _refuse_time_warp(augment: AugmentConfig, has_labels: bool) -> None:
-        if has_labels and augment.spec_aug and augment.spec_aug_time_warp_factor >= 1:
-            raise ConfigError(
-                f"--spec-aug-time-warp-factor {augment.spec_aug_time_warp_factor} moves the student's frames away "
-                "from the teacher's labels; use 0 with --kd, or --kd none"
-            )
 
     def state(self) -> dict:
         """Return what must not change between a stop and a resume."""

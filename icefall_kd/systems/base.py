@@ -31,8 +31,8 @@ class LossTerms:
     terms: dict[str, LossTerm]
     frames: int
     """Encoder input frames divided by the subsampling factor, the unit of the log's totals."""
-    metrics: dict[str, tuple[float | Tensor, float]] | None = None
-    """Logged beside the losses: name -> (sum, count), for instance codebook accuracy."""
+    metrics: dict[str, tuple] | None = None
+    """Logged beside the losses: name -> (sum, count) or (sum, count, bound), for instance codebook accuracy."""
 
     @property
     def total(self) -> Tensor:

@@ -150,7 +150,7 @@ class MvqSystem(System):
                 joint = config.kd.codebook_head == "joint"
                 self.heads[t.name] = CodebookLoss(dim, width, t.source.codebook_size, joint=joint)
             else:
-                self.heads[t.name] = FrameKdLoss(dim, width, loss=config.kd.kd)
+                self.heads[t.name] = FrameKdLoss(dim, t.source.width, t.ratio, config.kd.kd)
 
     @property
     def label_specs(self) -> list[LabelSpec]:
@@ -175,16 +175,15 @@ class MvqSystem(System):
         if self.asr.transducer_scale > 0:
             self._transducer_terms(terms, batch, out, step, frames)
         if self.asr.ctc_scale > 0:
-            ctc = ctc_loss(self.model.ctc_output(out.encoder_out), out.encoder_out_lens, batch.y, batch.y_lens)
+            ctc = ctc_loss(self.model.ctc_output(out.encoder_out), batch.y, out.encoder_out_lens, batch.y_lens)
             terms["ctc_loss"] = LossTerm(ctc.sum(), self.asr.ctc_scale, frames, per_utterance=ctc.detach())
-        metrics: dict[str, tuple[float | Tensor, float]] = {}
+        metrics: dict[str, tuple] = {}
         for target in self.targets if self.training else ():
             self._kd_terms(terms, metrics, target, batch, out)
         return LossTerms(terms=terms, frames=frames, metrics=metrics)
 
     def _transducer_terms(self, terms: dict, batch: Batch, out, step: int, frames: int) -> None:
-        blank = torch.zeros(len(batch), 1, dtype=batch.y.dtype, device=batch.y.device)
-        decoder_out = self.model.decoder(torch.cat([blank, batch.y], dim=1))  # (N, U + 1, C)
+        decoder_out = self.model.decoder(self.model.decoder.add_sos(batch.y))  # (N, U + 1, C)
         simple, pruned = pruned_transducer_loss(
             out.encoder_out,
             decoder_out,
@@ -212,19 +211,19 @@ class MvqSystem(System):
             joined, valid = join_embeddings(labels, lens, target.ratio)
             loss = self.heads[target.name](out.taps[target.layer], joined, valid)
             terms[f"{target.name}_{self.kd.kd}_loss"] = LossTerm(
-                loss.total, target.scale, loss.num_frames, per_utterance=loss.per_utterance
+                loss.value, target.scale, loss.num_frames, per_utterance=loss.per_utterance
             )
             return
         codes = join_frames(labels, lens, target.ratio)  # (N, T', ratio * Q)
         loss = self.heads[target.name](out.taps[target.layer], codes)
         terms[f"{target.name}_codebook_loss"] = LossTerm(
-            loss.total, target.scale, loss.num_frames, per_utterance=loss.per_utterance
+            loss.value, target.scale, loss.num_frames, per_utterance=loss.per_utterance
         )
-        # The bound of every codebook's cross-entropy is ln K: a head that sits there has learned nothing.
         metrics[f"{target.name}_codebook_acc"] = (loss.correct.sum(), float(loss.counts.sum()))
-        metrics[f"{target.name}_ce_bound"] = (math.log(target.source.codebook_size), 1.0)
-        for m in range(len(loss.counts)):
-            metrics[f"{target.name}_ce{m:02d}"] = (loss.per_codebook[m], float(loss.counts[m]))
+        # The bound of every codebook's cross-entropy is ln K: a head that sits there has learned nothing.
+        bound = math.log(target.source.codebook_size)
+        for m, count in enumerate(loss.counts.tolist()):
+            metrics[f"{target.name}_ce{m:02d}"] = (loss.per_target[m], count, bound)
 
     def decoders(self) -> dict[str, object]:
         """Return the constructors of this model's searches, by the names of --decoding-method."""
