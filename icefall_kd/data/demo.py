@@ -31,7 +31,9 @@ ACCENTS = {
     "en": ("en-us", "en-us-nyc", "en", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029"),
     "zh": ("cmn-latn-pinyin",),
 }
-MALE = "m1 m2 m3 m4 m5 m6 m7 m8 Alex Andy Denis Diogo Gene Hugo Jacky Lee Marco Michael Mike Reed adam david edward ian".split()
+MALE = (
+    "m1 m2 m3 m4 m5 m6 m7 m8 Alex Andy Denis Diogo Gene Hugo Jacky Lee Marco Michael Mike Reed adam david edward ian"
+).split()
 FEMALE = "f1 f2 f3 f4 f5 Alicia Andrea Annie anika aunty belinda linda steph steph2".split()
 # Numbers of espeak_SetParameter, and of the constants that Initialize and Synth take (speak_lib.h).
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
@@ -136,7 +138,7 @@ def plan_corpus(spec: DemoSpec) -> list[DemoSpeaker]:
     plan = []
     for part, (speakers, utts) in spec.parts.items():
         for _ in range(speakers):
-            pool = male if len(plan) % 2 == 0 and male or not female else female
+            pool = male if (len(plan) % 2 == 0 and male) or not female else female
             accent, variant = pool.pop()
             number = len(plan) + 1
             speaker, chapter = (

@@ -55,8 +55,8 @@ ENGLISH_TEMPLATES = (
 
 # Mandarin entries carry the numbered pinyin that the voice reads.
 MANDARIN_SLOTS = {
-    "who": "我:wo3 你:ni3 他:ta1 我们:wo3_men5 老师:lao3_shi1 医生:yi1_sheng1 妈妈:ma1_ma5 爸爸:ba4_ba5 朋友:peng2_you5 "
-    "学生:xue2_sheng5 司机:si1_ji1 经理:jing1_li3",
+    "who": "我:wo3 你:ni3 他:ta1 我们:wo3_men5 老师:lao3_shi1 医生:yi1_sheng1 妈妈:ma1_ma5 爸爸:ba4_ba5 "
+    "朋友:peng2_you5 学生:xue2_sheng5 司机:si1_ji1 经理:jing1_li3",
     "time": "今天:jin1_tian1 明天:ming2_tian1 昨天:zuo2_tian1 早上:zao3_shang5 晚上:wan3_shang5 下午:xia4_wu3 "
     "星期一:xing1_qi1_yi1 星期五:xing1_qi1_wu3 春天:chun1_tian1 冬天:dong1_tian1",
     "city": "北京:bei3_jing1 上海:shang4_hai3 广州:guang3_zhou1 南京:nan2_jing1 西安:xi1_an1 武汉:wu3_han4 "

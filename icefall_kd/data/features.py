@@ -1,11 +1,15 @@
 """Log-mel features: the extractor (kaldifeat where it imports, else lhotse) and the stage that stores them."""
 
+import contextlib
 import functools
+import itertools
 import logging
 import multiprocessing
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,12 @@ from typing import Any
 import lhotse
 import numpy as np
 import torch
-from lhotse import CutSet, Features
+from lhotse import Features
 from lhotse.cut import Cut
 from lhotse.features.io import LilcomChunkyWriter
 from torch import Tensor
 
+from icefall_kd.data.manifests import cuts_file, iterate_cuts, part_of, write_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import fbank_num_frames
 from icefall_kd.runtime.files import atomic_path, fingerprint, sha256_file, write_json
@@ -145,67 +150,102 @@ def _make_kaldifeat(sampling_rate: int):
     return lambda wave: extractor(wave)
 
 
-def store_features(manifest: Path, out_dir: Path, extractor: FbankExtractor, nj: int = 1) -> int:
-    """Compute the features of a cut set and write ``out_dir/cuts_<part>.jsonl.gz`` with them attached.
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    """One job of the feature stage: a contiguous range of a part's cuts."""
 
-    Each of ``nj`` splits writes a shard ``feats_<part>-<k>-of-<n>.lca`` and its cuts under temporary names and
-    renames them; a split that is done is not computed again, unless cuts, extractor or ``nj`` changed.
+    manifest: Path
+    name: str
+    first: int
+    last: int
+    out_dir: Path
+    inputs: str
+
+    @property
+    def archive(self) -> Path:
+        return self.out_dir / f"feats_{self.name}.lca"
+
+    @property
+    def cuts(self) -> Path:
+        """Written last, so it says that the split is done for these inputs."""
+        return self.out_dir / f".split-{self.name}-{self.inputs[:16]}.jsonl.gz"
+
+
+def store_features(manifests: Sequence[Path], out_dir: Path, extractor: FbankExtractor, nj: int = 1) -> dict[str, int]:
+    """Compute the features of cut sets and write ``out_dir/cuts_<part>.jsonl.gz`` with them attached.
+
+    Each of ``nj`` splits of a part writes a shard ``feats_<part>-<k>-of-<n>.lca`` and its cuts under temporary
+    names and renames them; a split that is done is not computed again, unless cuts, extractor or ``nj`` changed.
 
     Args:
-        manifest: ``cuts_<part>.jsonl.gz``.
+        manifests: ``cuts_<part>.jsonl.gz`` files.
         out_dir: folder of the result.
         extractor: what computes the features.
-        nj: processes; clipped to the number of cuts.
+        nj: processes; clipped to the number of cuts of a part.
     Returns:
-        The number of cuts written.
+        The number of cuts by part.
     """
-    part = manifest.name.removeprefix("cuts_").removesuffix(".jsonl.gz")
-    cuts = list(CutSet.from_file(manifest))
-    if not cuts:
-        raise DataError(f"{manifest} holds no cuts; run the manifest stage again")
-    nj = max(1, min(nj, len(cuts)))
-    inputs = fingerprint([sha256_file(manifest), extractor.info(), nj])
     out_dir = out_dir.absolute()
     out_dir.mkdir(parents=True, exist_ok=True)
-    splits = [cuts[len(cuts) * k // nj : len(cuts) * (k + 1) // nj] for k in range(nj)]
-    names = [f"{part}-{k + 1}-of-{nj}" for k in range(nj)]
-    jobs = [(extractor, split, out_dir, name, inputs) for split, name in zip(splits, names, strict=True)]
-    if nj == 1:
-        files = [_store_split(*jobs[0])]
-    else:
-        with ProcessPoolExecutor(nj, mp_context=multiprocessing.get_context("spawn")) as pool:
-            files = list(pool.map(_store_split, *zip(*jobs, strict=True)))
-    done = [cut for file in files for cut in CutSet.from_file(file)]
-    with atomic_path(out_dir / f"cuts_{part}.jsonl.gz") as path:
-        CutSet.from_cuts(done).to_file(path)
+    plan = {manifest: _plan_splits(manifest, out_dir, extractor, nj) for manifest in manifests}
+    jobs = [
+        split for splits in plan.values() for split in splits if not (split.cuts.is_file() and split.archive.is_file())
+    ]
+    with exclusive_pool(min(nj, len(jobs))) as run:
+        for i, name in enumerate(run(functools.partial(_store_split, extractor), jobs), 1):
+            logger.info("features of %s done, %d of %d", name, i, len(jobs))
     write_json(out_dir / "feature_extractor.json", extractor.info())
-    for file in files:
-        file.unlink()
-    _remove_other_shards(out_dir, part, names)
-    return len(done)
+    counts = {}
+    for manifest, splits in plan.items():
+        part = part_of(manifest)
+        counts[part] = write_cuts(cuts_file(out_dir, part), (cut for s in splits for cut in iterate_cuts(s.cuts)))
+        _remove_other_files(out_dir, part, {s.archive.name for s in splits})
+    return counts
 
 
-def _store_split(extractor: FbankExtractor, cuts: Sequence[Cut], out_dir: Path, name: str, inputs: str) -> Path:
-    """Write one split's shard and cuts, unless they are there; return the file of its cuts."""
-    finished = out_dir / f".split-{name}-{inputs[:16]}.jsonl.gz"
-    archive = out_dir / f"feats_{name}.lca"
-    if finished.is_file() and archive.is_file():
-        return finished
+@contextlib.contextmanager
+def exclusive_pool(nj: int):
+    """Yield a ``map`` over ``nj`` fresh processes, or the plain one when one is enough."""
+    if nj <= 1:
+        yield map
+        return
+    # Fresh processes: a fork of one that runs threads (torch) may hang.
+    with ProcessPoolExecutor(nj, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _plan_splits(manifest: Path, out_dir: Path, extractor: FbankExtractor, nj: int) -> list[_Split]:
+    total = sum(1 for _ in iterate_cuts(manifest))
+    nj = max(1, min(nj, total))
+    inputs = fingerprint([sha256_file(manifest), extractor.info(), nj])
+    return [
+        _Split(
+            manifest=manifest,
+            name=f"{part_of(manifest)}-{k + 1}-of-{nj}",
+            first=total * k // nj,
+            last=total * (k + 1) // nj,
+            out_dir=out_dir,
+            inputs=inputs,
+        )
+        for k in range(nj)
+    ]
+
+
+def _store_split(extractor: FbankExtractor, split: _Split) -> str:
+    """Write one split's shard, then its cuts; return its name."""
     torch.set_num_threads(1)
     with_features = []
-    with atomic_path(archive) as path, LilcomChunkyWriter(path) as writer:
-        for cut in cuts:
+    with atomic_path(split.archive) as path, LilcomChunkyWriter(path) as writer:
+        for cut in itertools.islice(iterate_cuts(split.manifest), split.first, split.last):
             try:
                 wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0]))
                 features = extractor.extract(wave).numpy()
             except (OSError, RuntimeError, ValueError, AssertionError) as error:
-                raise DataError(
-                    f"cut {cut.id}: no features ({error}); run the manifest stage with --check-audio full"
-                ) from error
-            with_features.append(_attach(cut, features, writer.write(cut.id, features), archive))
-    with atomic_path(finished) as path:
-        CutSet.from_cuts(with_features).to_file(path)
-    return finished
+                message = f"cut {cut.id}: no features ({error}); run the manifest stage with --check-audio full"
+                raise DataError(message) from error
+            with_features.append(_attach(cut, features, writer.write(cut.id, features), split.archive))
+    write_cuts(split.cuts, with_features)
+    return split.name
 
 
 def _attach(cut: Cut, features: np.ndarray, storage_key: str, archive: Path) -> Cut:
@@ -227,9 +267,9 @@ def _attach(cut: Cut, features: np.ndarray, storage_key: str, archive: Path) -> 
     return lhotse.utils.fastcopy(cut, features=described)
 
 
-def _remove_other_shards(out_dir: Path, part: str, names: Sequence[str]) -> None:
-    """Remove the shards of earlier runs with another number of jobs."""
-    kept = {f"feats_{name}.lca" for name in names}
-    for file in [*out_dir.glob(f"feats_{part}-*-of-*.lca"), *out_dir.glob(f".split-{part}-*-of-*.jsonl.gz")]:
-        if file.name not in kept:
+def _remove_other_files(out_dir: Path, part: str, archives: set[str]) -> None:
+    """Remove the cuts of splits, and the shards of earlier runs with another number of jobs."""
+    own = re.compile(rf"(feats_|\.split-){re.escape(part)}-\d+-of-\d+[.-]")
+    for file in out_dir.iterdir():
+        if own.match(file.name) and file.name not in archives:
             file.unlink()

@@ -1,0 +1,99 @@
+"""The one filter between a corpus and a training: durations, and tokens against encoder frames."""
+
+import itertools
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.utils import fastcopy
+
+from icefall_kd.frames import conv2d_subsampled_len, fbank_num_frames
+from icefall_kd.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """One utterance that the filter left out."""
+
+    id: str
+    """Cut id."""
+    reason: str
+    """Why, with the numbers."""
+
+
+def repeats(tokens: list[int]) -> int:
+    """Return how many tokens equal their predecessor: CTC needs a blank frame between the two."""
+    return sum(a == b for a, b in itertools.pairwise(tokens))
+
+
+def why_not(
+    tokens: list[int], num_frames: int, *, transducer: bool = True, ctc: bool = True, num_encoder_frames=None
+) -> str | None:
+    """Return why an utterance would make a loss infinite, or None.
+
+    Args:
+        tokens: U label ids.
+        num_frames: T input frames.
+        transducer: the pruned transducer needs U <= T'.
+        ctc: CTC needs U plus the number of repeats <= T'.
+        num_encoder_frames: the encoder's T -> T'; None: that of Conv2dSubsampling.
+    """
+    encoder_frames = (num_encoder_frames or conv2d_subsampled_len)(num_frames)
+    if encoder_frames < 1:
+        return f"{num_frames} frames give no encoder frame"
+    if not tokens:
+        return "no tokens"
+    if (transducer or ctc) and len(tokens) > encoder_frames:
+        return f"{len(tokens)} tokens, {encoder_frames} encoder frames"
+    if ctc and len(tokens) + repeats(tokens) > encoder_frames:
+        return f"{len(tokens)} tokens with {repeats(tokens)} repeats, {encoder_frames} encoder frames"
+    return None
+
+
+def filter_cuts(
+    cuts: Iterable[Cut],
+    *,
+    tokenizer: Tokenizer,
+    min_duration: float = 0.0,
+    max_duration: float = float("inf"),
+    transducer: bool = True,
+    ctc: bool = True,
+    num_encoder_frames=None,
+) -> tuple[CutSet, list[LeftOut]]:
+    """Split cuts into those fit for training and those left out.
+
+    Args:
+        cuts: one supervision each.
+        tokenizer: makes the tokens that are counted.
+        min_duration: shortest utterance in seconds.
+        max_duration: longest utterance in seconds.
+        transducer: a transducer loss will be used.
+        ctc: a CTC loss will be used.
+        num_encoder_frames: the encoder's T -> T'; None: that of Conv2dSubsampling.
+    Returns:
+        The kept cuts in their order, with ``custom["num_tokens"]`` set, and what was left out with reasons.
+    """
+    kept: list[Cut] = []
+    left_out: list[LeftOut] = []
+    for cut in cuts:
+        reason, tokens = None, []
+        if not min_duration <= cut.duration <= max_duration:
+            reason = f"{cut.duration:.2f} s, outside of {min_duration} to {max_duration} s"
+        elif len(cut.supervisions) != 1:
+            reason = f"{len(cut.supervisions)} supervisions; one is needed"
+        else:
+            tokens = tokenizer.encode(cut.supervisions[0].text or "")
+            num_frames = cut.num_frames if cut.has_features else fbank_num_frames(cut.num_samples)
+            reason = why_not(tokens, num_frames, transducer=transducer, ctc=ctc, num_encoder_frames=num_encoder_frames)
+        if reason is None:
+            kept.append(fastcopy(cut, custom={**(cut.custom or {}), "num_tokens": len(tokens)}))
+        else:
+            left_out.append(LeftOut(id=cut.id, reason=reason))
+    if left_out:
+        first = "; ".join(f"{x.id}: {x.reason}" for x in left_out[:5])
+        logger.warning("%d of %d utterances left out: %s", len(left_out), len(left_out) + len(kept), first)
+    return CutSet.from_cuts(kept), left_out

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Compute and store the log-mel features of cut sets."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from icefall_kd.cli import parse_config
+from icefall_kd.data.features import FbankExtractor, store_features
+from icefall_kd.data.manifests import cuts_file
+from icefall_kd.errors import run_main
+from icefall_kd.runtime.files import read_json
+from icefall_kd.runtime.log import setup_logging
+
+logger = logging.getLogger("compute_features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Compute and store features."""
+
+    data_dir: Path
+    """Folder of everything prepared: manifests/ is read, fbank/ is written."""
+    parts: list[str] | None = None
+    """Parts to compute; None: those of corpus.json."""
+    nj: int = 4
+    """Processes; clipped to the number of cuts."""
+    backend: Literal["auto", "kaldifeat", "lhotse"] = "auto"
+    """auto: kaldifeat where it imports, else lhotse."""
+
+
+def main() -> None:
+    """Compute the features of every part."""
+    config = parse_config(FeaturesConfig)
+    setup_logging()
+    parts = config.parts or list(read_json(config.data_dir / "corpus.json")["parts"])
+    manifests = [cuts_file(config.data_dir / "manifests", part) for part in parts]
+    extractor = FbankExtractor(backend=config.backend)
+    counts = store_features(manifests, config.data_dir / "fbank", extractor, config.nj)
+    logger.info("features by %s: %s", extractor.backend, ", ".join(f"{p} {n} cuts" for p, n in counts.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)
