@@ -54,7 +54,12 @@ def train_main(argv: list[str] | None = None) -> int:
 
 def decode_main(argv: list[str] | None = None) -> int:
     """Decode test sets, score them and print error rates with confidence intervals."""
-    config = parse_config(DecodeConfig, argv, prog="decode.py", description=decode_main.__doc__)
+    decode(parse_config(DecodeConfig, argv, prog="decode.py", description=decode_main.__doc__))
+    return 0
+
+
+def decode(config: DecodeConfig) -> dict[str, dict]:
+    """Decode and score the test sets of ``config``; return the results of each by its name."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     setup_logging(config.exp_dir, f"decode-{config.decoding_method}")
@@ -72,17 +77,17 @@ def decode_main(argv: list[str] | None = None) -> int:
         name: decoding_batches(
             cuts, tokenizer, max_duration=config.max_duration, features=_features_of(cuts)
         )
-        for name, cuts in ((_part_name(p), part_cuts(config.manifest_dir, p)) for p in config.test_parts)
+        for name, cuts in ((part_name(p), part_cuts(config.manifest_dir, p)) for p in config.test_parts)
     }
-    decode_parts(system, tokenizer, batches, config, files_used=used)
-    return 0
+    return decode_parts(system, tokenizer, batches, config, files_used=used)
 
 
 def _features_of(cuts: CutSet) -> str:
     return "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
 
 
-def _part_name(part: str) -> str:
+def part_name(part: str) -> str:
+    """Return the name of a part that may be given as a path."""
     name = Path(part).name
     return name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("cuts_")
 
