@@ -73,7 +73,7 @@ def average_checkpoints(files: Sequence[str | Path]) -> dict[str, Tensor]:
                 total[name] = total[name].add_(tensor) if name in total else tensor.double()
             else:
                 total[name] = tensor.clone()
-    last = load_checkpoint(files[-1], mmap=True)["model"]
+    last = load_checkpoint(files[-1], mmap=True, verify=False)["model"]
     return {
         name: (t / len(files)).to(last[name].dtype) if t.is_floating_point() else t for name, t in total.items()
     }
@@ -138,7 +138,7 @@ def best_n(exp_dir: str | Path, n: int, metric: str = "valid_loss") -> list[Path
     """
     scored = []
     for epoch, path in list_checkpoints(exp_dir, "epoch").items():
-        counters = load_checkpoint(path, mmap=True)["train"]
+        counters = load_checkpoint(path, mmap=True, verify=False)["train"]
         results = {f"valid_{name}": value for name, value in (counters.get("valid") or {}).items()}
         if counters.get("train_loss") is not None:
             results["train_loss"] = counters["train_loss"]
@@ -206,12 +206,12 @@ def load_for_decoding(
         files = last_n(exp_dir, avg, kind, end)
         state_dict = average_checkpoints(files)
         used = f"mean of {', '.join(f.name for f in files)}" if len(files) > 1 else files[0].name
-        return state_dict, load_checkpoint(files[-1], mmap=True)["config"], used
+        return state_dict, load_checkpoint(files[-1], mmap=True, verify=False)["config"], used
     last = last_n(exp_dir, 1, kind, end)[0]
     start = _range_start(exp_dir, kind, last, avg)
     state_dict = average_from_averaged(start, last)
     used = f"average of all steps after {start.name if start else 'the start'} up to {last.name}"
-    return state_dict, load_checkpoint(last, mmap=True)["config"], used
+    return state_dict, load_checkpoint(last, mmap=True, verify=False)["config"], used
 
 
 def _range_start(exp_dir: str | Path, kind: str, last: Path, avg: int) -> Path | None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
         torch.save(plain, f)
 
 
-def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
     """Read one checkpoint to the CPU.
 
     Args:
         path: the file.
-        mmap: map the tensors instead of reading them, for a look at the counters.
+        mmap: map the tensors instead of reading all of them.
+        verify: compare the checksums in the file first (one more read); False for a look at the counters.
     Raises:
         DataError: the file is missing or damaged.
         ConfigError: a newer version of the project wrote it.
@@ -65,6 +67,12 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"there is no checkpoint {path}")
     try:
+        if verify:
+            # torch writes a CRC-32 of every tensor into the archive but does not look at it when it reads.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged zip archives end in errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,11 +5,9 @@ stopped at any step and is started again with the same command ends in the same 
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
-import random
 import resource
 import signal
 import threading
@@ -18,29 +16,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import nn
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import TrainConfig
 from icefall_kd.data.batch import Batch
-from icefall_kd.errors import DataError, NumericError
+from icefall_kd.errors import DataError
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import write_json
 from icefall_kd.runtime.log import format_seconds
-from icefall_kd.systems.base import LossTerms, System
+from icefall_kd.systems.base import System
 from icefall_kd.train import checkpoint as ckpt
 from icefall_kd.train import guards
 from icefall_kd.train.average import RunningAverage
 from icefall_kd.train.metrics import RESET_INTERVAL, MetricsWriter, Tracker, format_values, read_terms
-from icefall_kd.train.optim import ScaledAdam, build_optimizer, learning_rate
 from icefall_kd.train.state import TrainState, refuse_changed_config, refuse_changed_data, write_config
+from icefall_kd.train.step import Stepper
 
 logger = logging.getLogger(__name__)
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainData(Protocol):
@@ -57,19 +51,6 @@ class TrainData(Protocol):
 
     def state(self) -> dict:
         """Return a fingerprint of the training data."""
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of all randomness of one step on one rank."""
-    digest = hashlib.blake2b(f"{seed},{step},{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def train(
@@ -127,19 +108,14 @@ class _Trainer:
         if self.device.type == "cuda" and self.world_size > 1:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.system = system.to(self.device)
-        self.optimizer = build_optimizer(config.optim, system)
-        # The scale starts at 1, where nothing can overflow that does not overflow by itself.
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0, enabled=self.loop.precision == "fp16")
+        self.stepper = Stepper(self.system, config, self.device)
         self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=data.state())
         self.average = RunningAverage(system, self.loop.average_period) if self.rank == 0 else None
-        self.guard = guards.NonFiniteGuard(self.loop.max_skips, self.exp_dir, self.rank)
         self.running, self.epoch_tracker = Tracker(1 - 1 / RESET_INTERVAL), Tracker()
         self.current: Tracker = Tracker()
         self.writer: MetricsWriter | None = None
         self.stop_signal: str | None = None
-        self.gradients_checked = False
-        self.grad_norm = math.nan
-        self.model: nn.Module = system
+        self.interval_audio = 0.0
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -157,10 +133,6 @@ class _Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        dtype = AUTOCAST[self.loop.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def run(self, on_start: Callable[[], None] | None) -> dict[str, Any]:
         self._resume()
@@ -210,12 +182,12 @@ class _Trainer:
             logger.warning("continuing with %d ranks instead of %d", self.world_size, state.world_size)
             state.world_size = self.world_size
         ckpt.load_model(self.system, saved["model"], source=str(path))
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["grad_scaler"])
+        self.stepper.optimizer.load_state_dict(saved["optimizer"])
+        self.stepper.scaler.load_state_dict(saved["grad_scaler"])
         if self.average is not None:
             self.average.load_state_dict(saved["model_avg"])
         self.state = state
-        self.guard.in_a_row, self.guard.total = state.skipped_in_a_row, state.skipped
+        self.stepper.guard.in_a_row, self.stepper.guard.total = state.skipped_in_a_row, state.skipped
         if self.rank == 0:  # the saved sums are those of all ranks
             self.running.load_state_dict(state.running_sums)
             self.epoch_tracker.load_state_dict(state.epoch_sums)
@@ -237,15 +209,13 @@ class _Trainer:
                 self.system,
                 self.data.worst_batches(),
                 self.device,
-                self.autocast,
+                self.stepper.autocast,
                 self.exp_dir,
                 self.config.data.max_duration,
                 rank=self.rank,
                 step=self.state.step,
             )
-        if self.world_size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.system, device_ids=ids)
+        self.stepper.distribute()
 
     def _epoch(self) -> None:
         """Train what is left of the epoch in progress, validate and save."""
@@ -254,8 +224,6 @@ class _Trainer:
         self.system.train()
         for batches, is_last in groups:
             stop = self._step(batches, is_last)
-            state.batch += len(batches)
-            state.step += 1
             if self.average is not None:
                 self.average.update(self.system, state.step)
             if state.step % loop.log_interval == 0 or state.step == 1:
@@ -296,106 +264,18 @@ class _Trainer:
                 ckpt.copy_as(self.exp_dir / f"epoch-{epoch}.pt", name)
 
     def _step(self, batches: list[Batch], is_last: bool) -> bool:
-        """Do one optimizer step, or skip it on all ranks; return whether a rank was told to stop."""
-        state, optimizer = self.state, self.optimizer
-        rate = learning_rate(self.config.optim, state.step, state.epoch - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        seed_everything(step_seed(self.loop.seed, state.step, self.rank))
-        optimizer.zero_grad(set_to_none=True)
-        self.current = Tracker()
-        frames, stop = 0.0, False
-        for i, batch in enumerate(batches):
-            state.audio_seconds += sum(batch.durations)
-            self.interval_audio += sum(batch.durations)
-            synchronise = i == len(batches) - 1 or self.model is self.system
-            with contextlib.nullcontext() if synchronise else self.model.no_sync():
-                terms, values = self._forward(batch)
-                finite = math.isfinite(values["loss"][0])
-                flags = [not finite, self.stop_signal is not None, is_last, terms.frames]
-                bad, stops, lasts, all_frames = dist.all_reduce_sum(flags, self.device)
-                stop = stops > 0
-                if 0 < lasts < self.world_size:
-                    raise DataError(f"epoch {state.epoch} ends after batch {state.batch + i + 1} on some ranks only")
-                if bad:
-                    self._skip(terms, batch, locally=not finite)
-                    return stop
-                self._backward(terms, batch)
-            self.current.add(values)
-            frames += all_frames
-        if not self.gradients_checked:
-            guards.refuse_unused(guards.parameters_without_gradient(self.system))
-            self.gradients_checked = True
-        if self._update(frames):
-            self.guard.good()
-            state.skipped_in_a_row = 0
-            self.running.add(self.current.sums)
-            self.running.bounds = self.current.bounds
-            self.epoch_tracker.add(self.current.sums)
-        else:
-            self._skip(None, batches[-1], locally=True)
-        return stop
-
-    def _skip(self, terms: LossTerms | None, batch: Batch, locally: bool) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
-            self.guard.bad(self.state.step, terms, batch, locally)
-        finally:
-            self.state.skipped, self.state.skipped_in_a_row = self.guard.total, self.guard.in_a_row
-
-    def _forward(self, batch: Batch) -> tuple[LossTerms, dict[str, list[float]]]:
-        with self._memory_guard(batch), self.autocast():
-            terms = self.model(batch.to(self.device), self.state.step)
-            return terms, read_terms(terms)
-
-    def _backward(self, terms: LossTerms, batch: Batch) -> None:
-        with self._memory_guard(batch):
-            self.scaler.scale(terms.total).backward()
-
-    @contextlib.contextmanager
-    def _memory_guard(self, batch: Batch) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not guards.is_out_of_memory(error):
-                raise
-            file = self.exp_dir / f"oom-step{self.state.step}-rank{self.rank}.json"
-            where = f"at step {self.state.step}"
-            raise guards.out_of_memory(error, batch, where, file, self.config.data.max_duration) from error
-
-    def _update(self, frames: float) -> bool:
-        """Normalise, clip and apply the gradients; return False when they are not finite."""
-        self.scaler.unscale_(self.optimizer)
-        params = [p for p in self.system.parameters() if p.grad is not None]
-        scaled_adam = isinstance(self.optimizer, ScaledAdam)
-        # DDP leaves the mean over ranks: back to the sum, and AdamW (whose clipping is absolute) to a mean a frame.
-        factor = self.world_size / (1.0 if scaled_adam else max(frames, 1.0))
-        if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in params], factor)
-        if not scaled_adam:
-            norm = nn.utils.get_total_norm([p.grad for p in params])
-            self.grad_norm = float(norm)
-            if not math.isfinite(self.grad_norm) and not self.scaler.is_enabled():
-                return False
-            nn.utils.clip_grads_with_norm_(params, self.config.optim.grad_clip, norm)
-        self.scaler.step(self.optimizer)
-        if scaled_adam and self.optimizer.last_grad_norm is not None:
-            self.grad_norm = float(self.optimizer.last_grad_norm)
-        if self.scaler.is_enabled():
-            self._adjust_scale()
-            return True
-        return math.isfinite(self.grad_norm)
-
-    def _adjust_scale(self) -> None:
-        """Update the fp16 loss scale: torch halves it at an overflow, and is slow to double a small one."""
-        self.scaler.update()
-        scale, step = self.scaler.get_scale(), self.state.step
-        if scale < 1e-5:
-            raise NumericError(f"the fp16 loss scale fell to {scale:g} at step {step}; use --precision bf16 or fp32")
-        if (step % 25 == 0 and scale < 2) or (step % 100 == 0 and scale < 8) or (step % 400 == 0 and scale < 32):
-            self.scaler.update(scale * 2)
-        if scale < 0.01 and step % self.loop.log_interval == 0:
-            logger.warning("the fp16 loss scale is down to %g at step %d", scale, step)
+        """Do one step and count it; return whether some rank was told to stop."""
+        state, audio = self.state, sum(sum(batch.durations) for batch in batches)
+        outcome = self.stepper.step(batches, state.step, state.epoch, is_last, self.stop_signal is not None)
+        state.audio_seconds += audio
+        self.interval_audio += audio
+        state.batch += len(batches)
+        state.step += 1
+        state.skipped, state.skipped_in_a_row = self.stepper.guard.total, self.stepper.guard.in_a_row
+        self.current = outcome.values or Tracker()
+        self.running.add_tracker(self.current)
+        self.epoch_tracker.add_tracker(self.current)
+        return outcome.stop
 
     def _validate(self) -> bool:
         """Validate and record the results; return True when a signal to stop came meanwhile."""
@@ -406,7 +286,7 @@ class _Trainer:
             for batch in self.data.valid_batches():
                 if self.stop_signal is not None:
                     break
-                with self.autocast():
+                with self.stepper.autocast():
                     tracker.add(read_terms(self.system(batch.to(self.device), self.state.step)))
         self.system.train()
         if dist.any_rank(self.stop_signal is not None, self.device):
@@ -431,8 +311,8 @@ class _Trainer:
         audio, = dist.all_reduce_sum([self.interval_audio], self.device)
         speed = audio / max(now - self.interval_start, 1e-9)
         self.interval_start, self.interval_audio = now, 0.0
-        state, rate = self.state, self.optimizer.param_groups[0]["lr"]
-        memory = self._peak_memory()
+        state, rate = self.state, self.stepper.lr
+        memory, scaler = self._peak_memory(), self.stepper.scaler
         eta = self._eta(now)
         logger.info(
             "Epoch %d, batch %d, step %d, loss[%s], tot_loss[%s], batch size: %d, lr: %.3g, grad_norm: %.4g, "
@@ -444,11 +324,11 @@ class _Trainer:
             format_values({"loss": running.means().get("loss", math.nan)}),
             batch_size,
             rate,
-            self.grad_norm,
+            self.stepper.grad_norm,
             speed,
             memory,
             "unknown" if eta is None else format_seconds(eta),
-            f", grad_scale: {self.scaler.get_scale():g}" if self.scaler.is_enabled() else "",
+            f", grad_scale: {scaler.get_scale():g}" if scaler.is_enabled() else "",
         )
         if self.writer is not None:
             self.writer.write(
@@ -459,7 +339,7 @@ class _Trainer:
                 epoch=state.epoch,
                 batch=state.batch,
                 lr=rate,
-                grad_norm=self.grad_norm,
+                grad_norm=self.stepper.grad_norm,
                 audio_hours_per_hour=speed,
                 memory_gib=memory,
                 skipped=state.skipped,
@@ -495,10 +375,10 @@ class _Trainer:
             {
                 "model": self.system.state_dict(),
                 "model_avg": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self.stepper.optimizer.state_dict(),
                 # The rate is a function of these two; they are here for whoever reads the file.
                 "scheduler": {"step": state.step, "epoch": state.epoch},
-                "grad_scaler": self.scaler.state_dict(),
+                "grad_scaler": self.stepper.scaler.state_dict(),
                 "train": state.to_dict(),
                 "config": config_to_dict(self.config),
                 "tokenizer_hash": self.tokenizer_hash,

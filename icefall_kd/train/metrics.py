@@ -60,6 +60,11 @@ class Tracker:
             if bound:
                 self.bounds[name] = bound[0]
 
+    def add_tracker(self, other: "Tracker") -> None:
+        """Add the sums of another tracker."""
+        self.add(other.sums)
+        self.bounds |= other.bounds
+
     def means(self) -> dict[str, float]:
         """Return every sum divided by its count (frames, tokens, ...)."""
         return {name: value / count if count else math.nan for name, (value, count) in self.sums.items()}
@@ -75,7 +80,7 @@ class Tracker:
             return self
         merged = Tracker()
         for other in dist.gather_objects({"sums": self.sums, "bounds": self.bounds}):
-            merged.add({name: [*pair] for name, pair in other["sums"].items()})
+            merged.add(other["sums"])
             merged.bounds |= other["bounds"]
         return merged
 

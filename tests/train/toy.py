@@ -78,7 +78,13 @@ class ToyData:
             features[rank, 0, 0] = float("inf")
         pick = slice(rank, None, world_size)
         ids = [f"utt-{epoch}-{index}-{i}" for i in range(self.per_batch)]
-        return Batch(ids=ids[pick], features=features[pick], x_lens=x_lens[pick], y=y[pick], durations=[0.1] * len(ids[pick]))
+        return Batch(
+            ids=ids[pick],
+            features=features[pick],
+            x_lens=x_lens[pick],
+            y=y[pick],
+            durations=[0.1] * len(ids[pick]),
+        )
 
     def train_batches(self, epoch, skip):
         for index in range(skip, self.num_batches):

@@ -1,0 +1,189 @@
+"""One optimizer step: forward, agreement of all ranks, backward, normalisation, clipping, update."""
+
+import contextlib
+import hashlib
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from icefall_kd.config import TrainConfig
+from icefall_kd.data.batch import Batch
+from icefall_kd.errors import DataError, NumericError
+from icefall_kd.runtime import dist
+from icefall_kd.systems.base import LossTerms, System
+from icefall_kd.train import guards
+from icefall_kd.train.metrics import Tracker, read_terms
+from icefall_kd.train.optim import ScaledAdam, build_optimizer, learning_rate
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of all randomness of one step on one rank."""
+    digest = hashlib.blake2b(f"{seed},{step},{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did."""
+
+    values: Tracker | None
+    """This rank's losses; None when the step was skipped on all ranks."""
+    stop: bool
+    """Whether some rank was told to stop."""
+
+
+class Stepper:
+    """The system, its optimizer and what a step needs besides.
+
+    Args:
+        system: on ``device``.
+        config: all options.
+        device: where to train.
+    """
+
+    def __init__(self, system: System, config: TrainConfig, device: torch.device) -> None:
+        self.system, self.config, self.device = system, config, device
+        self.exp_dir = Path(config.loop.exp_dir)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.optimizer = build_optimizer(config.optim, system)
+        # The scale starts at 1, where nothing overflows that would not overflow by itself.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.loop.precision == "fp16")
+        self.guard = guards.NonFiniteGuard(config.loop.max_skips, self.exp_dir, self.rank)
+        self.model: nn.Module = system
+        self.grad_norm = math.nan
+        self._gradients_checked = False
+
+    def distribute(self) -> None:
+        """Wrap the system for several ranks (rank 0's parameters go to all of them)."""
+        if self.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.system, device_ids=ids)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context of a forward pass at the configured precision."""
+        dtype = AUTOCAST[self.config.loop.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the latest step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self, batches: Sequence[Batch], step: int, epoch: int, is_last: bool, stop: bool) -> StepOutcome:
+        """Do one optimizer step on ``batches``, or skip it on all ranks.
+
+        Args:
+            batches: accumulated before the update.
+            step: global step, from 0.
+            epoch: from 1.
+            is_last: whether these are the last batches of this rank's epoch.
+            stop: whether this rank was told to stop.
+        Raises:
+            NumericError: too many skipped steps in a row.
+            DataError: the ranks do not have equally many batches.
+            ConfigError: out of memory, or (first step) parameters without a gradient.
+        """
+        rate = learning_rate(self.config.optim, step, epoch - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        seed_everything(step_seed(self.config.loop.seed, step, self.rank))
+        self.optimizer.zero_grad(set_to_none=True)
+        values, frames, any_stop = Tracker(), 0.0, stop
+        for i, batch in enumerate(batches):
+            synchronise = i == len(batches) - 1 or self.model is self.system
+            with contextlib.nullcontext() if synchronise else self.model.no_sync():
+                terms, sums = self._forward(batch, step)
+                finite = math.isfinite(sums["loss"][0])
+                # One collective tells all ranks whether to skip or stop, and how much data the step holds.
+                flags = [not finite, stop, is_last, terms.frames]
+                bad, stops, lasts, all_frames = dist.all_reduce_sum(flags, self.device)
+                any_stop = stops > 0
+                if 0 < lasts < self.world_size:
+                    raise DataError(f"epoch {epoch} ends at step {step} on some ranks alone: they differ in batches")
+                if bad:
+                    self._skip(step, terms, batch, locally=not finite)
+                    return StepOutcome(None, any_stop)
+                with self._memory_guard(batch, step):
+                    self.scaler.scale(terms.total).backward()
+            values.add(sums)
+            frames += all_frames
+        if not self._gradients_checked:
+            guards.refuse_unused(guards.parameters_without_gradient(self.system))
+            self._gradients_checked = True
+        if not self._update(frames, step):
+            self._skip(step, None, batches[-1], locally=True)
+            return StepOutcome(None, any_stop)
+        self.guard.good()
+        return StepOutcome(values, any_stop)
+
+    def _forward(self, batch: Batch, step: int) -> tuple[LossTerms, dict[str, list[float]]]:
+        with self._memory_guard(batch, step), self.autocast():
+            terms = self.model(batch.to(self.device), step)
+            return terms, read_terms(terms)
+
+    def _skip(self, step: int, terms: LossTerms | None, batch: Batch, locally: bool) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.guard.bad(step, terms, batch, locally)
+
+    @contextlib.contextmanager
+    def _memory_guard(self, batch: Batch, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not guards.is_out_of_memory(error):
+                raise
+            file = self.exp_dir / f"oom-step{step}-rank{self.rank}.json"
+            where = f"at step {step}"
+            raise guards.out_of_memory(error, batch, where, file, self.config.data.max_duration) from error
+
+    def _update(self, frames: float, step: int) -> bool:
+        """Normalise, clip and apply the gradients; return False when they are not finite."""
+        self.scaler.unscale_(self.optimizer)
+        params = [p for p in self.system.parameters() if p.grad is not None]
+        scaled_adam = isinstance(self.optimizer, ScaledAdam)
+        # DDP leaves the mean over ranks: back to the sum, and for AdamW (its clipping is absolute) to a mean a frame.
+        factor = self.world_size / (1.0 if scaled_adam else max(frames, 1.0))
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in params], factor)
+        if not scaled_adam:
+            norm = nn.utils.get_total_norm([p.grad for p in params])
+            self.grad_norm = float(norm)
+            if not math.isfinite(self.grad_norm) and not self.scaler.is_enabled():
+                return False
+            nn.utils.clip_grads_with_norm_(params, self.config.optim.grad_clip, norm)
+        self.scaler.step(self.optimizer)
+        if scaled_adam and self.optimizer.last_grad_norm is not None:
+            self.grad_norm = float(self.optimizer.last_grad_norm)
+        if self.scaler.is_enabled():
+            self._adjust_scale(step)
+            return True
+        return math.isfinite(self.grad_norm)
+
+    def _adjust_scale(self, step: int) -> None:
+        """Update the fp16 loss scale: torch halves it at an overflow, but is slow to double a small one."""
+        self.scaler.update()
+        scale = self.scaler.get_scale()
+        if scale < 1e-5:
+            raise NumericError(f"the fp16 loss scale fell to {scale:g} at step {step}; use --precision bf16 or fp32")
+        if (step % 25 == 0 and scale < 2) or (step % 100 == 0 and scale < 8) or (step % 400 == 0 and scale < 32):
+            self.scaler.update(scale * 2)
+        if scale < 0.01 and step % self.config.loop.log_interval == 0:
+            logger.warning("the fp16 loss scale is down to %g at step %d", scale, step)
