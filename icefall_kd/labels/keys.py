@@ -11,6 +11,7 @@ Transforms that do not move time (volume, reverberation, codecs) leave the key a
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -104,6 +105,33 @@ def parse_key(key: str) -> ParsedKey:
 def key_hash(key: str) -> bytes:
     """Return the 16 bytes (BLAKE2b) under which the store finds ``key``."""
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
+
+
+def corpus_fingerprint(cuts: Iterable[Cut]) -> str:
+    """Return the SHA-256 of a corpus: its label keys and texts, whatever their order (cuts are read once).
+
+    Ids repeat between corpora; a key together with what is said there does not.
+    """
+    corpus = CorpusFingerprint()
+    for cut in cuts:
+        corpus.add(label_key(cut), cut)
+    return corpus.hexdigest()
+
+
+class CorpusFingerprint:
+    """Collects :func:`corpus_fingerprint` during a pass over the cuts that is made anyway."""
+
+    def __init__(self) -> None:
+        self._digests: list[bytes] = []
+
+    def add(self, key: str, cut: Cut) -> None:
+        """Take in one cut with its label key."""
+        text = " ".join(s.text or "" for s in cut.supervisions)
+        self._digests.append(hashlib.sha256(f"{key}\0{text}".encode()).digest())
+
+    def hexdigest(self) -> str:
+        """Return the fingerprint of what was added so far."""
+        return hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()
 
 
 def stamp_source(cut: MonoCut, speed: Fraction | str | float = 1, source: MonoCut | None = None) -> MonoCut:

@@ -1,0 +1,120 @@
+"""The provenance of a label set (our design): everything that two sets must share to be the same labels."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.frames import FrameFormula
+from icefall_kd.runtime.files import fingerprint, read_json
+
+INFO_NAME = "label_set.json"
+FORMAT_VERSION = 1
+# Recorded for people: the weights are known by their SHA-256, wherever they lie and whatever they are called.
+_NOT_IDENTITY = ("teacher", "origin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSetInfo:
+    """Where the labels of a set come from; the content of ``label_set.json``."""
+
+    kind: str
+    """"codebook_indexes", "embeddings", or another name of one array a frame."""
+    dtype: str
+    """Type of the stored values: uint8, float16, float32, ..."""
+    width: int
+    """Values a frame: Q codes or C channels."""
+    dim: int
+    """Channels C of the teacher's embeddings."""
+    teacher: str
+    """Family or name of the teacher, for people."""
+    teacher_sha256: str
+    """SHA-256 of the teacher's weights."""
+    layer: int
+    """Layer whose output was taken."""
+    layer_convention: str
+    """How layers are counted and what belongs to one."""
+    normalization: str
+    """Normalisation of audio and embeddings."""
+    frame_formula: dict
+    """FrameFormula.to_dict() of the teacher."""
+    sampling_rate: int = 16000
+    """Samples a second that the teacher heard."""
+    num_codebooks: int | None = None
+    """Q of the quantizer; None without one."""
+    codebook_size: int | None = None
+    """K of the quantizer."""
+    quantizer_sha256: str | None = None
+    """SHA-256 of the quantizer's tensors."""
+    refine_iters: int | None = None
+    """Refinement searches of the quantizer."""
+    long_utterances: str = "window"
+    """What became of utterances longer than the teacher's limit."""
+    device: str = "cpu"
+    """Kind of device of the extraction."""
+    teacher_dtype: str = "float32"
+    """Type in which the teacher ran."""
+    corpus_fingerprint: str = ""
+    """keys.corpus_fingerprint of the cuts; ids repeat between corpora."""
+    key_kind: str = "audio"
+    """What label keys name."""
+    extra: dict = field(default_factory=dict)
+    """Whatever else the teacher states about itself; part of the identity."""
+    origin: dict = field(default_factory=dict)
+    """Where the weights were found and which library versions ran; no part of the identity."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that identifies the labels."""
+        return fingerprint({k: v for k, v in asdict(self).items() if k not in _NOT_IDENTITY})
+
+    @property
+    def formula(self) -> FrameFormula:
+        """The teacher's frame formula."""
+        return FrameFormula.from_dict(self.frame_formula)
+
+    @classmethod
+    def load(cls, path: Path) -> "LabelSetInfo":
+        """Read ``label_set.json`` of a folder; a DataError names what is wrong with it."""
+        file = Path(path) / INFO_NAME
+        content = read_json(file)
+        known = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+            version = content.get("format_version") if isinstance(content, dict) else None
+            raise DataError(f"{file} has format version {version}, this version reads {FORMAT_VERSION}")
+        if unknown := sorted(set(content) - known):
+            raise DataError(f"{file} has unknown fields {unknown}")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise DataError(f"{file} is incomplete: {error}") from error
+
+    def differences(self, other: "LabelSetInfo") -> list[str]:
+        """Name the identifying fields in which two sets differ, with both values."""
+        a, b = asdict(self), asdict(other)
+        return [f"{k} is {a[k]!r} and {b[k]!r}" for k in a if k not in _NOT_IDENTITY and a[k] != b[k]]
+
+    def check(self, expect: dict, where: str) -> None:
+        """Raise a DataError that names the first field that is not as expected, with both values.
+
+        Args:
+            expect: field name -> value; None stands for "any".
+            where: what to call this set in the message.
+        """
+        for name, wanted in expect.items():
+            if not hasattr(self, name):
+                names = ", ".join(f.name for f in fields(self))
+                raise ConfigError(f"a label set has no property {name!r}; it has {names}")
+            wanted = wanted.to_dict() if isinstance(wanted, FrameFormula) else wanted
+            found = getattr(self, name)
+            if wanted is not None and found != wanted:
+                raise DataError(
+                    f"label set {where}: {name} is {found!r}, expected {wanted!r}; "
+                    "extract labels with the expected value, or change the option that expects it"
+                )
+
+
+def info_json(info: LabelSetInfo) -> str:
+    """Return the readable form of a set's provenance."""
+    return json.dumps({**asdict(info), "fingerprint": info.fingerprint}, indent=2, ensure_ascii=False)

@@ -1,0 +1,27 @@
+#!/usr/bin/env python3
+"""Extract one shard of teacher labels; a finished shard is skipped, a killed one goes on where it was.
+
+    local/extract_labels.py --cuts data/fbank/cuts_train.jsonl.gz --label-dir data/labels/whisper \\
+        --teacher whisper-tiny.en --quantizer exp/quantizer/quantizer.safetensors --shard 0 --num-shards 4
+"""
+
+from icefall_kd.cli import parse_config
+from icefall_kd.errors import run_main
+from icefall_kd.runtime.log import format_seconds, setup_logging
+
+
+def main() -> None:
+    # Imported late, so that --help answers at once.
+    from icefall_kd.labels.extract import ExtractConfig, extract_labels
+
+    setup_logging()
+    config = parse_config(ExtractConfig, description=__doc__)
+    report = extract_labels(config)
+    state = "was finished" if report.skipped else f"took {format_seconds(report.seconds)}"
+    print(
+        f"{report.path}: {report.utterances} utterances, {report.hours:.3f} h, {report.rejected} rejected, {state}",
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Look after label sets.
+
+    local/label_sets.py info DIR                      provenance and what it costs on disk
+    local/label_sets.py verify DIR...                 read every byte, name what is damaged or missing
+    local/label_sets.py merge --into DIR DIR...       shards of one set from several machines
+    local/label_sets.py join DIR --cuts FILE...       matched, missing and extra utterances of cut sets
+"""
+
+import argparse
+from pathlib import Path
+
+from icefall_kd.errors import DataError, run_main
+from icefall_kd.runtime.log import setup_logging
+
+
+def print_info(path: Path) -> None:
+    """Print provenance and storage of a set."""
+    from icefall_kd.labels.info import info_json
+    from icefall_kd.labels.store import LabelStore
+
+    store = LabelStore(path)
+    print(info_json(store.info))
+    cost = store.storage_report()
+    print(f"{cost['utterances']} utterances, {cost['frames']} frames, {cost['hours']:.3f} h")
+    print(
+        f"{cost['value_bytes']} bytes of labels = {cost['bytes_per_hour']:.0f} an hour, plus "
+        f"{cost['container_bytes']} of container ({cost['overhead']:.2%})"
+    )
+    print(f"float32 embeddings of {store.info.dim} would take {cost['ratio_to_float32']:.1f} times as much")
+
+
+def verify(paths: list[Path]) -> None:
+    """Verify sets; a DataError lists every problem of all of them."""
+    from icefall_kd.labels.store import LabelStore
+
+    problems = []
+    for path in paths:
+        store = LabelStore(path, partial=True)
+        found = store.verify()
+        problems += found
+        if not found:
+            print(f"{path}: {len(store)} utterances in {store.num_shards} shards, all sound")
+    if problems:
+        raise DataError(f"{len(problems)} problems:\n" + "\n".join(problems))
+
+
+def join(path: Path, cuts: list[Path], min_coverage: float) -> None:
+    """Print how the keys of cut sets meet those of a set."""
+    from lhotse import load_manifest_lazy
+
+    from icefall_kd.labels.keys import label_key
+    from icefall_kd.labels.store import LabelStore
+
+    keys = (label_key(cut) for file in cuts for cut in load_manifest_lazy(file))
+    print(LabelStore(path).join(keys, min_coverage))
+
+
+def main() -> None:
+    setup_logging()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="provenance and storage")
+    info.add_argument("dir", type=Path)
+    check = commands.add_parser("verify", help="name what is damaged or missing")
+    check.add_argument("dirs", type=Path, nargs="+")
+    merge = commands.add_parser("merge", help="bring shards of one set together")
+    merge.add_argument("--into", type=Path, required=True, help="new folder")
+    merge.add_argument("dirs", type=Path, nargs="+")
+    joined = commands.add_parser("join", help="compare with cut sets")
+    joined.add_argument("dir", type=Path)
+    joined.add_argument("--cuts", type=Path, nargs="+", required=True, help="cut sets")
+    joined.add_argument("--min-coverage", type=float, default=1.0, help="least fraction with labels (default: 1.0)")
+    args = parser.parse_args()
+    if args.command == "info":
+        print_info(args.dir)
+    elif args.command == "verify":
+        verify(args.dirs)
+    elif args.command == "merge":
+        from icefall_kd.labels.merge import merge_label_sets
+
+        store = merge_label_sets(args.dirs, args.into)
+        print(f"{args.into}: {len(store)} utterances in {store.num_shards} shards")
+    else:
+        join(args.dir, args.cuts, args.min_coverage)
+
+
+if __name__ == "__main__":
+    run_main(main)
