@@ -20,6 +20,7 @@ setup(
         "numpy",
         "lhotse>=1.33",
         "lilcom",
+        "urllib3",  # lhotse imports it without asking for it
         "soundfile",
         "safetensors",
         "sentencepiece",

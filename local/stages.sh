@@ -30,7 +30,7 @@
 #   --output PATH ...                     what must exist when the stage ends, and to skip it later
 #   --code GLOB ...                       source files, relative to the repository
 #   --name NAME                           marker of one step of a stage (see below)
-# The text of the stage function counts as code too.  A changed option, input or source file runs the stage again,
+# The text of the stage function, and of the function that calls begin, counts as code too.  A changed option, input or source file runs the stage again,
 # and the log says which one changed, from what to what.  A killed stage has no marker, so it runs again.
 #
 # Several steps in one stage, each with a marker of its own:
@@ -50,7 +50,12 @@ force=false       # run the chosen stages though they are done
 
 _stages_repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _stages_marker="$_stages_repo/local/stage_marker.py"
-_stages_script=${BASH_SOURCE[1]:-$0}
+# The script's own text tells its options and stages.  Its name may be relative to the folder it was started in,
+# which it may have left since.
+for _stages_script in "${BASH_SOURCE[1]:-$0}" "${OLDPWD:-.}/${BASH_SOURCE[1]:-$0}" "./${BASH_SOURCE[1]##*/}"; do
+  ! grep -qs '^parse_options' "$_stages_script" || break
+done
+_stages_script=$(cd "$(dirname "$_stages_script")" && pwd)/${_stages_script##*/}
 _stages_current=""    # name of the running stage
 _stages_open=""       # marker of the begun step
 _stages_started=0
@@ -173,7 +178,10 @@ begin() {
     fi
   done
   [[ $force == true ]] && arguments+=(--force)
-  arguments+=(--text "${_stages_script##*/}:stage_$_stages_current=$(declare -f "stage_$_stages_current")")
+  arguments+=(--text)
+  for word in "stage_$_stages_current" "${FUNCNAME[1]}"; do  # the same name twice counts once
+    arguments+=("${_stages_script##*/}:$word=$(declare -f "$word")")
+  done
   _stages_open="$marker_dir/$_stages_current${name:+.${name//\//_}}"
   _stages_step="stage ${_stages_current/_/ }${name:+ [$name]}"
   _stages_started=$SECONDS

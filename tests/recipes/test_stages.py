@@ -257,3 +257,25 @@ def test_checking_a_marker_imports_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_a_script_may_be_started_from_any_folder(recipe):
+    recipe.write(SCRIPT.replace('short=false ', 'cd "$(dirname "$0")"\nshort=false ').replace(
+        '. "$(dirname "$0")/../local/stages.sh"', ". ../local/stages.sh"
+    ))
+    for folder, name in ((recipe.root, "egs/run.sh"), (recipe.work, "run.sh"), (recipe.root, recipe.work / "run.sh")):
+        result = subprocess.run(
+            ["bash", name, "--force"], cwd=folder, env=recipe.env, capture_output=True, text=True, timeout=60
+        )
+        assert result.stdout.splitlines() == ALL, result.stderr
+
+
+def test_the_text_of_the_function_that_begins_a_step_counts_as_code(recipe):
+    script = SCRIPT.replace("stage_3_train() {  # Train twice.\n", "train() {\n").replace(
+        "stage_10_table", "stage_3_train() {  # Train.\n  train\n}\n\nstage_10_table"
+    )
+    recipe.write(script)
+    assert recipe.run()[0] == ALL
+    recipe.write(script.replace('echo "train $kd"', 'echo "TRAIN $kd"'))
+    out, err = recipe.run()
+    assert out == ["TRAIN none", "TRAIN mvq", "table"] and "code run.sh:train changed" in err

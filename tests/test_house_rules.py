@@ -1,0 +1,135 @@
+"""Rules of the house that a search can check."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Every file of the repository that is tracked, or new and not ignored."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    return tuple(path for name in result.stdout.split("\0") if name and (path := REPO / name).exists())
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+@cache
+def python_files() -> dict[str, ast.Module]:
+    return {relative(p): ast.parse(p.read_text(encoding="utf-8")) for p in files() if p.suffix == ".py"}
+
+
+def imported_modules(tree: ast.Module) -> set[str]:
+    """Return the top-level names of all imports, wherever they stand."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_torch_load_stands_in_one_place_and_loads_weights_only():
+    calls = [
+        (relative(path), line.strip())
+        for path in files()
+        if path.suffix == ".py" and path != Path(__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"\btorch\.load\(", line)
+    ]
+    assert [call for call in calls if call[0] != "icefall_kd/train/checkpoint.py"] == []
+    assert [line for _, line in calls if "weights_only=True" not in line] == []
+
+
+def test_nobody_imports_what_the_house_refuses():
+    refused = {"pickle", "dill", "joblib", "h5py", "torchaudio", "fairseq"}
+    found = {
+        # A test may ask whether an object reaches a loader's worker process.
+        name: imported_modules(tree) & (refused - {"pickle"} if name.startswith("tests/") else refused)
+        for name, tree in python_files().items()
+    }
+    assert {name: modules for name, modules in found.items() if modules} == {}
+
+
+def test_an_optional_dependency_is_imported_in_one_module():
+    optional = {"k2", "fast_rnnt", "kaldifeat", "espeakng_loader", "pypinyin"}
+    where = defaultdict(set)
+    for name, tree in python_files().items():
+        if not name.startswith("tests/"):
+            for module in imported_modules(tree) & optional:
+                where[module].add(name)
+    assert {module: names for module, names in where.items() if len(names) > 1} == {}
+
+
+def test_no_error_is_swallowed():
+    found = []
+    for name, tree in python_files().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+            if broad and all(isinstance(statement, ast.Pass) for statement in node.body):
+                found.append(f"{name}:{node.lineno}")
+    assert found == []
+
+
+def test_the_packages_that_shell_stages_load_import_nothing():
+    for name in ("icefall_kd/__init__.py", "icefall_kd/runtime/__init__.py"):
+        assert imported_modules(python_files()[name]) == set(), name
+    standard = set(sys.stdlib_module_names) | {"icefall_kd"}
+    for name in ("icefall_kd/errors.py", "icefall_kd/runtime/files.py", "local/stage_marker.py"):
+        assert imported_modules(python_files()[name]) <= standard, name
+
+
+def test_there_are_no_symbolic_links():
+    assert [relative(path) for path in files() if path.is_symlink()] == []
+
+
+def test_no_path_of_one_machine():
+    pattern = re.compile(r"(?<![\w.}~$)-])/(work|root|home|Users|mnt)/\w")
+    found = []
+    for path in files():
+        if path == Path(__file__) or path.name in (".gitignore", "LICENSE"):
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{relative(path)}:{n}" for n, line in enumerate(lines, 1) if pattern.search(line)]
+    assert found == []
+
+
+def test_every_shell_script_passes_shellcheck():
+    beside = Path(sys.executable).parent / "shellcheck"
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    scripts = [str(path) for path in files() if path.suffix == ".sh" or relative(path) == ".ci/run"]
+    assert scripts
+    result = subprocess.run([shellcheck, *scripts], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_script_with_a_shebang_can_be_executed_and_stops_at_errors():
+    for path in files():
+        if path.suffix in (".sh", ".py") and path.read_bytes().startswith(b"#!"):
+            assert path.stat().st_mode & 0o100, f"{relative(path)}: chmod +x"
+            if path.suffix == ".sh":
+                text = path.read_text(encoding="utf-8")
+                hands_over = re.search(r"^exec ", text, re.MULTILINE)  # to a script that sets them
+                assert hands_over or "\nset -euo pipefail\n" in text, relative(path)
