@@ -11,6 +11,7 @@ from icefall_kd.config import DecodeConfig, TrainConfig
 from icefall_kd.data.datamodule import DataModule, cuts_path, decoding_batches
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
+from icefall_kd.results import part_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.log import setup_logging
@@ -84,12 +85,6 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
 
 def _features_of(cuts: CutSet) -> str:
     return "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
-
-
-def part_name(part: str) -> str:
-    """Return the name of a part that may be given as a path."""
-    name = Path(part).name
-    return name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("cuts_")
 
 
 def part_cuts(manifest_dir: Path, part: str) -> CutSet:

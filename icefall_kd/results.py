@@ -17,7 +17,6 @@ from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, pa
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.files import read_json, write_json
 
-RATE_NAMES = {"word": "WER", "char": "CER", "mixed": "MER", "token": "TER"}
 SYSTEM_NAMES = {
     ("mvq", "none"): "student without KD",
     ("mvq", "l1"): "student with L1 embedding KD",
@@ -97,6 +96,11 @@ class Row:
         return confidence_interval(errors.sum(axis=0), len(found) * ref_lens, samples)
 
     @property
+    def search(self) -> str:
+        """Return the name of the search, "-" before any decoding."""
+        return next((r["decoding_method"] for results in self.results.values() for r in results), "-")
+
+    @property
     def parameters(self) -> int | None:
         """Return the parameters of the decoded model, or of the trained one before any decoding."""
         decoded = [r["parameters"] for results in self.results.values() for r in results if "parameters" in r]
@@ -159,7 +163,12 @@ def find_results(
     files = [path] if path.is_file() else sorted(path.glob("*/results-*.json"))
     wanted = {"part": part, "decoding_method": decoding_method, "suffix": suffix}
     found = [read_json(file) for file in files]
-    return [r for r in found if all(value in (None, r[name]) for name, value in wanted.items())]
+    return [r for r in found if all(value in (None, r.get(name)) for name, value in wanted.items())]
+
+
+def part_name(part: str) -> str:
+    """Return the name under which a part's results are recorded, be it given as a name or a path."""
+    return Path(part).name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("cuts_")
 
 
 def measure_labels(label_dir: Path) -> LabelStorage:

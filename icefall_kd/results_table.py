@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 from icefall_kd.bootstrap import Interval
 from icefall_kd.errors import DataError
-from icefall_kd.results import RATE_NAMES, Row, part_order
+from icefall_kd.results import Row, part_order
+from icefall_kd.scoring import RATE_NAMES
 
 
 def demo_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells of the table that ``make demo`` ends with."""
+    """Return header and cells of the table that ``make demo`` ends with.
+
+    The search has a column only where the rows differ in it.
+    """
     parts = part_order(rows)
     header = ["system", "parameters", "labels", "label bytes per hour", "ratio to float32"]
     header += [f"{_rate_name(rows, part)} {part}" for part in parts] + ["seconds"]
@@ -19,11 +23,15 @@ def demo_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         parameters = "?" if row.parameters is None else f"{row.parameters:,}"
         rates = [_percent(row.rate(part)) for part in parts]
         cells.append([row.system, parameters, *row.label_texts(), *rates, _seconds(row)])
+    if len({row.search for row in rows}) > 1:
+        header.insert(1, "search")
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(1, row.search)
     return header, cells
 
 
 def full_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells for RESULTS.md: the demo's columns with decoding and seeds."""
+    """Return header and cells for RESULTS.md: the demo's columns with search, decoding and seeds."""
     header, cells = demo_table(rows)
     header[1:1] = ["decoding", "seeds"]
     for row, line in zip(rows, cells, strict=True):

@@ -7,6 +7,7 @@ alignment with unit costs (kaldialign).  No torch here: results are compared and
 """
 
 import ast
+import hashlib
 import math
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import IO
 import kaldialign
 import numpy as np
 
+from icefall_kd.bootstrap import confidence_interval
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.files import atomic_write, write_text
 
@@ -33,6 +35,7 @@ UNITS = {
     "mixed": _MIXED.findall,
     "token": lambda text: text.split(),
 }
+RATE_NAMES = {"word": "WER", "char": "CER", "mixed": "MER", "token": "TER"}
 NORMALIZATION = {
     "word": "none; split at white space",
     "char": "none; every character that is no white space",
@@ -86,7 +89,7 @@ class Score:
     @property
     def name(self) -> str:
         """Return WER, CER, MER or TER."""
-        return {"word": "WER", "char": "CER", "mixed": "MER", "token": "TER"}[self.unit]
+        return RATE_NAMES[self.unit]
 
     def line(self, label: str) -> str:
         """Return the log line that icefall prints for a set."""
@@ -145,6 +148,36 @@ def score(
         subs=counts[:, 2],
         ref_lens=np.array([len(ref) for ref, _ in units], dtype=np.int64),
     )
+
+
+def summarize(scored: Score, num_samples: int, seed: int = 0) -> dict:
+    """Return totals, error rate and its 95 % bootstrap interval as plain data (rates in per cent)."""
+    interval = confidence_interval(scored.errors, scored.ref_lens, num_samples, seed) if num_samples else None
+    return {
+        "unit": scored.unit,
+        "normalization": NORMALIZATION[scored.unit],
+        "num_utterances": len(scored.ids),
+        "num_ref": scored.num_ref,
+        "errors": scored.num_errors,
+        "ins": int(scored.ins.sum()),
+        "del": int(scored.dels.sum()),
+        "sub": int(scored.subs.sum()),
+        "error_rate": scored.error_rate if scored.num_ref else None,
+        "interval": [interval.low, interval.high] if interval else None,
+        "bootstrap": {"samples": num_samples, "seed": seed, "level": 0.95},
+    }
+
+
+def per_utterance(scored: Score) -> dict[str, list]:
+    """Return ids, error counts, reference lengths and reference hashes, as parallel lists."""
+    return {
+        "ids": scored.ids,
+        "ins": scored.ins.tolist(),
+        "del": scored.dels.tolist(),
+        "sub": scored.subs.tolist(),
+        "ref_len": scored.ref_lens.tolist(),
+        "ref_hash": [hashlib.blake2b(" ".join(ref).encode(), digest_size=8).hexdigest() for ref in scored.refs],
+    }
 
 
 def write_recogs(path: Path, result: Score) -> None:

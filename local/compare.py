@@ -10,8 +10,9 @@ from pathlib import Path
 
 from icefall_kd.cli import parse_config
 from icefall_kd.errors import ConfigError, DataError, run_main
-from icefall_kd.results import RATE_NAMES, compare, find_results
+from icefall_kd.results import compare, find_results
 from icefall_kd.runtime.files import write_json
+from icefall_kd.scoring import RATE_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from icefall_kd.config import TrainConfig
-from icefall_kd.decode.runner import per_utterance, summarize
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import WHISPER_CONV
 from icefall_kd.labels.shard import LabelEntry, ShardHeader, write_shard
 from icefall_kd.results import build_rows, compare, measure_labels, read_run, stack_utterances
 from icefall_kd.results_table import demo_table, details, full_table, markdown_table, replace_block
 from icefall_kd.runtime.files import read_json, write_json
-from icefall_kd.scoring import score
+from icefall_kd.scoring import per_utterance, score, summarize
 
 REPO = Path(__file__).resolve().parent.parent
 REFS = [f"W{i} A B C" for i in range(40)]
@@ -128,7 +127,10 @@ def test_the_same_seed_twice_is_refused(tmp_path):
 def test_each_decoding_has_a_row_and_can_be_chosen(tmp_path):
     beam = result(wrong=6, suffix="epoch-2_avg-1__modified_beam_search", method="modified_beam_search")
     folder = exp_dir(tmp_path / "x", [result(), beam])
-    assert len(build_rows([read_run(folder)])) == 2
+    rows = build_rows([read_run(folder)])
+    header, cells = demo_table(rows)
+    assert header[1] == "search"
+    assert [line[1] for line in cells] == ["greedy_search", "modified_beam_search"]
     (row,) = build_rows([read_run(folder, decoding_method="modified_beam_search")])
     assert row.rate("test").value == pytest.approx(100 * 6 / 160)
     (row,) = build_rows([read_run(folder, suffix="nothing")])

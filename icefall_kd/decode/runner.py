@@ -7,7 +7,6 @@ used, the options, the command and the git state.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from icefall_kd.bootstrap import confidence_interval
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import Batch
@@ -29,7 +27,7 @@ from icefall_kd.decode.base import Decoder, Hypothesis
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
-from icefall_kd.scoring import NORMALIZATION, Score, score, write_errs, write_recogs, write_summary
+from icefall_kd.scoring import Score, per_utterance, score, summarize, write_errs, write_recogs, write_summary
 
 logger = logging.getLogger(__name__)
 
@@ -216,36 +214,6 @@ def decode_parts(
         write_json(res_dir / f"results-{name}.json", results[part])
         print(_line(scored, results[part]), flush=True)
     return results
-
-
-def summarize(scored: Score, num_samples: int, seed: int = 0) -> dict:
-    """Return totals, error rate and its 95 % bootstrap interval as plain data (rates in per cent)."""
-    interval = confidence_interval(scored.errors, scored.ref_lens, num_samples, seed) if num_samples else None
-    return {
-        "unit": scored.unit,
-        "normalization": NORMALIZATION[scored.unit],
-        "num_utterances": len(scored.ids),
-        "num_ref": scored.num_ref,
-        "errors": scored.num_errors,
-        "ins": int(scored.ins.sum()),
-        "del": int(scored.dels.sum()),
-        "sub": int(scored.subs.sum()),
-        "error_rate": scored.error_rate if scored.num_ref else None,
-        "interval": [interval.low, interval.high] if interval else None,
-        "bootstrap": {"samples": num_samples, "seed": seed, "level": 0.95},
-    }
-
-
-def per_utterance(scored: Score) -> dict[str, list]:
-    """Return ids, error counts, reference lengths and reference hashes, as parallel lists."""
-    return {
-        "ids": scored.ids,
-        "ins": scored.ins.tolist(),
-        "del": scored.dels.tolist(),
-        "sub": scored.subs.tolist(),
-        "ref_len": scored.ref_lens.tolist(),
-        "ref_hash": [hashlib.blake2b(" ".join(ref).encode(), digest_size=8).hexdigest() for ref in scored.refs],
-    }
 
 
 def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.device) -> dict:
