@@ -158,15 +158,25 @@ class Quantizer(nn.Module):
         return QuantizerLosses(reconstruction, logprob, (uniform - entropy) / uniform, codes)
 
     @torch.no_grad()
-    def relative_error(self, x: Tensor, refine_iters: int = 5, mean: Tensor | None = None) -> float:
-        """Return ``|x^ - x|^2 / |x - mean|^2`` of frames (N, C), with the frames' own mean by default."""
-        frames = x.reshape(-1, self.dim).to(self.centers.device)
-        mean = frames.double().mean(dim=0) if mean is None else mean.double()
-        error = variance = 0.0
-        for part in frames.split(8192):
-            error += (self.decode(self.encode(part, refine_iters)) - part).double().square().sum().item()
+    def relative_errors(self, x: Tensor, max_refine: int = 5) -> list[float]:
+        """Return ``|x^ - x|^2 / |x - mean|^2`` of frames (N, C) after 0 to ``max_refine`` refinement searches."""
+        self._check_dim(x)
+        device = self.centers.device
+        frames = x.reshape(-1, self.dim)
+        mean, tables = frames.double().mean(dim=0).to(device), self.tables()
+        errors, variance = [0.0] * (max_refine + 1), 0.0
+        for part in frames.split(2048):
+            part = part.to(device, torch.float32)
             variance += (part.double() - mean).square().sum().item()
-        return error / max(variance, 1e-20)
+            codes, products = self.logits(part).argmax(dim=-1), tables.products(part)
+            for rounds in range(max_refine + 1):
+                codes = refine(tables, products, codes, 1) if rounds else codes
+                errors[rounds] += (self._sum_centers(codes) - part).double().square().sum().item()
+        return [error / max(variance, 1e-20) for error in errors]
+
+    def relative_error(self, x: Tensor, refine_iters: int = 5) -> float:
+        """Return the relative error of frames (N, C) after ``refine_iters`` refinement searches."""
+        return self.relative_errors(x, refine_iters)[-1]
 
     @torch.no_grad()
     def to_product(self) -> "Quantizer":
@@ -210,13 +220,15 @@ class Quantizer(nn.Module):
             self.metadata = metadata
         meta = {
             **self.metadata,
+            "format": FORMAT,
             "dim": self.dim,
             "num_codebooks": self.num_codebooks,
             "codebook_size": self.codebook_size,
             "sha256": self.sha256,
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        header = {"format": FORMAT, "metadata": json.dumps(meta, sort_keys=True)}
+        # One key alone: safetensors orders several at random, and equal quantizers shall be equal files.
+        header = {"metadata": json.dumps(meta, sort_keys=True)}
         with atomic_write(path) as file:
             file.write(to_safetensors(tensors, metadata=header))
 

@@ -77,7 +77,7 @@ def quantizer_report(
     if len(frames) == 0:
         raise DataError("the quantizer report needs frames; there are none for validation")
     size, dim = quantizer.codebook_size, quantizer.dim
-    errors = [quantizer.relative_error(frames, rounds) for rounds in range(max_refine + 1)]
+    errors = quantizer.relative_errors(frames, max_refine)
     all_frames = frames if more_frames is None else torch.cat([frames, more_frames.to(frames.dtype)])
     start = time.perf_counter()
     codes = quantizer.encode(all_frames, max_refine)

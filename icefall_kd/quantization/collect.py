@@ -1,0 +1,261 @@
+"""From cuts and a teacher to a quantizer file: sample utterances, collect their frames, train, report."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from lhotse import load_manifest_lazy
+from lhotse.audio import AudioLoadingError, DurationMismatchError
+from lhotse.cut import MonoCut
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from icefall_kd.config import QuantizerConfig, TeacherConfig
+from icefall_kd.data.batch import Batch
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.keys import label_key, parse_key, speech_track
+from icefall_kd.quantization.quantizer import Quantizer
+from icefall_kd.quantization.report import quantizer_report
+from icefall_kd.quantization.sampling import Candidate, candidate, sample_hash, sample_utterances
+from icefall_kd.quantization.trainer import QuantizerTrainer, to_float16
+from icefall_kd.runtime.env import environment, pick_device
+from icefall_kd.runtime.files import atomic_write, fingerprint, write_json, write_text
+from icefall_kd.runtime.log import Progress
+from icefall_kd.teachers import build_teacher
+from icefall_kd.teachers.base import Teacher
+from icefall_kd.teachers.windows import WindowedTeacher
+
+logger = logging.getLogger(__name__)
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
+# Frames over which index entropies are measured: their bias at K = 256 is then about 0.01 nats.
+ENTROPY_FRAMES = 10000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainQuantizerConfig:
+    """Train a quantizer on a teacher's embeddings of some utterances, and report on it."""
+
+    cuts: list[Path]
+    """Cut sets that labels will be made for (cuts_*.jsonl.gz), several as a,b; perturbed copies are not drawn."""
+    out: Path
+    """The quantizer file (.safetensors); report and list of utterances are written beside it."""
+    teacher_max_duration: float = 100.0
+    """Seconds of padded audio a batch of the teacher."""
+    save_every: int = 500
+    """Steps between two writes of the training's state."""
+    keep_frames: bool = False
+    """Keep the collected embeddings beside the quantizer, for another quantizer of the same sample."""
+    num_threads: int | None = None
+    """torch threads on a CPU; None: torch's own choice."""
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+    def __post_init__(self) -> None:
+        if not self.cuts:
+            raise ConfigError("--cuts names no cut set")
+        if self.out.suffix != ".safetensors":
+            raise ConfigError(f"--out is {self.out}; its name must end in .safetensors")
+        if self.teacher_max_duration <= 0 or self.save_every < 1:
+            raise ConfigError("--teacher-max-duration and --save-every must be positive")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The training sample of a quantizer."""
+
+    cuts: dict[str, MonoCut]
+    """The drawn utterances by label key, in the order of the draw."""
+    corpus_hours: float
+    """Hours of all cuts, perturbed copies included."""
+
+    @property
+    def sha256(self) -> str:
+        """Return the hash of the list of keys."""
+        return sample_hash(self.cuts)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The embeddings of a sample."""
+
+    values: Tensor
+    """(F, C) float16."""
+    hours_per_hour: float
+    """Hours of audio that the teacher processed in an hour."""
+
+
+def draw_sample(paths: Sequence[Path], config: QuantizerConfig) -> Sample:
+    """Draw the training utterances of a quantizer from cut sets (see :func:`sample_utterances`)."""
+    pool: dict[str, tuple[Candidate, MonoCut]] = {}
+    seconds = 0.0
+    for path in paths:
+        if not Path(path).exists():
+            raise ConfigError(f"--cuts {path} does not exist; run prepare.sh, or name the cut sets as a,b")
+        for cut in load_manifest_lazy(path):
+            key, speech = label_key(cut), speech_track(cut)
+            seconds += speech.duration
+            perturbed = candidate(speech).perturbed or parse_key(key).speed != 1
+            if not perturbed:
+                pool.setdefault(key, (Candidate(key, speech.duration), speech))
+    keys = sample_utterances((entry for entry, _ in pool.values()), config.quantizer_utts, config.quantizer_seed)
+    return Sample({key: pool[key][1] for key in keys}, seconds / 3600)
+
+
+def _load(cut: MonoCut, teacher: Teacher) -> Tensor | None:
+    """Return the waveform (S,) at the teacher's rate, or None (with a warning) when it cannot be used."""
+    try:
+        if cut.sampling_rate != teacher.sampling_rate:
+            cut = cut.resample(teacher.sampling_rate)
+        wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32))
+    except _UNREADABLE as error:
+        logger.warning("left out of the sample: %s (%s)", cut.id, (str(error).strip().splitlines() or [""])[-1])
+        return None
+    if not bool(torch.isfinite(wave).all()) or teacher.num_frames(len(wave)) == 0:
+        logger.warning("left out of the sample: %s (%d samples: too short or not finite)", cut.id, len(wave))
+        return None
+    if teacher.max_samples is not None and len(wave) > teacher.max_samples:
+        logger.warning("left out of the sample: %s (longer than the teacher hears)", cut.id)
+        return None
+    return wave
+
+
+def _batches(cuts: Sequence[MonoCut], max_duration: float) -> Iterator[list[MonoCut]]:
+    """Yield batches of similar duration, shortest first."""
+    batch: list[MonoCut] = []
+    for cut in sorted(cuts, key=lambda c: (c.duration, c.id)):
+        if batch and (len(batch) + 1) * cut.duration > max_duration:
+            yield batch
+            batch = []
+        batch.append(cut)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def collect_frames(sample: Sample, teacher: Teacher, max_duration: float) -> Frames:
+    """Return the teacher's embeddings of a sample's utterances at speed 1.
+
+    Raises:
+        DataError: nothing could be read, or values do not fit float16.
+    """
+    parts: list[Tensor] = []
+    samples, start = 0, time.monotonic()
+    progress = Progress(len(sample.cuts), "utterances", name="embeddings for the quantizer")
+    for cuts in _batches(list(sample.cuts.values()), max_duration):
+        waves = [(cut.id, wave) for cut in cuts if (wave := _load(cut, teacher)) is not None]
+        progress.update(len(cuts))
+        if not waves:
+            continue
+        output = teacher.extract(Batch.from_audio([wave for _, wave in waves], [name for name, _ in waves]))
+        embeddings, lens = output.arrays["embeddings"].cpu().float(), output.lens["embeddings"].tolist()
+        parts += [to_float16(e[:length]) for e, length in zip(embeddings, lens, strict=True)]
+        samples += sum(len(wave) for _, wave in waves)
+    if not parts:
+        raise DataError(f"none of the {len(sample.cuts)} sampled utterances could be read; see the warnings above")
+    seconds = max(time.monotonic() - start, 1e-9)
+    return Frames(torch.cat(parts), samples / teacher.sampling_rate / seconds)
+
+
+def cached_frames(path: Path, identity: str, make) -> Frames:
+    """Return the frames of ``path`` when it holds those of ``identity``, else make and store them."""
+    if path.exists():
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("identity") == identity:
+                logger.info("embeddings of an earlier run: %s", path)
+                return Frames(file.get_tensor("frames"), float(header["hours_per_hour"]))
+        logger.info("%s holds other embeddings; they are made again", path)
+    frames = make()
+    header = {"identity": identity, "hours_per_hour": repr(frames.hours_per_hour)}
+    with atomic_write(path) as file:
+        file.write(to_safetensors({"frames": frames.values}, metadata=header))
+    return frames
+
+
+def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None) -> dict:
+    """Train and write a quantizer, its report (.report.json) and its list of utterances (.utterances.txt).
+
+    A finished quantizer of the same options is kept; a killed run goes on where it was.
+
+    Returns:
+        The report.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    teacher = teacher if teacher is not None else build_teacher(config.teacher)
+    if teacher.max_samples is not None and config.teacher.long_utterances == "window":
+        teacher = WindowedTeacher(teacher)
+    sample = draw_sample(config.cuts, config.quantizer)
+    provenance = json.loads(json.dumps(teacher.provenance()))
+    options = asdict(config.quantizer)
+    frames_identity = fingerprint([provenance, sample.sha256, config.teacher_max_duration])
+    identity = fingerprint([frames_identity, options])
+    report_path = config.out.with_suffix(".report.json")
+    finished = _finished(config.out, report_path, identity)
+    if finished is not None:
+        return finished
+    write_text(config.out.with_suffix(".utterances.txt"), "".join(f"{key}\n" for key in sample.cuts))
+    logger.info("%d utterances for the quantizer", len(sample.cuts))
+    frames_path = config.out.with_suffix(".frames.safetensors")
+    frames = cached_frames(
+        frames_path, frames_identity, lambda: collect_frames(sample, teacher, config.teacher_max_duration)
+    )
+    state_path = config.out.with_suffix(".state.safetensors")
+    device = pick_device(config.teacher.teacher_device)
+    trainer = QuantizerTrainer(frames.values, config.quantizer, state_path, config.save_every, device)
+    quantizer = trainer.run().to(device)
+    report = _report(quantizer, trainer, teacher, frames, sample)
+    metadata = {
+        "identity": identity,
+        "teacher": provenance,
+        "num_utterances": len(sample.cuts),
+        "utterances_sha256": sample.sha256,
+        "num_frames": len(frames.values),
+        "config": options,
+        "relative_error": report["relative_error"],
+        "packages": environment()["packages"],
+    }
+    write_json(report_path, report)
+    quantizer.save(config.out, metadata)
+    state_path.unlink(missing_ok=True)
+    if not config.keep_frames:
+        frames_path.unlink(missing_ok=True)
+    return report
+
+
+def _finished(path: Path, report_path: Path, identity: str) -> dict | None:
+    """Return the report of a finished quantizer of the same options."""
+    if not path.exists() or not report_path.exists():
+        return None
+    try:
+        metadata = Quantizer.load(path).metadata
+    except DataError as error:
+        logger.warning("%s; it is trained again", error)
+        return None
+    if metadata.get("identity") != identity:
+        logger.info("%s was made with other options or data; it is trained again", path)
+        return None
+    logger.info("%s is finished already", path)
+    return json.loads(report_path.read_text(encoding="utf-8"))
+
+
+def _report(quantizer: Quantizer, trainer: QuantizerTrainer, teacher: Teacher, frames: Frames, sample: Sample) -> dict:
+    """Return the report: errors on validation frames, entropies on at least ``ENTROPY_FRAMES`` if there are."""
+    # A handful of frames leaves no validation part; then the training frames must do.
+    valid = trainer.valid_rows if len(trainer.valid_rows) else trainer.train_rows
+    more = trainer.train_rows[: max(0, ENTROPY_FRAMES - len(valid))] if len(trainer.valid_rows) else valid[:0]
+    return quantizer_report(
+        quantizer,
+        frames.values[valid].float(),
+        frames.values[more].float(),
+        frame_rate=teacher.sampling_rate / teacher.frame_formula.hop,
+        hours=sample.corpus_hours,
+        teacher_speed=frames.hours_per_hour,
+    )

@@ -1,0 +1,135 @@
+"""From cuts to a quantizer file, with a teacher of the test's own."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet, Recording
+from lhotse.cut import MonoCut
+
+from icefall_kd.config import QuantizerConfig, TeacherConfig
+from icefall_kd.data.batch import Batch
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.frames import FrameFormula
+from icefall_kd.labels.keys import label_key
+from icefall_kd.quantization import collect
+from icefall_kd.quantization.collect import TrainQuantizerConfig, draw_sample, train_quantizer
+from icefall_kd.quantization.quantizer import Quantizer
+from icefall_kd.teachers.base import TeacherOutput
+
+
+class SpectrumTeacher:
+    """A log-spectrum of blocks of 160 samples."""
+
+    sampling_rate = 16000
+    dim = 20
+    frame_formula = FrameFormula(kernels=(160,), strides=(160,))
+    max_samples = None
+
+    def __init__(self) -> None:
+        self.utterances = 0
+
+    def num_frames(self, num_samples: int) -> int:
+        return self.frame_formula.num_frames(num_samples)
+
+    def extract(self, batch: Batch) -> TeacherOutput:
+        self.utterances += len(batch)
+        lens = torch.tensor([self.num_frames(n) for n in batch.audio_lens.tolist()])
+        blocks = batch.audio[:, : int(lens.max()) * 160].unflatten(1, (-1, 160))
+        spectrum = torch.fft.rfft(blocks).abs().clamp(min=1e-4).log()[..., :20]
+        return TeacherOutput({"embeddings": spectrum}, {"embeddings": lens})
+
+    def provenance(self) -> dict:
+        return {"family": "spectrum", "weights_sha256": "0" * 64, "layer": 1}
+
+
+@pytest.fixture
+def cuts(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    found = []
+    for i in range(12):
+        path = tmp_path / f"utt{i}.wav"
+        soundfile.write(path, (generator.normal(size=4000 + 800 * i) * 0.1).astype(np.float32), 16000)
+        recording = Recording.from_file(path, recording_id=f"utt{i}")
+        found.append(MonoCut(id=f"utt{i}", start=0, duration=recording.duration, channel=0, recording=recording))
+    found += [cut.perturb_speed(0.9) for cut in found]
+    CutSet.from_cuts(found).to_file(tmp_path / "cuts.jsonl.gz")
+    return tmp_path / "cuts.jsonl.gz"
+
+
+@pytest.fixture
+def config(cuts: Path, tmp_path: Path) -> TrainQuantizerConfig:
+    return TrainQuantizerConfig(
+        cuts=[cuts],
+        out=tmp_path / "exp" / "quantizer.safetensors",
+        save_every=5,
+        quantizer=QuantizerConfig(
+            num_codebooks=2, phase1_steps=8, phase2_steps=8, frames_per_step=64, quantizer_utts=8
+        ),
+        teacher=TeacherConfig(teacher_device="cpu"),
+    )
+
+
+def test_quantizer_report_and_list_are_written_and_kept(config):
+    teacher = SpectrumTeacher()
+    report = train_quantizer(config, teacher)
+    quantizer = Quantizer.load(config.out, dim=20)
+    assert report["sha256"] == quantizer.sha256
+    assert quantizer.metadata["teacher"] == teacher.provenance()
+    keys = config.out.with_suffix(".utterances.txt").read_text().split()
+    assert len(keys) == 8 and all(key.endswith("|1/1") for key in keys)
+    sample = draw_sample(config.cuts, config.quantizer)
+    assert keys == list(sample.cuts) and quantizer.metadata["utterances_sha256"] == sample.sha256
+    assert keys == [label_key(cut) for cut in sample.cuts.values()]
+    seconds = sum(cut.duration for cut in CutSet.from_file(config.cuts[0]))
+    assert report["projection"]["corpus_hours"] == pytest.approx(seconds / 3600)
+    assert report["frame_rate"] == 100
+    assert sorted(p.name for p in config.out.parent.iterdir()) == [
+        "quantizer.report.json", "quantizer.safetensors", "quantizer.utterances.txt",
+    ]  # fmt: skip
+    before = config.out.stat().st_mtime_ns
+    assert train_quantizer(config, teacher) == json.loads(config.out.with_suffix(".report.json").read_text())
+    assert teacher.utterances == 8 and config.out.stat().st_mtime_ns == before
+    train_quantizer(replace(config, quantizer=replace(config.quantizer, quantizer_seed=1)), teacher)
+    assert Quantizer.load(config.out).sha256 != quantizer.sha256
+
+
+def test_a_killed_run_does_not_extract_again_and_ends_the_same(config, monkeypatch, tmp_path):
+    expected = train_quantizer(replace(config, out=tmp_path / "other" / "q.safetensors"), SpectrumTeacher())
+    run = collect.QuantizerTrainer.run
+
+    def killed(self):
+        run(self, max_steps=11)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect.QuantizerTrainer, "run", killed)
+    teacher = SpectrumTeacher()
+    with pytest.raises(KeyboardInterrupt):
+        train_quantizer(config, teacher)
+    assert not config.out.exists()
+    monkeypatch.undo()
+    report = train_quantizer(config, teacher)
+    assert teacher.utterances == 8
+    assert report["sha256"] == expected["sha256"]
+
+
+def test_an_unreadable_utterance_is_left_out_and_nothing_readable_is_an_error(config, tmp_path, caplog):
+    sample = draw_sample(config.cuts, config.quantizer)
+    (tmp_path / f"{next(iter(sample.cuts.values())).id}.wav").write_bytes(b"no audio")
+    train_quantizer(config, SpectrumTeacher())
+    assert "left out of the sample" in caplog.text
+    for path in tmp_path.glob("*.wav"):
+        path.write_bytes(b"no audio")
+    with pytest.raises(DataError, match="none of the 8"):
+        train_quantizer(replace(config, out=tmp_path / "none" / "q.safetensors"), SpectrumTeacher())
+
+
+def test_wrong_options_are_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="safetensors"):
+        replace(config, out=tmp_path / "quantizer.pt")
+    with pytest.raises(ConfigError, match="does not exist"):
+        train_quantizer(replace(config, cuts=[tmp_path / "absent.jsonl.gz"]), SpectrumTeacher())
