@@ -27,9 +27,10 @@ test: env
 	@$(VENV)/bin/python -m pytest -q $(TESTS)
 
 lint: env
-	@$(VENV)/bin/ruff check .
-	@{ git ls-files '*.sh' .ci/run 2> /dev/null || find . -name '*.sh' -not -path './$(VENV)/*'; } \
-	  | xargs $(VENV)/bin/shellcheck && echo "shellcheck: fine"
+	@code=0; $(VENV)/bin/ruff check . || code=1; \
+	{ git ls-files '*.sh' .ci/run 2> /dev/null || find . -name '*.sh' -not -path './$(VENV)/*'; } \
+	  | xargs $(VENV)/bin/shellcheck && echo "shellcheck: All checks passed!" || code=1; \
+	exit $$code
 
 clean:
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
