@@ -21,6 +21,7 @@ setup(
         "lhotse>=1.33",
         "lilcom",
         "urllib3",  # lhotse imports it without asking for it
+        "scipy",  # lhotse resamples with it and does not ask for it
         "soundfile",
         "safetensors",
         "sentencepiece",
