@@ -93,6 +93,11 @@ def speech_ssl_model(folder: Path) -> nn.Module:
     return _transformers().AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
+def ctc_model(folder: Path) -> nn.Module:
+    """Return a float32 HuBERT, WavLM or wav2vec 2.0 model with its CTC head."""
+    return _transformers().AutoModelForCTC.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+
+
 def tokenizer(folder: Path) -> Any:
     """Return the fast tokenizer of a Whisper folder (its ``tokenizer.json``)."""
     path = folder / "tokenizer.json"

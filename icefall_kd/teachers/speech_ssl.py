@@ -11,7 +11,7 @@ What makes an utterance's embeddings independent of its batch:
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from icefall_kd.frames import FrameFormula
 from icefall_kd.runtime.files import read_json
 from icefall_kd.teachers import hf
 from icefall_kd.teachers.pretrained import Precision, PretrainedTeacher, pick_layer
+from icefall_kd.teachers.transcribe import CtcTranscriber, can_transcribe
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2")
 
@@ -44,6 +45,8 @@ def normalize_audio(audio: Tensor, audio_lens: Tensor) -> Tensor:
 
 class SpeechSslTeacher(PretrainedTeacher):
     """The output of one transformer block of a HuBERT, WavLM or wav2vec 2.0 model."""
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -110,7 +113,21 @@ class SpeechSslTeacher(PretrainedTeacher):
         path = folder / "preprocessor_config.json"
         by_norm = model.config.feat_extract_norm == "layer"
         normalize = bool(read_json(path).get("do_normalize", by_norm)) if path.is_file() else by_norm
-        return cls(model, normalize_audio=normalize, **kwargs)
+        teacher = cls(model, normalize_audio=normalize, **kwargs)
+        teacher.folder = folder
+        return teacher
+
+    def transcribe(self, waves: Sequence[Tensor]) -> list[str] | None:
+        """Return greedy CTC transcripts of (S_i,) waveforms, or None when the model has no CTC head."""
+        if self.folder is None or not can_transcribe(self.folder):
+            return None
+        transcriber = CtcTranscriber(self.folder, self.device)
+        texts = []
+        for wave in waves:
+            audio = wave[None].to(self.device, torch.float32)
+            lens = torch.tensor([len(wave)], device=self.device)
+            texts.append(transcriber.transcribe(normalize_audio(audio, lens) if self.normalize_audio else audio))
+        return texts
 
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         groups: dict[int, list[int]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """Whisper encoders as teachers (Radford et al. 2022, arXiv 2212.04356): 50 frames a second, 30 s windows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from icefall_kd.frames import WHISPER_CONV
 from icefall_kd.teachers import hf
 from icefall_kd.teachers.pretrained import Precision, PretrainedTeacher, pick_layer
+from icefall_kd.teachers.transcribe import WhisperTranscriber, can_transcribe
 
 N_FFT = 400
 HOP = 160
@@ -50,6 +51,7 @@ class WhisperTeacher(PretrainedTeacher):
     layer_convention = (
         "output of encoder block L, 1-based: the residual stream before the final LayerNorm, which is never applied"
     )
+    folder: Path | None = None
     input_normalization = "log-mel limited to 8 below the utterance's maximum, padded with zeros to 30 s"
 
     def __init__(
@@ -94,7 +96,19 @@ class WhisperTeacher(PretrainedTeacher):
     @classmethod
     def load(cls, folder: Path, **kwargs) -> "WhisperTeacher":
         """Load from a transformers or a CTranslate2 folder; other arguments as in the constructor."""
-        return cls(hf.whisper_encoder(folder), **kwargs)
+        teacher = cls(hf.whisper_encoder(folder), **kwargs)
+        teacher.folder = folder
+        return teacher
+
+    def transcribe(self, waves: Sequence[Tensor]) -> list[str] | None:
+        """Return greedy transcripts of (S_i,) waveforms, or None when the folder has no tokenizer.
+
+        The whole model is loaded for it, in float32, and freed again.
+        """
+        if self.folder is None or not can_transcribe(self.folder):
+            return None
+        transcriber = WhisperTranscriber(self.folder, self.device)
+        return [transcriber.transcribe(log_mel(w[None].to(self.device), self.filters)) for w in waves]
 
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         rows = [i for i, t in enumerate(frames) if t > 0]

@@ -104,7 +104,7 @@ def test_weights_of_several_files_have_one_sum_that_sees_each(tmp_path):
     before = locate.weights_sha256(tmp_path)
     (tmp_path / "model-2.safetensors").write_bytes(b"other")
     assert locate.weights_sha256(tmp_path) != before
-    with pytest.raises(DataError, match="no \\*.safetensors"):
+    with pytest.raises(DataError, match=r"no \*\.safetensors"):
         locate.weights_sha256(tmp_path.parent / "nowhere")
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_kept_frames_are_the_utterance_s_frames_once_and_in_order(formula, limit
             assert window.keep_to <= window.start_frame + formula.num_frames(window.num_samples)
             assert window.start_sample + window.num_samples <= max(n, 1)
         assert plan[-1].start_sample + plan[-1].num_samples == n
-        for left, right in zip(plan[:-1], plan[1:], strict=True):
+        for left, right in pairwise(plan):
             assert left.start_sample + left.num_samples - right.start_sample >= overlap
 
 
