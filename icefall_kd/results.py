@@ -214,18 +214,18 @@ def _labels_of(exp_dir: Path, config: dict) -> list[LabelStorage]:
     """Return the storage of the run's label sets, kept in the exp_dir so that it outlives the sets."""
     if config.get("kd", "none") == "none" or config.get("teacher_labels") == "online":
         return []
-    kept = exp_dir / _STORAGE_FILE
-    if kept.exists():
-        return [LabelStorage(**entry) for entry in read_json(kept)]
     # Paths of the options are relative to the folder where train.py was called: an ancestor of the exp_dir.
     places = [Path(), *exp_dir.resolve().parents]
     found = [
         next((p / d for p in places if (p / d / "label_set.json").exists()), None) for d in config.get("label_dir", [])
     ]
+    kept = exp_dir / _STORAGE_FILE
+    before = read_json(kept) if kept.exists() else []
     if not found or None in found:
-        return []
+        return [LabelStorage(**entry) for entry in before]
     labels = [measure_labels(d) for d in found]
-    write_json(kept, [asdict(s) for s in labels])
+    if (now := [asdict(s) for s in labels]) != before:
+        write_json(kept, now)
     return labels
 
 

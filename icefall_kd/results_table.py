@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from icefall_kd.bootstrap import Interval
 from icefall_kd.errors import DataError
-from icefall_kd.results import Row, part_order
+from icefall_kd.results import Row, Run, part_order
 from icefall_kd.scoring import RATE_NAMES
 
 
@@ -61,9 +61,21 @@ def details(rows: Sequence[Row]) -> str:
             lines += [f"Seed {run.seed}, commit {run.commit}:", "", "```bash", shlex.join(run.command)]
             mine = [r for r in run.results if r["suffix"] == row.decoding]
             lines += [*sorted({r["command"] for r in mine}), "```", ""]
-            lines += [_counts(result) for result in mine] + [""]
+            lines += [_training(run), *(_counts(result) for result in mine), ""]
         blocks.append("\n".join(lines).rstrip())
     return "\n\n".join(blocks)
+
+
+def _training(run: Run) -> str:
+    s = run.summary
+    if s.get("seconds") is None:
+        return "- training: not finished"
+    text = f"- training: {s['seconds']:,.0f} s"
+    if s.get("audio_hours_per_hour") is not None:
+        text += f", {s['audio_hours_per_hour']:.1f} hours of audio an hour"
+    if s.get("peak_memory_gib") is not None:
+        text += f", peak memory {s['peak_memory_gib']:.2f} GiB"
+    return text + f" on {s.get('device', 'an unknown device')}"
 
 
 def _counts(r: dict) -> str:

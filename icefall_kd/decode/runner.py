@@ -150,16 +150,15 @@ def _now(device: torch.device) -> float:
 
 
 def score_decoded(decoded: Decoded, tokenizer, unit: str) -> Score:
-    """Score the best hypotheses in ``unit`` ("auto": the tokenizer's).
-
-    References go through the tokenizer for the unit "token", so that both sides are token strings.
-    """
+    """Score the best hypotheses in ``unit`` ("auto": the tokenizer's); "token" compares token strings."""
     unit = tokenizer.unit if unit == "auto" else unit
-    hyps = [tokenizer.decode(nbest[0].tokens) for nbest in decoded.nbest]
-    refs = decoded.refs
-    if unit == "token":
-        refs = [tokenizer.decode(tokenizer.encode(text)) for text in refs]
-    return score(refs, hyps, decoded.ids, unit)
+    best = [nbest[0].tokens for nbest in decoded.nbest]
+    if unit != "token":
+        return score(decoded.refs, [tokenizer.decode(tokens) for tokens in best], decoded.ids, unit)
+    silent = {tokenizer.blank_id, tokenizer.sos_id, tokenizer.mask_id}
+    hyps = [[tokenizer.tokens[i] for i in tokens if i not in silent] for tokens in best]
+    # Not through ids: a reference token that the table lacks must not look like another such token.
+    return score([tokenizer.pieces(text) for text in decoded.refs], hyps, decoded.ids, unit)
 
 
 def decode_parts(

@@ -115,6 +115,30 @@ def test_units_other_than_the_tokenizers_can_be_scored(tmp_path, tokenizer):
     assert char["num_ref"] == sum(len(t.replace(" ", "")) for t in TEXTS.values())
 
 
+def test_tokens_are_scored_as_the_tokenizers_strings(tmp_path):
+    texts = [*TEXTS.values(), *HEARD.values()] * 3
+    bpe = Tokenizer.train_bpe(texts, 40)
+    *_, token, folder = decode(tmp_path, bpe, unit="token")
+    assert token["num_ref"] == sum(len(bpe.pieces(t)) for t in TEXTS.values())
+    ids, refs, hyps = read_recogs(next(folder.glob("recogs-*")))
+    assert refs == [bpe.pieces(TEXTS[i]) for i in ids]
+    assert hyps == [bpe.pieces(HEARD[i]) for i in ids]
+
+
+def test_a_reference_token_that_the_table_lacks_is_an_error(tmp_path):
+    pinyin = Tokenizer.train_pinyin(["你好"])
+    system = Parrot(pinyin)
+    system.encode = lambda batch: (
+        torch.nn.functional.one_hot(torch.tensor([[3, 0]]), pinyin.vocab_size) * 9.0,
+        torch.tensor([2]),
+    )
+    config = DecodeConfig(exp_dir=tmp_path, decoding_method="ctc_greedy_search")
+    batch = Batch(ids=["u"], texts=["你们"], durations=[1.0])
+    result = decode_parts(system, pinyin, {"test": [batch]}, config)["test"]
+    assert (result["unit"], result["num_ref"]) == ("token", 4)
+    assert result["errors"] >= 3
+
+
 def test_parts_without_transcripts_are_recognised_without_a_rate(tmp_path, tokenizer):
     _, result, folder = decode(tmp_path, tokenizer, texts=dict.fromkeys(TEXTS, ""))
     assert result["error_rate"] is None and result["interval"] is None
