@@ -1,0 +1,81 @@
+"""The real decode on a folder of audio: checkpoint to table, and a sweep over its epochs."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from icefall_kd.cli import config_to_dict
+from icefall_kd.config import DecodeConfig, LoopConfig, ModelConfig, TrainConfig
+from icefall_kd.recipe import decode
+from icefall_kd.results import build_rows, read_run
+from icefall_kd.results_table import full_table
+from icefall_kd.scoring import read_recogs
+from icefall_kd.systems import build_system
+from icefall_kd.text.tokenizer import Tokenizer
+from icefall_kd.train.checkpoint import save_checkpoint
+from icefall_kd.train.state import write_config
+
+TEXTS = {"utt-a": "ONE TWO", "utt-b": "THREE", "utt-c": "TWO THREE ONE"}
+SWEEP = Path(__file__).resolve().parents[2] / "local" / "sweep.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An exp_dir with two epochs of an untrained tiny student, and a folder of noise with transcripts."""
+    root = tmp_path_factory.mktemp("decode")
+    audio, exp_dir = root / "speech", root / "exp"
+    audio.mkdir()
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(TEXTS):
+        soundfile.write(audio / f"{name}.wav", 0.1 * rng.standard_normal(16000 + 4000 * i), 16000)
+    (audio / "speech.trans.txt").write_text("".join(f"{k} {v}\n" for k, v in TEXTS.items()))
+    tokenizer = Tokenizer.train_char(TEXTS.values())
+    tokenizer.save(exp_dir / "tokenizer")
+    model = ModelConfig(encoder_size="tiny", num_encoder_layers=2, encoder_dim=32, feedforward_dim=32, decoder_dim=16)
+    config = TrainConfig(model=model, loop=LoopConfig(exp_dir=exp_dir, seed=5))
+    write_config(exp_dir, config, 0)
+    for epoch in (1, 2):
+        torch.manual_seed(epoch)
+        state = build_system(config, tokenizer.vocab_size).state_dict()
+        averages = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+        content = {"model": state, "model_avg": averages}
+        train = {"step": 100 * epoch, "average_period": 100}
+        others = {"config": config_to_dict(config), "tokenizer_hash": tokenizer.hash, "train": train}
+        save_checkpoint(exp_dir / f"epoch-{epoch}.pt", content | others)
+    return audio, exp_dir
+
+
+@pytest.mark.parametrize("method", ["greedy_search", "modified_beam_search", "ctc_greedy_search"])
+def test_every_search_decodes_a_folder_of_audio(trained, method):
+    audio, exp_dir = trained
+    config = DecodeConfig(exp_dir=exp_dir, test_parts=[str(audio)], decoding_method=method, device="cpu", nbest=2)
+    result = decode(config)["speech"]
+    assert result["suffix"].startswith("epoch-2_avg-1")
+    assert result["utterances"]["ids"] == sorted(result["utterances"]["ids"])
+    assert result["num_ref"] == 6
+    assert result["audio_seconds"] == pytest.approx(1.0 + 1.25 + 1.5)
+    ids, refs, _ = read_recogs(next((exp_dir / method).glob("recogs-speech-epoch-2*")))
+    assert [" ".join(r) for r in refs] == list(TEXTS.values())
+    assert len(ids) == 3
+
+
+def test_a_sweep_decodes_in_process_and_its_results_become_rows(trained, monkeypatch, capsys):
+    audio, exp_dir = trained
+    spec = importlib.util.spec_from_file_location("local_sweep_real", SWEEP)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the command line reads the docstrings of fields
+    spec.loader.exec_module(module)
+    line = f"sweep.py --exp-dir {exp_dir} --epochs 1-2 --avgs 1,2 --test-parts {audio} --device cpu --bootstrap 20"
+    monkeypatch.setattr(sys, "argv", line.split())
+    module.main()
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert table[0] == "| epoch | avg | WER speech |"
+    header, cells = full_table(build_rows([read_run(exp_dir, decoding_method="greedy_search")]))
+    assert header[:3] == ["system", "decoding", "seeds"]
+    assert {line[1].split("_context")[0] for line in cells} == {"epoch-1_avg-1", "epoch-2_avg-1", "epoch-2_avg-2"}
+    assert {line[2] for line in cells} == {"5"}
