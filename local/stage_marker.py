@@ -94,6 +94,8 @@ def parse(arguments: list[str]) -> tuple[dict[str, list[str]], bool]:
                 raise Failure(USAGE, f"begin: unknown {word}; it takes --option, --input, --output, --code, --name")
         elif kind is None:
             raise Failure(USAGE, f"begin: {word!r} comes before any --option, --input, --output or --code")
+        elif not word and kind in ("input", "output"):
+            raise Failure(USAGE, f"begin: --{kind} has an empty path; is a variable not set?")
         else:
             declared[kind].append(word)
     return declared, force

@@ -165,6 +165,7 @@ begin() {
   local arguments=() kind="" word name="" reasons rc=0
   [[ -n ${marker_dir:-} ]] || fail 2 "marker_dir is not set; it names the folder of the markers"
   [[ -n $_stages_current ]] || fail 2 "begin was called outside of a stage"
+  [[ -z $_stages_open ]] || fail 2 "begin was called again before finish of $_stages_step"
   for word in "$@"; do
     case $word in
       --*) kind=$word ;;

@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import sys
 from pathlib import Path
 
@@ -56,6 +57,21 @@ def seed() -> int:
     np.random.seed(42)
     torch.manual_seed(42)
     return 42
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Refuse every connection that leaves this machine."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost", ""):
+            raise OSError(f"tests must not use the network: {address}")
+        connect(self, address)
+
+    socket.socket.connect = local_only
+    yield
+    socket.socket.connect = connect
 
 
 @pytest.fixture(scope="session")

@@ -279,3 +279,12 @@ def test_the_text_of_the_function_that_begins_a_step_counts_as_code(recipe):
     recipe.write(script.replace('echo "train $kd"', 'echo "TRAIN $kd"'))
     out, err = recipe.run()
     assert out == ["TRAIN none", "TRAIN mvq", "table"] and "code run.sh:train changed" in err
+
+
+def test_mistakes_in_a_script_are_named(recipe):
+    recipe.write(SCRIPT.replace("      finish\n", ""))
+    assert "begin was called again before finish of stage 3 train [none]" in recipe.run(code=2)[1]
+    recipe.write(SCRIPT.replace("--input corpus.txt", '--input "$hidden"').replace("hidden=1", "hidden="))
+    assert "--input has an empty path" in recipe.run("--force", code=2)[1]
+    recipe.write(SCRIPT.replace("'src/*.py'", "'source/*.py'"))
+    assert "--code source/*.py matches no file" in recipe.run(code=2)[1]
