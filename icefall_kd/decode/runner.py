@@ -222,7 +222,7 @@ def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.
         "files_used": files_used,
         "tokenizer_hash": tokenizer.hash,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": options,
         "config_hash": fingerprint(options),
         "environment": environment(),
