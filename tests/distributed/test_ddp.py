@@ -1,0 +1,142 @@
+"""Two gloo processes under torchrun's environment: equal to one, skipping together, ending together."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from icefall_kd.runtime import dist
+from icefall_kd.train.checkpoint import load_checkpoint
+from icefall_kd.train.metrics import read_metrics
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(repo, exp_dir, world_size=2, launcher="env", **options):
+    """Start the ranks of a toy training with the variables that torchrun (or srun) sets."""
+    command = [sys.executable, str(repo / "tests/train/toy.py"), str(exp_dir), json.dumps({"config": {}, **options})]
+    port = str(free_port())
+    processes = []
+    for rank in range(world_size):
+        env = dict(os.environ)
+        if launcher == "slurm":
+            env |= {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(world_size), "SLURM_LOCALID": str(rank)}
+            env |= {"SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        elif world_size > 1:
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    return processes
+
+
+def finish(processes, timeout=90):
+    """Return (exit code, stdout, stderr) of every rank; kill them all when one does not end in time."""
+    deadline = time.monotonic() + timeout
+    results = []
+    try:
+        for p in processes:
+            out, err = p.communicate(timeout=max(1, deadline - time.monotonic()))
+            results.append((p.returncode, out, err))
+    finally:
+        for p in processes:
+            p.kill()
+    return results
+
+
+@pytest.mark.parametrize("optimizer", ["scaled_adam", "adamw"])
+def test_two_ranks_equal_one_large_batch(repo, tmp_path, optimizer):
+    options = {"dropout": 0.0, "config": {"optimizer": optimizer}}
+    one = start(repo, tmp_path / "one", 1, **options)
+    two = start(repo, tmp_path / "two", 2, launcher="slurm" if optimizer == "adamw" else "env", **options)
+    for code, _, err in finish([*one, *two]):
+        assert code == 0, err
+    a, b = (load_checkpoint(tmp_path / name / "epoch-3.pt") for name in ("one", "two"))
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=1e-5, atol=1e-6)
+    losses = [[r["loss"] for r in read_metrics(tmp_path / d / "log" / "metrics.jsonl")] for d in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert b["train"]["valid"]["accuracy"] == pytest.approx(a["train"]["valid"]["accuracy"])
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # rank 0 alone writes
+
+
+def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):
+    for rank in (0, 1):
+        begin = time.monotonic()
+        results = finish(start(repo, tmp_path / str(rank), data={"fail_at": (1, 3, rank)}), timeout=60)
+        assert [code for code, _, _ in results] == [1, 1]
+        assert "planted failure" in results[rank][2]
+        assert time.monotonic() - begin < 45
+
+
+def test_an_infinite_loss_on_one_rank_is_skipped_by_both(repo, tmp_path):
+    results = finish(start(repo, tmp_path, data={"inf_at": [(1, 2, 1)]}))
+    assert [code for code, _, _ in results] == [0, 0], results[0][2] + results[1][2]
+    assert "step 2 skipped (1 in a row): ce_loss is nan in utt-1-2-1" in results[1][2]
+    summary = json.loads(results[0][1])
+    assert summary["skipped_steps"] == 1 and summary["steps"] == 21
+    assert all(torch.isfinite(v).all() for v in load_checkpoint(tmp_path / "epoch-3.pt")["model"].values())
+
+
+def test_infinite_losses_in_a_row_end_both_ranks_with_code_3(repo, tmp_path):
+    data = {"inf_at": [(1, i, 1) for i in range(7)]}
+    results = finish(start(repo, tmp_path, data=data, config={"max_skips": 2}))
+    assert [code for code, _, _ in results] == [3, 3], results[0][2] + results[1][2]
+    assert (tmp_path / "nonfinite-step2-rank1.json").exists()
+
+
+def test_a_signal_to_one_rank_stops_all_and_resumes_bit_equal(repo, tmp_path):
+    config = {"num_epochs": 2}
+    whole = finish(start(repo, tmp_path / "whole", config=config))
+    assert [code for code, _, _ in whole] == [0, 0]
+    processes = start(repo, tmp_path / "parts", config=config, data={"delay": 0.2})
+    metrics = tmp_path / "parts" / "log" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGUSR1)
+    stopped = finish(processes)
+    assert [code for code, _, _ in stopped] == [0, 0], stopped[0][2]
+    assert "run the same command again" in stopped[0][2]
+    assert [code for code, _, _ in finish(start(repo, tmp_path / "parts", config=config))] == [0, 0]
+    a, b = (load_checkpoint(tmp_path / name / "epoch-2.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_rank_info_reads_torchrun_and_srun():
+    assert dist.rank_info({}) == dist.RankInfo(0, 1, 0)
+    assert dist.rank_info({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == dist.RankInfo(3, 8, 1)
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+    assert dist.rank_info(slurm) == dist.RankInfo(5, 8, 1)
+    # inside sbatch or salloc, but not under srun
+    assert dist.rank_info({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == dist.RankInfo(0, 1, 0)
+    with pytest.raises(ValueError, match=re.escape("rank 8 does not fit world size 8")):
+        dist.rank_info({"RANK": "8", "WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("node1", "node1"), ("gpu[03-05,7],login1", "gpu03"), ("a,b", "a"), ("n[1-2]x", "n1x"), ("r1-n[09,11]", "r1-n09")],
+)
+def test_first_host(nodelist, host):
+    assert dist.first_host(nodelist) == host
+
+
+def test_collectives_of_a_single_rank():
+    assert dist.all_reduce_sum([1, 2.5, True]) == [1.0, 2.5, 1.0]
+    assert dist.any_rank(True) and not dist.any_rank(False)
+    assert dist.gather_objects({"a": 1}) == [{"a": 1}]
+    dist.barrier()
+    dist.shutdown()

@@ -1,0 +1,89 @@
+"""Kill a training anywhere and run the same command again: the same weights, bit by bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
+from icefall_kd.train.metrics import read_metrics
+from tests.train.toy import ToyData, run_toy
+
+STEPS = 21
+
+
+def start(repo, exp_dir, **options):
+    command = [sys.executable, str(repo / "tests/train/toy.py"), str(exp_dir), json.dumps({"config": {}, **options})]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_step(exp_dir, process, step, timeout=60):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        records = read_metrics(exp_dir / "log" / "metrics.jsonl", "train")
+        if records and records[-1]["step"] >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.poll()}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    exp_dir = tmp_path_factory.mktemp("whole")
+    run_toy(exp_dir, ToyData())
+    return load_checkpoint(exp_dir / "epoch-3.pt")
+
+
+def assert_same_end(whole, exp_dir):
+    end = load_checkpoint(exp_dir / "epoch-3.pt")
+    for group in ("model", "model_avg"):
+        assert all(torch.equal(whole[group][k], end[group][k]) for k in whole[group])
+    steps = [r["step"] for r in read_metrics(exp_dir / "log" / "metrics.jsonl", "train")]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_kill_9_at_random_steps_then_the_same_command(repo, tmp_path, whole):
+    rng = random.Random(os.getpid())
+    for _ in range(2):
+        done = max(list_checkpoints(tmp_path, "checkpoint"), default=0)
+        process = start(repo, tmp_path, data={"delay": 0.05})
+        target = rng.randint(done + 1, min(done + 8, STEPS - 2))
+        wait_for_step(tmp_path, process, target)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.communicate()
+    process = start(repo, tmp_path)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert_same_end(whole, tmp_path)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.6])
+def test_a_truncated_newest_checkpoint_costs_a_few_steps(tmp_path, whole, caplog, fraction):
+    run_toy(tmp_path, ToyData(), max_steps=10)
+    newest = tmp_path / "checkpoint-10.pt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[: int(fraction * len(content))])
+    run_toy(tmp_path, ToyData())
+    assert "checkpoint-10.pt is damaged" in caplog.text
+    assert_same_end(whole, tmp_path)
+
+
+def test_sigterm_to_the_process_saves_and_exits_0(repo, tmp_path, whole):
+    process = start(repo, tmp_path, data={"delay": 0.1})
+    wait_for_step(tmp_path, process, 5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    stopped = json.loads(out)
+    assert not stopped["finished"] and 5 <= stopped["steps"] < STEPS
+    assert (tmp_path / f"checkpoint-{stopped['steps']}.pt").exists()
+    assert "run the same command again" in err
+    run_toy(tmp_path, ToyData())
+    assert_same_end(whole, tmp_path)
