@@ -15,16 +15,25 @@ class Dropout(nn.Module):
     multiple of 1/256, and the scale of the kept elements is exact for the rounded one.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, shared_over_time: bool = False) -> None:
+        """Make the layer.
+
+        Args:
+            p: probability of zeroing an element.
+            shared_over_time: draw one mask (N, 1, C) for all frames of an utterance, as Zipformer's
+                feed-forward modules do (Yao et al. 2023, arXiv 2310.11230); x is (N, T, C) then.
+        """
         super().__init__()
         if not 0 <= p < 1:
             raise ConfigError(f"--dropout is {p}; it must lie in [0, 1)")
-        self.p = p
+        self.p, self.shared_over_time = p, shared_over_time
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x with elements zeroed with probability p and the others scaled up, in training only."""
         if not self.training or self.p == 0:
             return x
+        if self.shared_over_time:
+            return x * x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - self.p).div_(1 - self.p)
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         threshold = round(self.p * 256)
@@ -32,7 +41,7 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the probability for the printed module."""
-        return f"p={self.p}"
+        return f"p={self.p}, shared_over_time={self.shared_over_time}"
 
 
 class _ByteDropout(torch.autograd.Function):

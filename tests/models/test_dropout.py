@@ -30,3 +30,9 @@ def test_seeded_identity_in_evaluation_and_dtype_kept():
 def test_probabilities_out_of_range_are_refused(p):
     with pytest.raises(ConfigError):
         Dropout(p)
+
+
+def test_a_mask_shared_over_time():
+    y = Dropout(0.25, shared_over_time=True)(torch.ones(50, 6, 200))
+    assert torch.equal(y, y[:, :1].expand_as(y)) and y.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
