@@ -19,7 +19,8 @@ class RelativePositions(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.register_buffer("table", torch.zeros(0, dim), persistent=False)
+        # Not a buffer: its size follows the lengths seen, which differ between ranks that exchange buffers.
+        self.table = torch.zeros(0, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings of the distances T-1, ..., -(T-1).
@@ -33,7 +34,8 @@ class RelativePositions(nn.Module):
         known = (self.table.shape[0] + 1) // 2
         if known < num_frames or self.table.device != x.device:
             known = max(num_frames, 2 * known)
-            self.table = self._sinusoids(known, x.device)
+            with torch.inference_mode(False):  # a table made while validating serves the next training step too
+                self.table = self._sinusoids(known, x.device)
         return self.table[known - num_frames : known + num_frames - 1].to(x.dtype)
 
     def _sinusoids(self, num_frames: int, device: torch.device) -> Tensor:

@@ -173,6 +173,14 @@ def test_positions_do_not_depend_on_earlier_lengths():
     assert torch.equal(short[2], torch.tensor([0.0, 1.0] * 4))  # distance zero
 
 
+def test_training_works_after_inference_mode(encoder):
+    features, x_lens = log_mel(1, 40, 80), torch.tensor([40])
+    with torch.inference_mode():
+        encoder(features, x_lens)
+    encoder.train()(features, x_lens).encoder_out.sum().backward()
+    assert "positions.table" not in dict(encoder.named_buffers())
+
+
 def test_depthwise_convolution_equals_conv1d():
     module = ConvolutionModule(8, 5, 0.0).eval()
     x, padding = torch.randn(2, 9, 8), make_pad_mask(torch.tensor([9, 6]), 9).unsqueeze(-1)
