@@ -161,8 +161,8 @@ def _from_hub(hub_id: str, attempts: list[str]) -> Path | None:
         safe = any(n.endswith(".safetensors") and "/" not in n for n in names)
         patterns = ["*.json", "*.txt", "*.safetensors" if safe else "pytorch_model*.bin"]
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (errors.HfHubHTTPError, OSError) as error:
-        attempts.append(f"download of {hub_id} failed ({error})")
+    except Exception as error:  # the HTTP client below the hub's, whichever it is, has errors of its own
+        attempts.append(f"download of {hub_id} failed ({type(error).__name__}: {error})")
         return None
 
 

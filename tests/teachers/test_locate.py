@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 
+import huggingface_hub
 import pytest
 
 from icefall_kd.errors import ConfigError, DataError
@@ -74,6 +75,40 @@ def test_a_folder_under_the_models_variable_goes_before_the_package(packages, tm
     found = locate.locate("fake")
     assert (found.folder, found.source) == (folder, "folder")
     assert families.family_of(found.folder) == "whisper"
+
+
+class FakeHub:
+    """Stands for the hub client: a repository without safetensors, an optional failure, an empty cache."""
+
+    def __init__(self, monkeypatch, folder, failure=None):
+        self.folder, self.failure, self.patterns = folder, failure, None
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(locate, "_hub_problem", lambda url: None)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id: ["config.json", "pytorch_model.bin"])
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def download(self, hub_id, local_files_only=False, allow_patterns=(), **options):
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+        if self.failure:
+            raise self.failure
+        self.patterns = allow_patterns
+        return str(self.folder)
+
+
+def test_the_hub_goes_before_the_package(packages, tmp_path, monkeypatch):
+    folder = write_ct2(tmp_path / "snapshot" / "abc123", whisper_model())
+    hub = FakeHub(monkeypatch, folder)
+    found = locate.locate("fake")
+    assert (found.folder, found.source) == (folder, "hub nobody/fake-whisper abc123")
+    assert "pytorch_model*.bin" in hub.patterns and "*.safetensors" not in hub.patterns
+
+
+def test_a_failed_download_falls_back_to_the_package_or_is_named(packages, tmp_path, monkeypatch):
+    FakeHub(monkeypatch, tmp_path, failure=RuntimeError("connection reset"))
+    assert locate.locate("fake").source.startswith("pip ")
+    with pytest.raises(ConfigError, match="RuntimeError: connection reset"):
+        locate.locate("nobody/other")
 
 
 def test_an_unknown_teacher_names_every_attempt():

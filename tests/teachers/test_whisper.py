@@ -107,6 +107,19 @@ def test_embeddings_can_enter_a_loss(tmp_path):
     assert torch.isfinite(weight.grad).all()
 
 
+def test_low_precision_stays_close_and_in_float32(tmp_path):
+    folder = write_ct2(tmp_path, whisper_model())
+    batch = Batch.from_audio([0.1 * torch.randn(3200)])
+    exact, low = (
+        build_teacher(TeacherConfig(teacher=str(folder), teacher_device="cpu", teacher_dtype=name))
+        for name in ("float32", "bfloat16")
+    )
+    expected, got = (t.extract(batch).arrays["embeddings"] for t in (exact, low))
+    assert got.dtype is torch.float32
+    assert 0 < (got - expected).abs().max() <= 0.05 * expected.abs().max()
+    assert low.provenance()["dtype"] == "bfloat16" != exact.provenance()["dtype"]
+
+
 def test_precision_names():
     cpu = torch.device("cpu")
     assert Precision.choose(cpu).dtype is torch.float32
