@@ -207,38 +207,45 @@ def load_for_decoding(
         state_dict = average_checkpoints(files)
         used = f"mean of {', '.join(f.name for f in files)}" if len(files) > 1 else files[0].name
         return state_dict, load_checkpoint(files[-1], mmap=True, verify=False)["config"], used
-    last = last_n(exp_dir, 1, kind, end)[0]
-    start = _range_start(exp_dir, kind, last, avg)
+    start, last = range_ends(exp_dir, kind, end, avg)
     state_dict = average_from_averaged(start, last)
     used = f"average of all steps after {start.name if start else 'the start'} up to {last.name}"
     return state_dict, load_checkpoint(last, mmap=True, verify=False)["config"], used
 
 
-def _range_start(exp_dir: str | Path, kind: str, last: Path, avg: int) -> Path | None:
-    """Return the file before the range of ``avg`` files that ends in ``last``; None: it starts at step 0."""
+def range_ends(exp_dir: str | Path, kind: str, end: int | None, avg: int) -> tuple[Path | None, Path]:
+    """Return the file before the range of ``avg`` files (None: it starts at step 0) and the last file of the range.
+
+    Args:
+        exp_dir: folder of the files.
+        kind: "epoch" or "checkpoint".
+        end: number of the last file; None: the newest.
+        avg: epochs or checkpoints of the range.
+    Raises:
+        ConfigError: a file is not there, or the range starts before the training.
+    """
+    last = last_n(exp_dir, 1, kind, end)[0]
     files = list_checkpoints(exp_dir, kind)
-    end = next(number for number, path in files.items() if path.name == last.name)
+    end = next(number for number, path in files.items() if path == last)
     if kind == "epoch":
-        if avg > end:
-            raise ConfigError(f"--avg {avg} epochs do not end in epoch {end}: --avg can be at most {end} there")
         start = end - avg
-        if start == 0:
-            return None
-        if start not in files:
+        if start < 0:
+            raise ConfigError(f"--avg {avg} epochs do not end in epoch {end}: --avg can be at most {end} there")
+        if start > 0 and start not in files:
             raise ConfigError(
                 f"--epoch {end} --avg {avg} with --use-averaged-model needs epoch-{start}.pt, which is not in "
                 f"{exp_dir}; there are {_numbers(files)}"
             )
-        return files[start]
+        return files.get(start), last
     earlier = [number for number in files if number < end]
     if avg == 1 and not earlier:
-        return None
+        return None, last
     if len(earlier) < avg:
         raise ConfigError(
             f"--iter {end} --avg {avg} with --use-averaged-model needs {avg} checkpoints before it, {exp_dir} has "
             f"{len(earlier)}"
         )
-    return files[earlier[-avg]]
+    return files[earlier[-avg]], last
 
 
 def averaged_checkpoint(source: str | Path, state_dict: dict[str, Tensor]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 The schedules are pure functions of the step and the epoch, so a resumed training needs no schedule state.
 """
 
+import math
+import statistics
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,6 +15,8 @@ from icefall_kd.errors import ConfigError
 
 # Eden starts at this fraction of its rate and grows linearly during the warm-up.
 EDEN_WARMUP_START = 0.1
+# Larger tensors are not stacked on a CPU.
+MAX_STACKED_NUMEL = 16384
 # How many norms the clipping threshold of ScaledAdam looks back on.
 CLIPPING_PERIOD = 100
 # Early estimates of that threshold, from the few norms that exist by then.
@@ -59,22 +63,39 @@ class _Stack:
     def __init__(self, params: list[nn.Parameter], size_update_period: int) -> None:
         self.params = params
         self.scalar = params[0].numel() == 1
-        stacked = torch.stack([p.detach() for p in params])  # (B, *shape)
+        stacked = self.stacked()
         self.dims = list(range(1, stacked.ndim))
         self.tensors = {"delta": torch.zeros_like(stacked), "exp_avg_sq": torch.zeros_like(stacked)}
         if not self.scalar:
             rms = self.rms(stacked)
             self.tensors["param_rms"] = rms
             self.tensors["scale_exp_avg_sq"] = torch.zeros_like(rms)
-            self.tensors["scale_grads"] = rms.new_zeros(size_update_period, *rms.shape)
+            # (B, period, 1, ..., 1)
+            self.tensors["scale_grads"] = torch.stack([torch.zeros_like(rms)] * size_update_period, dim=1)
 
-    def rms(self, stacked: Tensor) -> Tensor:
-        """Return the root mean square of each parameter, (B, 1, ..., 1)."""
-        return stacked.square().mean(dim=self.dims, keepdim=True).sqrt()
+    def stacked(self) -> Tensor:
+        """Return the parameters (B, *shape): a single one itself, several as a copy."""
+        values = [p.detach() for p in self.params]
+        return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
+
+    def write_back(self, stacked: Tensor) -> None:
+        """Give the parameters the values of a copy."""
+        if len(self.params) > 1:
+            torch._foreach_copy_(self.params, list(stacked.unbind(0)))
 
     def grads(self) -> Tensor:
         """Return the gradients (B, *shape); a missing one counts as zero."""
-        return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        return grads[0].unsqueeze(0) if len(grads) == 1 else torch.stack(grads)
+
+    def rms(self, stacked: Tensor) -> Tensor:
+        """Return the root mean square of each parameter, (B, 1, ..., 1)."""
+        return torch.linalg.vector_norm(stacked, dim=self.dims, keepdim=True) / (stacked[0].numel() ** 0.5)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the inner products of two (B, *shape), as (B, 1, ..., 1)."""
+        products = torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1))
+        return products.reshape(-1, *[1] * len(self.dims))
 
 
 class ScaledAdam(torch.optim.Optimizer):
@@ -120,15 +141,15 @@ class ScaledAdam(torch.optim.Optimizer):
         self.scalar_max = scalar_max
         self.size_update_period = size_update_period
         self.num_steps = 0
-        self.last_grad_norm: Tensor | None = None
+        self.last_grad_norm: float | None = None
         by_shape: dict[tuple, list[nn.Parameter]] = {}
-        for p in self.param_groups[0]["params"]:
-            if p.requires_grad:
-                by_shape.setdefault((tuple(p.shape), p.dtype, p.device), []).append(p)
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            # On a CPU there are no launches to save, so large tensors are spared the copying.
+            alone = i if p.device.type == "cpu" and p.numel() > MAX_STACKED_NUMEL else None
+            by_shape.setdefault((tuple(p.shape), p.dtype, p.device, alone), []).append(p)
         self.stacks = [_Stack(ps, size_update_period) for ps in by_shape.values()]
-        first = next(iter(by_shape.values()))[0]
-        self.norms = torch.zeros(CLIPPING_PERIOD, device=first.device)
-        self.threshold = torch.full((), float("inf"), device=first.device)
+        self.norms = [0.0] * CLIPPING_PERIOD
+        self.threshold = math.inf
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -143,60 +164,66 @@ class ScaledAdam(torch.optim.Optimizer):
         grads = [stack.grads() for stack in self.stacks]
         norm = self._norm(grads)
         self.last_grad_norm = norm
-        if not torch.isfinite(norm):
+        if not math.isfinite(norm):
             return loss
         clip = self._clipping_factor(norm)
         for stack, grad in zip(self.stacks, grads, strict=True):
-            grad.mul_(clip)
-            params = torch.stack(stack.params)
+            if clip < 1.0:
+                grad = grad * clip
+            params = stack.stacked()
             if stack.scalar:
                 self._step_scalar(stack, params, grad)
             else:
                 self._step_tensor(stack, params, grad)
-            torch._foreach_copy_(stack.params, list(params.unbind(0)))
+            stack.write_back(params)
         self.num_steps += 1
         return loss
 
-    def _norm(self, grads: list[Tensor]) -> Tensor:
+    def _norm(self, grads: list[Tensor]) -> float:
         """Return the norm of the gradients, each weighted with the size of its parameter."""
-        sums = []
+        norms = []
         for stack, grad in zip(self.stacks, grads, strict=True):
+            norm = torch.linalg.vector_norm(grad, dim=stack.dims or None, keepdim=True)
             weight = self.scalar_lr_scale if stack.scalar else stack.tensors["param_rms"]
-            sums.append((grad * weight).square().sum().to(self.norms.device, torch.float32))
-        return torch.stack(sums).sum().sqrt()
+            norms.append((norm * weight).flatten())
+        return float(torch.linalg.vector_norm(torch.cat(norms)))
 
-    def _clipping_factor(self, norm: Tensor) -> Tensor:
+    def _clipping_factor(self, norm: float) -> float:
         """Record ``norm``, refresh the threshold when it is due and return the factor on the gradients."""
         if self.clipping_scale is None:
-            return norm.new_ones(())
+            return 1.0
         n = self.num_steps
         self.norms[n % CLIPPING_PERIOD] = norm
         if n > 0 and n % CLIPPING_PERIOD == 0:
-            self.threshold = self.clipping_scale * self.norms.quantile(0.5)
+            self.threshold = self.clipping_scale * statistics.median(self.norms)
         elif n in EARLY_CLIPPING_STEPS:
             # Few norms, from the steepest part of the training: twice as lenient.
-            self.threshold = 2.0 * self.clipping_scale * self.norms[: n + 1].quantile(0.5)
-        return (self.threshold / (norm + 1e-20)).clamp(max=1.0)
+            self.threshold = 2.0 * self.clipping_scale * statistics.median(self.norms[: n + 1])
+        return min(1.0, self.threshold / (norm + 1e-20))
 
-    def _adam_direction(self, stack: _Stack, grad: Tensor) -> Tensor:
-        """Update the second moments and return ``g / (sqrt(v) + eps)``."""
-        beta2 = self.betas[1]
+    def _add_adam_step(self, stack: _Stack, grad: Tensor, rate: Tensor | float) -> None:
+        """Update the second moments and subtract ``rate * (1 - beta1) * g / (sqrt(v) + eps)`` from delta."""
+        beta1, beta2 = self.betas
         exp_avg_sq = stack.tensors["exp_avg_sq"]
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
         correction = 1.0 - beta2 ** (self.num_steps + 1)
-        denominator = (exp_avg_sq / correction).sqrt_() if correction < 0.99 else exp_avg_sq.sqrt()
-        return grad / denominator.add_(self.eps)
+        root = correction**0.5 if correction < 0.99 else 1.0
+        # g / (sqrt(v / c) + eps) = sqrt(c) g / (sqrt(v) + sqrt(c) eps), which saves a pass over the tensor
+        direction = grad / exp_avg_sq.sqrt().add_(self.eps * root)
+        if isinstance(rate, Tensor):
+            stack.tensors["delta"].addcmul_(direction, rate, value=-(1.0 - beta1) * root)
+        else:
+            stack.tensors["delta"].add_(direction, alpha=-(1.0 - beta1) * root * rate)
 
     def _step_tensor(self, stack: _Stack, params: Tensor, grad: Tensor) -> None:
         lr, beta1 = self.param_groups[0]["lr"], self.betas[0]
         state, period = stack.tensors, self.size_update_period
         delta = state["delta"].mul_(beta1)
-        state["scale_grads"][self.num_steps % period] = (params * grad).sum(dim=stack.dims, keepdim=True)
+        state["scale_grads"][:, self.num_steps % period] = stack.dot(params, grad)
         if self.num_steps % period == period - 1:
             state["param_rms"].copy_(stack.rms(params))
-            delta.add_(params * self._scale_step(stack, lr), alpha=1.0 - beta1)
-        size = state["param_rms"].clamp(min=self.param_min_rms)
-        delta.add_(self._adam_direction(stack, grad).mul_(size), alpha=-lr * (1.0 - beta1))
+            delta.addcmul_(params, self._scale_step(stack, lr), value=1.0 - beta1)
+        self._add_adam_step(stack, grad, state["param_rms"].clamp(min=self.param_min_rms) * lr)
         params.add_(delta)
 
     def _scale_step(self, stack: _Stack, lr: float) -> Tensor:
@@ -204,42 +231,47 @@ class ScaledAdam(torch.optim.Optimizer):
         state, period = stack.tensors, self.size_update_period
         beta2 = self.betas[1] ** period
         scale_grads, rms = state["scale_grads"], state["param_rms"]
-        state["scale_exp_avg_sq"].mul_(beta2).add_(scale_grads.square().mean(dim=0), alpha=1.0 - beta2)
+        state["scale_exp_avg_sq"].mul_(beta2).add_(scale_grads.square().mean(dim=1), alpha=1.0 - beta2)
         correction = 1.0 - beta2 ** ((self.num_steps + 1) // period)
         denominator = state["scale_exp_avg_sq"].sqrt().add_(self.eps)
-        step = -lr * self.scalar_lr_scale * correction**0.5 * scale_grads.sum(dim=0) / denominator
+        step = -lr * self.scalar_lr_scale * correction**0.5 * scale_grads.sum(dim=1) / denominator
         step = step.masked_fill(rms < self.param_min_rms, 0.0).clamp(-0.1, 0.1)
         return torch.minimum(step, (self.param_max_rms - rms) / rms.clamp(min=1e-20))
 
     def _step_scalar(self, stack: _Stack, params: Tensor, grad: Tensor) -> None:
-        lr, beta1 = self.param_groups[0]["lr"] * self.scalar_lr_scale, self.betas[0]
-        delta = stack.tensors["delta"].mul_(beta1)
-        delta.add_(self._adam_direction(stack, grad), alpha=-lr * (1.0 - beta1))
-        params.add_(delta).clamp_(-self.scalar_max, self.scalar_max)
+        stack.tensors["delta"].mul_(self.betas[0])
+        self._add_adam_step(stack, grad, self.param_groups[0]["lr"] * self.scalar_lr_scale)
+        params.add_(stack.tensors["delta"]).clamp_(-self.scalar_max, self.scalar_max)
 
     def state_dict(self) -> dict:
-        """Return all state as plain containers of tensors and numbers."""
+        """Return all state as plain containers: one dict of tensors a parameter, in their order."""
+        by_param = {
+            p: {name: t[i].clone() for name, t in stack.tensors.items()}
+            for stack in self.stacks
+            for i, p in enumerate(stack.params)
+        }
         return {
             "lr": self.param_groups[0]["lr"],
             "num_steps": self.num_steps,
-            "norms": self.norms.clone(),
-            "threshold": self.threshold.clone(),
-            "shapes": [[len(s.params), *s.params[0].shape] for s in self.stacks],
-            "stacks": [{name: t.clone() for name, t in s.tensors.items()} for s in self.stacks],
+            "norms": list(self.norms),
+            "threshold": self.threshold,
+            "state": [by_param[p] for p in self.param_groups[0]["params"]],
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what :meth:`state_dict` returned for the same parameters in the same order."""
-        shapes = [[len(s.params), *s.params[0].shape] for s in self.stacks]
-        if [list(s) for s in state_dict["shapes"]] != shapes:
-            raise ConfigError(f"optimizer state is for parameters {state_dict['shapes']}, the model has {shapes}")
+        params = self.param_groups[0]["params"]
+        saved, own = [list(s["delta"].shape) for s in state_dict["state"]], [list(p.shape) for p in params]
+        if saved != own:
+            raise ConfigError(f"the optimizer state is for parameters of shapes {saved}, the model has {own}")
         self.param_groups[0]["lr"] = state_dict["lr"]
         self.num_steps = state_dict["num_steps"]
-        self.norms = state_dict["norms"].clone().to(self.norms.device)
-        self.threshold = state_dict["threshold"].clone().to(self.threshold.device)
-        for stack, saved in zip(self.stacks, state_dict["stacks"], strict=True):
-            for name, tensor in stack.tensors.items():
-                tensor.copy_(saved[name])
+        self.norms, self.threshold = list(state_dict["norms"]), state_dict["threshold"]
+        by_param = dict(zip(params, state_dict["state"], strict=True))
+        for stack in self.stacks:
+            for i, p in enumerate(stack.params):
+                for name, tensor in stack.tensors.items():
+                    tensor[i].copy_(by_param[p][name])
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -171,7 +171,7 @@ class Stepper:
             nn.utils.clip_grads_with_norm_(params, self.config.optim.grad_clip, norm)
         self.scaler.step(self.optimizer)
         if scaled_adam and self.optimizer.last_grad_norm is not None:
-            self.grad_norm = float(self.optimizer.last_grad_norm)
+            self.grad_norm = self.optimizer.last_grad_norm
         if self.scaler.is_enabled():
             self._adjust_scale(step)
             return True

@@ -1,10 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from icefall_kd.errors import ConfigError
 from icefall_kd.train import average as avg
-from icefall_kd.train.checkpoint import save_checkpoint
+from icefall_kd.train.checkpoint import load_checkpoint, save_checkpoint
 
 PERIOD = 3
 
@@ -166,3 +169,29 @@ def test_files_of_different_models_are_not_averaged(exp_dir, tmp_path):
     save_checkpoint(tmp_path / "other.pt", {"model": {"v": torch.zeros(1)}, "train": {"step": 1}, "config": {}})
     with pytest.raises(ConfigError, match="another model"):
         avg.average_checkpoints([exp_dir / "epoch-1.pt", tmp_path / "other.pt"])
+
+
+def run_cli(repo, *arguments):
+    command = [sys.executable, str(repo / "local" / "average.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_names_its_files_and_writes_a_checkpoint(exp_dir, repo):
+    expected = {
+        ("--last", 2): (["epoch-3.pt", "epoch-4.pt"], (weights(21) + weights(28)) / 2),
+        ("--best", 2): (["epoch-2.pt", "epoch-3.pt"], (weights(14) + weights(21)) / 2),
+        ("--from-averaged", 2, "--epoch", 4): (["epoch-2.pt", "epoch-4.pt"], sampled_mean(12, 28)[0]),
+    }
+    for i, (arguments, (names, mean)) in enumerate(expected.items()):
+        out = exp_dir / f"out{i}.pt"
+        done = run_cli(repo, "--exp-dir", exp_dir, "--out", out, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [f"used {exp_dir / n}" for n in names] + [f"wrote {out}"]
+        saved = load_checkpoint(out)
+        torch.testing.assert_close(saved["model"]["w"], mean, rtol=1e-6, atol=1e-6)
+        assert saved["tokenizer_hash"] == "t"
+
+
+def test_the_command_refuses_two_ways_at_once(exp_dir, repo):
+    done = run_cli(repo, "--exp-dir", exp_dir, "--last", 2, "--best", 2)
+    assert done.returncode == 2 and "give one of --last N" in done.stderr
