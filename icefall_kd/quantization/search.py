@@ -47,7 +47,6 @@ class SearchTables:
             blocks[n, :, n, :] = 0.5 * energy[n]
         self.gram = gram
         self.first = torch.arange(num_codebooks, device=centers.device) * size
-        self.pairs = torch.triu_indices(num_codebooks, num_codebooks, 1, device=centers.device)
 
     def products(self, x: Tensor) -> Tensor:
         """Return ``<x, c>`` of centered frames and centers, (N, Q*K), for frames (N, C)."""
@@ -56,9 +55,10 @@ class SearchTables:
     def bytes_per_frame(self) -> int:
         """Return a bound of the search's working memory for one frame."""
         num_codebooks, size = self.shape
-        cut = min(beam(size, 1), size)
-        pair_table = num_codebooks * (num_codebooks - 1) // 2 * cut * cut
-        return 16 * num_codebooks * size + 20 * pair_table + 28 * num_codebooks * cut * cut
+        cut = min(beam(size, 2), size * size)
+        half = num_codebooks // 2
+        pairs = half * (half - 1) // 2 + half
+        return 16 * num_codebooks * size + 16 * pairs * cut * cut + 40 * half * cut * cut
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:
@@ -75,40 +75,55 @@ def _keep(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return score.topk(keep, dim=-1, largest=False, sorted=False)
 
 
-def _pair_table(tables: SearchTables, chosen: Tensor, candidates: Tensor) -> Tensor:
-    """Return ``<delta_p[a], delta_q[b]>`` of all slots p < q, (P, N, K', K'), less constants of (pair, frame).
+def _pair_table(gram: Tensor, chosen: Tensor, rows: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Return ``<delta_p[a], delta_q[b]>`` of pairs of slots, (P, N, K', K'), less constants of (pair, frame).
 
     Pairs lead, so that the look-ups of all frames in one block of the Gram matrix follow each other.
 
     Args:
-        chosen: (Q, N, 1) int32 rows of the present entries in the Gram matrix.
-        candidates: (Q, N, K') int32 rows of the candidates; delta is candidate minus present entry.
+        gram: (Q*K, Q*K).
+        chosen: (slots, H, N, 1) int32 rows, in the Gram matrix, of the present entries of a slot's H codebooks.
+        rows: (slots, H, N, K') int32 rows of the candidates' entries; delta is candidate minus present.
+        p: (P,) first slots, q: (P,) second slots.
     """
-    p, q = tables.pairs
-    width = tables.gram.shape[1]
-    left, right = candidates[p] * width, candidates[q]
-    table = _take(tables.gram, left.unsqueeze(3) + right.unsqueeze(2))
-    table -= _take(tables.gram, left + chosen[q]).unsqueeze(3)
-    table -= _take(tables.gram, chosen[p] * width + right).unsqueeze(2)
-    return table
+    width, members = gram.shape[1], range(rows.shape[1])
+    table = even = odd = None
+    for i in members:
+        left, left_chosen = rows[p, i] * width, chosen[p, i] * width
+        for j in members:
+            right = rows[q, j]
+            part = _take(gram, left.unsqueeze(3) + right.unsqueeze(2))
+            part_even, part_odd = _take(gram, left + chosen[q, j]), _take(gram, left_chosen + right)
+            table = part if table is None else table.add_(part)
+            even = part_even if even is None else even.add_(part_even)
+            odd = part_odd if odd is None else odd.add_(part_odd)
+    return table.sub_(even.unsqueeze(3)).sub_(odd.unsqueeze(2))
 
 
-def _merge_pairs(table: Tensor, place: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+def _places(slots: int, device: torch.device) -> Tensor:
+    """Return (slots, slots): where the pair (p, q), p < q, stands in a pair table."""
+    p, q = torch.triu_indices(slots, slots, 1, device=device)
+    places = torch.zeros(slots, slots, dtype=torch.int64, device=device)
+    places[p, q] = torch.arange(len(p), device=device)
+    return places
+
+
+def _merge_pairs(table: Tensor, even: Tensor, odd: Tensor) -> Tensor:
     """Return the pair table of merged slots from that of their halves.
 
     Args:
-        table: (P, N, K', K') of the halves.
-        place: (slots, slots) position of a pair of halves in ``table``.
+        table: (P, N, K', K') of all pairs of the halves.
         even: (slots/2, N, K'') int32 which candidate of the even half each merged candidate took; odd likewise.
     """
     p, q = torch.triu_indices(len(even), len(even), 1, device=table.device)
+    places = _places(2 * len(even), table.device)
     _, frames, size, _ = table.shape
     frame = torch.arange(frames, device=table.device, dtype=torch.int32).view(1, -1, 1) * (size * size)
     merged = None
     for i, left in enumerate((even, odd)):
         left = left[p] * size + frame
         for j, right in enumerate((even, odd)):
-            start = place[2 * p + i, 2 * q + j].int() * (frames * size * size)
+            start = places[2 * p + i, 2 * q + j].int() * (frames * size * size)
             part = _take(table, (left + start.view(-1, 1, 1)).unsqueeze(3) + right[q].unsqueeze(2))
             merged = part if merged is None else merged.add_(part)
     return merged
@@ -131,21 +146,26 @@ def refine_once(tables: SearchTables, products: Tensor, codes: Tensor) -> Tensor
         return first.squeeze(2)
     # (N, Q, K') -> (Q, N, K')
     score, first = score.transpose(0, 1), first.transpose(0, 1)
-    rows = (first + tables.first.view(-1, 1, 1)).int()
-    table = _pair_table(tables, chosen.T.unsqueeze(2).int(), rows)
-    merged, picks = 1, []
-    while slots > 1:
-        size, merged = score.shape[-1], 2 * merged
-        place = torch.zeros(slots, slots, dtype=torch.int64, device=codes.device)
-        left, right = torch.triu_indices(slots, slots, 1, device=codes.device)
-        place[left, right] = torch.arange(len(left), device=codes.device)
-        slots //= 2
-        cross = table[place[0::2, 1::2].diagonal()]
+    rows = (first + tables.first.view(-1, 1, 1)).int().unsqueeze(1)
+    chosen = chosen.T.int().view(slots, 1, -1, 1)
+    evens = torch.arange(0, slots, 2, device=codes.device)
+    cross = _pair_table(tables.gram, chosen, rows, evens, evens + 1)
+    table, merged, picks = None, 1, []
+    while True:
+        slots, merged, size = slots // 2, 2 * merged, score.shape[-1]
         score = (cross + score[0::2].unsqueeze(3) + score[1::2].unsqueeze(2)).flatten(2)
         score, kept = _keep(score, 1 if slots == 1 else min(beam(codebook_size, merged), size * size))
         picks.append((kept // size, kept % size))
-        if slots > 1:
-            table = _merge_pairs(table, place, *(pick.int() for pick in picks[-1]))
+        if slots == 1:
+            break
+        if table is None:
+            # Only neighbours had to meet so far; from here on every pair of slots is needed.
+            halves = [rows[i::2].squeeze(1).gather(2, pick) for i, pick in enumerate(picks[-1])]
+            p, q = torch.triu_indices(slots, slots, 1, device=codes.device)
+            table = _pair_table(tables.gram, chosen.view(slots, 2, -1, 1), torch.stack(halves, dim=1), p, q)
+        else:
+            table = _merge_pairs(table, *(pick.int() for pick in picks[-1]))
+        cross = table[_places(slots, codes.device)[0::2, 1::2].diagonal()]
     # Walk back from the best joint choice to the entry of each codebook.
     choice = torch.zeros(1, len(codes), 1, dtype=torch.int64, device=codes.device)
     for even, odd in reversed(picks):
