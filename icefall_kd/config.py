@@ -219,6 +219,47 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What to extract, from which cuts, into which label set."""
+
+    cuts: list[Path]
+    """Cut sets (cuts_*.jsonl.gz), several as a,b."""
+    label_dir: Path
+    """Folder of the label set."""
+    kind: Literal["codebook_indexes", "embeddings"] = "codebook_indexes"
+    """Codes of a quantizer, or the embeddings themselves."""
+    quantizer: Path | None = None
+    """Quantizer file; needed for codebook_indexes."""
+    refine_iters: int = 5
+    """Refinement searches of the quantizer."""
+    embeddings_dtype: Literal["float16", "float32"] = "float16"
+    """Type in which embeddings are stored."""
+    shard: int = 0
+    """Which shard to extract, from 0."""
+    num_shards: int = 1
+    """Into how many shards the set is divided."""
+    extract_max_duration: float = 100.0
+    """Seconds of padded audio a batch."""
+    part_utterances: int = 100
+    """Utterances a part: what a kill can cost at most."""
+    load_workers: int = 2
+    """Threads that read audio ahead."""
+    num_threads: int | None = None
+    """torch threads on a CPU; None: torch's own choice."""
+    max_reject_ratio: float = 0.05
+    """Largest fraction of utterances that may be rejected before the shard fails."""
+    teacher: TeacherConfig = TeacherConfig()
+
+    def __post_init__(self) -> None:
+        if self.kind == "codebook_indexes" and self.quantizer is None:
+            raise ConfigError("--kind codebook_indexes needs --quantizer FILE (or choose --kind embeddings)")
+        if not 0 <= self.shard < self.num_shards:
+            raise ConfigError(f"--shard is {self.shard}; with --num-shards {self.num_shards} it runs from 0")
+        if self.part_utterances < 1 or self.extract_max_duration <= 0 or self.load_workers < 1:
+            raise ConfigError("--part-utterances, --extract-max-duration and --load-workers must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer and learning rate."""
 

@@ -6,16 +6,21 @@
 """
 
 from icefall_kd.cli import parse_config
+from icefall_kd.config import ExtractConfig
 from icefall_kd.errors import run_main
 from icefall_kd.runtime.log import format_seconds, setup_logging
 
 
 def main() -> None:
-    # Imported late, so that --help answers at once.
-    from icefall_kd.labels.extract import ExtractConfig, extract_labels
-
     setup_logging()
     config = parse_config(ExtractConfig, description=__doc__)
+    # Imported late, so that --help and usage errors answer at once.
+    import torch
+
+    from icefall_kd.labels.extract import extract_labels
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     report = extract_labels(config)
     state = "was finished" if report.skipped else f"took {format_seconds(report.seconds)}"
     print(

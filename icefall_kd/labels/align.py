@@ -117,7 +117,7 @@ def surplus_bounds(formula: FrameFormula, student_hop: int = STUDENT_HOP) -> tup
     """Return the least and largest possible ``label_len - ratio * T'`` of an utterance with T' > 0.
 
     With S samples, T = floor((S + 80) / 160) Fbank frames and T' = floor((T - 3) / 4), so that
-    S/640 - 13/8 < T' <= S/640 - 5/8.  A stack of un-padded convolutions with receptive field R and hop h has
+    S/640 - 13/8 < T' <= S/640 - 5/8.  A stack of convolutions with hop h and receptive field less padding R has
     S/h - R/h < L <= S/h - R/h + 1 frames, a right-padded one S/h <= L < S/h + 1.  The difference of the two
     lies between the differences of the limits.
 
@@ -129,7 +129,7 @@ def surplus_bounds(formula: FrameFormula, student_hop: int = STUDENT_HOP) -> tup
     low, high = ratio * Fraction(5, 8), ratio * Fraction(13, 8)
     if formula.right_pad:
         return math.ceil(low), math.ceil(high + 1) - 1
-    shift = Fraction(formula.receptive_field, formula.hop)
+    shift = Fraction(formula.receptive_field - formula.pad, formula.hop)
     return math.floor(low - shift) + 1, math.ceil(high - shift + 1) - 1
 
 

@@ -11,9 +11,8 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from lhotse.audio import AudioLoadingError, DurationMismatchError
 from lhotse.cut import MonoCut
 from torch import Tensor
 
-from icefall_kd.config import TeacherConfig
+from icefall_kd.config import ExtractConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import LabelSetInfo
@@ -40,45 +39,6 @@ logger = logging.getLogger(__name__)
 
 _UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
 _FLOAT16_MAX = 65504.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """What to extract, from which cuts, into which label set."""
-
-    cuts: list[Path]
-    """Cut sets (cuts_*.jsonl.gz), several as a,b."""
-    label_dir: Path
-    """Folder of the label set."""
-    kind: Literal["codebook_indexes", "embeddings"] = "codebook_indexes"
-    """Codes of a quantizer, or the embeddings themselves."""
-    quantizer: Path | None = None
-    """Quantizer file; needed for codebook_indexes."""
-    refine_iters: int = 5
-    """Refinement searches of the quantizer."""
-    embeddings_dtype: Literal["float16", "float32"] = "float16"
-    """Type in which embeddings are stored."""
-    shard: int = 0
-    """Which shard to extract, from 0."""
-    num_shards: int = 1
-    """Into how many shards the set is divided."""
-    extract_max_duration: float = 100.0
-    """Seconds of padded audio a batch."""
-    part_utterances: int = 500
-    """Utterances a part: what a kill can cost at most."""
-    load_workers: int = 2
-    """Threads that read audio ahead."""
-    max_reject_ratio: float = 0.05
-    """Largest fraction of utterances that may be rejected before the shard fails."""
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-
-    def __post_init__(self) -> None:
-        if self.kind == "codebook_indexes" and self.quantizer is None:
-            raise ConfigError("--kind codebook_indexes needs --quantizer FILE (or choose --kind embeddings)")
-        if not 0 <= self.shard < self.num_shards:
-            raise ConfigError(f"--shard is {self.shard}; with --num-shards {self.num_shards} it runs from 0")
-        if self.part_utterances < 1 or self.extract_max_duration <= 0 or self.load_workers < 1:
-            raise ConfigError("--part-utterances, --extract-max-duration and --load-workers must be positive")
 
 
 @dataclass(frozen=True)

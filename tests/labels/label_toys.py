@@ -7,9 +7,9 @@ import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
+from icefall_kd.config import ExtractConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.frames import SSL_CONV
-from icefall_kd.labels.extract import ExtractConfig
 from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.keys import key_hash, speed_copy
 from icefall_kd.labels.store import LabelStore, shard_of

@@ -7,10 +7,17 @@ from lhotse import CutSet
 
 from icefall_kd.data.batch import IGNORE, Labels
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import SSL_CONV, WHISPER_CONV, FrameFormula, conv2d_subsampled_len, fbank_num_frames
+from icefall_kd.frames import (
+    FBANK_CONV2D,
+    SSL_CONV,
+    WHISPER_CONV,
+    FrameFormula,
+    conv2d_subsampled_len,
+    fbank_num_frames,
+)
 from icefall_kd.labels import align
 
-FORMULAS = {"hubert": SSL_CONV, "whisper": WHISPER_CONV}
+FORMULAS = {"hubert": SSL_CONV, "whisper": WHISPER_CONV, "ours": FBANK_CONV2D}
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -23,7 +30,7 @@ def test_healthy_lengths_pass_and_stay_within_the_derived_bounds(name, recwarn):
         label_len = formula.num_frames(num_samples)
         align.check_lengths(label_len, num_samples, formula, encoder_len)
         if encoder_len > 0:
-            seen.add(label_len - 2 * encoder_len)
+            seen.add(label_len - align.label_ratio(formula) * encoder_len)
     assert (min(seen), max(seen)) == (low, high)  # the bounds hold and are attained
     assert not recwarn.list
 
@@ -60,7 +67,7 @@ def test_lhotse_loads_the_samples_that_it_declares_for_speed_copies(tmp_path):
 
 def test_ratio_follows_from_the_two_rates():
     assert align.label_ratio(SSL_CONV) == align.label_ratio(WHISPER_CONV) == 2
-    assert align.label_ratio(FrameFormula(kernels=(640,), strides=(640,))) == 1
+    assert align.label_ratio(FBANK_CONV2D) == 1
     with pytest.raises(ConfigError, match=r"100.*40"):
         align.label_ratio(FrameFormula(kernels=(160,), strides=(160,)), student_hop=400)
 

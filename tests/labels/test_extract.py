@@ -1,5 +1,6 @@
 """Extraction: the same labels and bytes whatever the batches, shards, order and interruptions."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,11 +16,12 @@ import torch
 from label_toys import RATE, ToyTeacher, config_for, toy_quantizer, write_cuts
 from lhotse import CutSet
 
-from icefall_kd.config import TeacherConfig
+from icefall_kd.config import ExtractConfig, TeacherConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import SSL_CONV
-from icefall_kd.labels.extract import ExtractConfig, extract_labels
+from icefall_kd.labels import extract as extract_module
+from icefall_kd.labels.extract import extract_labels
 from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.keys import corpus_fingerprint, label_key, parse_key
 from icefall_kd.labels.store import LabelStore
@@ -191,6 +193,7 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from label_toys import ToyTeacher, config_for, toy_quantizer
+from icefall_kd.labels import extract as extract_module
 from icefall_kd.labels.extract import extract_labels
 torch.set_num_threads(1)
 extract_labels(config_for(Path(sys.argv[1]), Path(sys.argv[2])), ToyTeacher(delay=float(sys.argv[3])), toy_quantizer())
@@ -218,23 +221,44 @@ def test_killed_in_mid_shard_the_same_command_gives_the_same_bytes(tmp_path, cut
     assert shard_bytes(target) == shard_bytes(tmp_path / "whole")
 
 
-def test_the_command_lines(tmp_path, repo, cuts):
-    script = repo / "local" / "label_sets.py"
+def script_main(repo, name, monkeypatch, *args):
+    """Run the main function of a script of local/ in this process."""
+    spec = importlib.util.spec_from_file_location(name, repo / "local" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    module.main()
+
+
+def test_the_label_sets_command(tmp_path, repo, cuts, monkeypatch, capsys):
     for k in (0, 1):
         run(cuts, tmp_path / f"part{k}", shard=k, num_shards=2)
+    merged = tmp_path / "all"
 
     def call(*args):
-        return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
+        script_main(repo, "label_sets", monkeypatch, *args)
+        return capsys.readouterr().out
 
-    merged = tmp_path / "all"
-    done = call("merge", "--into", merged, tmp_path / "part0", tmp_path / "part1")
-    assert done.returncode == 0 and "21 utterances in 2 shards" in done.stdout, done.stderr
-    assert "21 matched, 0 missing, 0 extra" in call("join", merged, "--cuts", cuts).stdout
-    assert "8.0 times" in call("info", merged).stdout  # 8 float32 against 4 bytes
+    assert "21 utterances in 2 shards" in call("merge", "--into", merged, tmp_path / "part0", tmp_path / "part1")
+    assert "21 matched, 0 missing, 0 extra" in call("join", merged, "--cuts", cuts)
+    assert "8.0 times" in call("info", merged)  # 8 float32 against 4 bytes
+    assert "21 utterances in 2 shards, all sound" in call("verify", merged)
     file = next(merged.glob("shard-00001*"))
     file.write_bytes(file.read_bytes()[:-1])
-    broken = call("verify", merged)
+    broken = subprocess.run(
+        [sys.executable, repo / "local" / "label_sets.py", "verify", merged], capture_output=True, text=True
+    )
     assert broken.returncode == 4 and file.name in broken.stderr
-    extract = [sys.executable, repo / "local" / "extract_labels.py"]
-    bad = subprocess.run([*extract, "--cuts", "x", "--label-dirr", "y"], capture_output=True, text=True)
-    assert bad.returncode == 2 and "--label-dir" in bad.stderr
+
+
+def test_the_extraction_command(tmp_path, repo, cuts, monkeypatch, capsys):
+    toy_quantizer().save(tmp_path / "quantizer.safetensors")
+    monkeypatch.setattr(extract_module, "build_teacher", lambda config: ToyTeacher(layer=config.layer))
+    options = ["--cuts", cuts, "--label-dir", tmp_path / "set", "--quantizer", tmp_path / "quantizer.safetensors"]
+    for state in ("took", "was finished"):
+        script_main(repo, "extract_labels", monkeypatch, *options, "--layer", "2", "--refine-iters", "1")
+        out = capsys.readouterr().out
+        assert "21 utterances" in out and "0 rejected" in out and state in out
+    assert LabelStore(tmp_path / "set", expect={"layer": 2, "quantizer_sha256": toy_quantizer().sha256}).verify() == []
+    with pytest.raises(ConfigError, match="--label-dir"):
+        script_main(repo, "extract_labels", monkeypatch, "--cuts", "x", "--label-dirr", "y")
