@@ -214,8 +214,8 @@ class QuantizerConfig:
     """Refinement searches at extraction."""
     quantizer_seed: int = 42
     """Seed of sample and initialisation."""
-    quantizer_init: Literal["random", "data"] = "random"
-    """Start from random numbers, as multi_quantization does, or from k-means in balanced subspaces of the data."""
+    quantizer_init: Literal["random", "data"] = "data"
+    """Start from k-means in balanced subspaces of the data, or from random numbers, as multi_quantization does."""
 
 
 @dataclass(frozen=True, kw_only=True)
