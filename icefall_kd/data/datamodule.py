@@ -29,6 +29,7 @@ from icefall_kd.labels.keys import label_key
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.runtime.dist import get_rank, get_world_size
 from icefall_kd.runtime.files import fingerprint
+from icefall_kd.runtime.signals import outlive_sigterm
 from icefall_kd.systems.base import LabelSpec
 from icefall_kd.text.tokenizer import Tokenizer
 
@@ -184,6 +185,7 @@ class _Plans:
 def _single_thread(_worker: int) -> None:
     # Workers share the cores with the training process.
     torch.set_num_threads(1)
+    outlive_sigterm()
 
 
 class DataModule:

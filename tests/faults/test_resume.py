@@ -75,10 +75,14 @@ def test_a_truncated_newest_checkpoint_costs_a_few_steps(tmp_path, whole, caplog
     assert_same_end(whole, tmp_path)
 
 
-def test_sigterm_to_the_process_saves_and_exits_0(repo, tmp_path, whole):
-    process = start(repo, tmp_path, data={"delay": 0.1})
+@pytest.mark.parametrize("to", ["process", "job"])
+def test_sigterm_saves_and_exits_0(repo, tmp_path, whole, to):
+    process = start(repo, tmp_path, data={"delay": 0.2, "num_workers": 2 if to == "job" else 0})
     wait_for_step(tmp_path, process, 5)
-    process.send_signal(signal.SIGTERM)
+    if to == "job":  # a scheduler signals the loader's processes too
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     stopped = json.loads(out)

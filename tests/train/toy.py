@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from icefall_kd.config import DataConfig, LoopConfig, OptimConfig, TrainConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import run_main
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.log import setup_logging
+from icefall_kd.runtime.signals import outlive_sigterm
 from icefall_kd.systems.base import LossTerm, LossTerms, System
 from icefall_kd.train.loop import train
 
@@ -59,12 +61,13 @@ class ToyData:
         inf_at: (epoch, index, rank) triples whose batch holds an infinite feature.
         fail_at: (epoch, index, rank) at which reading fails.
         delay: seconds a batch takes to read.
+        num_workers: processes that read.
     """
 
-    def __init__(self, num_batches=7, per_batch=4, inf_at=(), fail_at=None, delay=0.0) -> None:
+    def __init__(self, num_batches=7, per_batch=4, inf_at=(), fail_at=None, delay=0.0, num_workers=0) -> None:
         self.num_batches, self.per_batch = num_batches, per_batch
         self.inf_at, self.fail_at, self.delay = {tuple(x) for x in inf_at}, fail_at, delay
-        self.num_read = 0
+        self.num_read, self.num_workers = 0, num_workers
         self.fingerprint = "toy"
 
     def _batch(self, epoch: int, index: int, share: bool = True) -> Batch:
@@ -86,13 +89,20 @@ class ToyData:
             durations=[0.1] * len(ids[pick]),
         )
 
+    def __getitem__(self, position):
+        epoch, index = position
+        if self.fail_at == (epoch, index, dist.get_rank()):
+            raise RuntimeError("planted failure")
+        if self.delay:
+            time.sleep(self.delay)
+        return self._batch(epoch, index)
+
     def train_batches(self, epoch, skip):
-        for index in range(skip, self.num_batches):
-            if self.fail_at == (epoch, index, dist.get_rank()):
-                raise RuntimeError("planted failure")
-            if self.delay:
-                time.sleep(self.delay)
-            yield self._batch(epoch, index)
+        positions = [(epoch, index) for index in range(skip, self.num_batches)]
+        if self.num_workers:
+            init = lambda _: outlive_sigterm()  # noqa: E731
+            return iter(DataLoader(self, None, sampler=positions, num_workers=self.num_workers, worker_init_fn=init))
+        return (self[position] for position in positions)
 
     def valid_batches(self):
         for index in range(2):
