@@ -18,6 +18,7 @@ import lhotse
 import numpy as np
 import torch
 from lhotse import Features
+from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
 from lhotse.features.io import LilcomChunkyWriter
 from torch import Tensor
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 NUM_BINS = 80
 FRAME_SHIFT = 0.01
-# Icefall's features: 25 ms Povey window, 20 Hz to 400 Hz below Nyquist, floor 1e-10, no dither.
+# Icefall's features: 25 ms Povey window, 20 Hz to 400 Hz below Nyquist, no dither.
 _OPTIONS: dict[str, Any] = {
     "num_filters": NUM_BINS,
     "frame_length": 0.025,
@@ -205,7 +206,8 @@ def store_features(manifests: Sequence[Path], out_dir: Path, extractor: FbankExt
 
 @contextlib.contextmanager
 def exclusive_pool(nj: int):
-    """Yield a ``map`` over ``nj`` fresh processes, or the plain one when one is enough."""
+    """Yield a ``map`` over ``nj`` fresh processes (never more than cores), or the plain one when one is enough."""
+    nj = min(nj, os.cpu_count() or 1)
     if nj <= 1:
         yield map
         return
@@ -240,7 +242,14 @@ def _store_split(extractor: FbankExtractor, split: _Split) -> str:
             try:
                 wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0]))
                 features = extractor.extract(wave).numpy()
-            except (OSError, RuntimeError, ValueError, AssertionError) as error:
+            except (
+                OSError,
+                RuntimeError,
+                ValueError,
+                AssertionError,
+                AudioLoadingError,
+                DurationMismatchError,
+            ) as error:
                 message = f"cut {cut.id}: no features ({error}); run the manifest stage with --check-audio full"
                 raise DataError(message) from error
             with_features.append(_attach(cut, features, writer.write(cut.id, features), split.archive))

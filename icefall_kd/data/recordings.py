@@ -11,6 +11,7 @@ import numpy as np
 import soundfile
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
+from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
@@ -160,7 +161,7 @@ def _fit_cut(cut: Cut, language: str) -> MonoCut | Reject:
         if cut.sampling_rate != SAMPLE_RATE:
             cut = cut.resample(SAMPLE_RATE)
         wave = cut.load_audio()
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError) as error:
         return Reject(id=cut.id, reason=f"unreadable: {error}", where=str(cut.recording.sources[0].source))
     if not wave.any():
         return Reject(id=cut.id, reason="all samples are zero", where=str(cut.recording.sources[0].source))

@@ -136,7 +136,8 @@ def validate_data(config: ValidateConfig) -> dict[str, dict]:
         )
     if problems:
         raise DataError(
-            f"{config.data_dir} is not fit for training: {' | '.join(problems)}. Run the stage that made it again"
+            f"{config.data_dir} is not fit for training: {' | '.join(problems)}. Where files are damaged, run their "
+            "stage again with --force"
         )
     return report
 
@@ -170,4 +171,7 @@ def _length_faults(cuts: list[Cut], tokenizer: Tokenizer, max_ratio: float) -> l
     if len(left_out) <= max_ratio * len(cuts):
         return []
     first = "; ".join(f"{x.id}: {x.reason}" for x in left_out[:3])
-    return [f"{len(left_out)} of {len(cuts)} utterances have more tokens than encoder frames ({first})"]
+    return [
+        f"{len(left_out)} of {len(cuts)} utterances have more tokens than encoder frames ({first}); training leaves "
+        "them out: allow it with --max-reject-ratio, or make fewer tokens"
+    ]
