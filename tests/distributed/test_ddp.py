@@ -58,12 +58,12 @@ def finish(processes, timeout=90):
 
 @pytest.mark.parametrize("optimizer", ["scaled_adam", "adamw"])
 def test_two_ranks_equal_one_large_batch(repo, tmp_path, optimizer):
-    options = {"dropout": 0.0, "config": {"optimizer": optimizer}}
+    options = {"dropout": 0.0, "config": {"optimizer": optimizer, "num_epochs": 2}}
     one = start(repo, tmp_path / "one", 1, **options)
     two = start(repo, tmp_path / "two", 2, launcher="slurm" if optimizer == "adamw" else "env", **options)
     for code, _, err in finish([*one, *two]):
         assert code == 0, err
-    a, b = (load_checkpoint(tmp_path / name / "epoch-3.pt") for name in ("one", "two"))
+    a, b = (load_checkpoint(tmp_path / name / "epoch-2.pt") for name in ("one", "two"))
     for name, value in a["model"].items():
         torch.testing.assert_close(b["model"][name], value, rtol=1e-5, atol=1e-6)
     losses = [[r["loss"] for r in read_metrics(tmp_path / d / "log" / "metrics.jsonl")] for d in ("one", "two")]
@@ -73,21 +73,22 @@ def test_two_ranks_equal_one_large_batch(repo, tmp_path, optimizer):
 
 
 def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):
+    begin = time.monotonic()
+    runs = [start(repo, tmp_path / str(rank), data={"fail_at": (1, 3, rank)}) for rank in (0, 1)]
     for rank in (0, 1):
-        begin = time.monotonic()
-        results = finish(start(repo, tmp_path / str(rank), data={"fail_at": (1, 3, rank)}), timeout=60)
+        results = finish(runs[rank], timeout=60)
         assert [code for code, _, _ in results] == [1, 1]
         assert "planted failure" in results[rank][2]
-        assert time.monotonic() - begin < 45
+    assert time.monotonic() - begin < 60
 
 
 def test_an_infinite_loss_on_one_rank_is_skipped_by_both(repo, tmp_path):
-    results = finish(start(repo, tmp_path, data={"inf_at": [(1, 2, 1)]}))
+    results = finish(start(repo, tmp_path, data={"inf_at": [(1, 2, 1)]}, config={"num_epochs": 1}))
     assert [code for code, _, _ in results] == [0, 0], results[0][2] + results[1][2]
     assert "step 2 skipped (1 in a row): ce_loss is nan in utt-1-2-1" in results[1][2]
     summary = json.loads(results[0][1])
-    assert summary["skipped_steps"] == 1 and summary["steps"] == 21
-    assert all(torch.isfinite(v).all() for v in load_checkpoint(tmp_path / "epoch-3.pt")["model"].values())
+    assert summary["skipped_steps"] == 1 and summary["steps"] == 7
+    assert all(torch.isfinite(v).all() for v in load_checkpoint(tmp_path / "epoch-1.pt")["model"].values())
 
 
 def test_infinite_losses_in_a_row_end_both_ranks_with_code_3(repo, tmp_path):
@@ -99,8 +100,7 @@ def test_infinite_losses_in_a_row_end_both_ranks_with_code_3(repo, tmp_path):
 
 def test_a_signal_to_one_rank_stops_all_and_resumes_bit_equal(repo, tmp_path):
     config = {"num_epochs": 2}
-    whole = finish(start(repo, tmp_path / "whole", config=config))
-    assert [code for code, _, _ in whole] == [0, 0]
+    whole = start(repo, tmp_path / "whole", config=config)
     processes = start(repo, tmp_path / "parts", config=config, data={"delay": 0.2})
     metrics = tmp_path / "parts" / "log" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -110,6 +110,7 @@ def test_a_signal_to_one_rank_stops_all_and_resumes_bit_equal(repo, tmp_path):
     stopped = finish(processes)
     assert [code for code, _, _ in stopped] == [0, 0], stopped[0][2]
     assert "run the same command again" in stopped[0][2]
+    assert [code for code, _, _ in finish(whole)] == [0, 0]
     assert [code for code, _, _ in finish(start(repo, tmp_path / "parts", config=config))] == [0, 0]
     a, b = (load_checkpoint(tmp_path / name / "epoch-2.pt") for name in ("whole", "parts"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
