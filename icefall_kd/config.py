@@ -82,6 +82,16 @@ class AugmentConfig:
     musan_snr: tuple[float, float] = (10.0, 20.0)
     """Range of the signal-to-noise ratio in dB."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, num_frame_masks=1, frames_mask_size=2, num_feature_masks=0, features_mask_size=1)
+        for name in ("spec_aug_p", "musan_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; a probability is in 0 ... 1")
+        if not 0 < self.max_frames_mask_fraction <= 1:
+            raise ConfigError(
+                f"--max-frames-mask-fraction is {self.max_frames_mask_fraction}; it must be above 0 and at most 1"
+            )
+
 
 # Named encoder sizes: layers, dim, heads, feed-forward dim, convolution kernel.
 ENCODER_SIZES: dict[str, tuple[int, int, int, int, int]] = {

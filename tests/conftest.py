@@ -19,6 +19,8 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 # Tests of the thin command lines import local/ and egs/ scripts by path, and subprocesses find the package.
 sys.path.insert(0, str(REPO))
+# Toys that several test folders share.
+sys.path.insert(0, str(REPO / "tests"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH", "")]))
 
 torch.set_num_threads(1)

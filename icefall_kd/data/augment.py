@@ -14,9 +14,10 @@ from lhotse.dataset.signal_transforms import SpecAugment
 from torch import Tensor
 
 from icefall_kd.config import AugmentConfig
+from icefall_kd.data.filters import check_cuts
 from icefall_kd.errors import DataError
 
-# lhotse draws mask widths from randint(0, fraction * T): below this T there is no room for one.
+# Shorter utterances stay as they are: a mask would hide too much of them.
 MIN_FRAMES_FOR_MASKS = 20
 
 
@@ -41,6 +42,7 @@ class FeatureAugment:
 
     def __init__(self, config: AugmentConfig) -> None:
         warp = config.spec_aug_time_warp_factor
+        self.fraction = config.max_frames_mask_fraction
         self.transform = SpecAugment(
             time_warp_factor=warp if warp >= 1 else None,
             num_feature_masks=config.num_feature_masks,
@@ -58,9 +60,10 @@ class FeatureAugment:
             features: (T, C) float32.
             seed: determines the masks.
         Returns:
-            (T, C), a new tensor; unchanged when shorter than 20 frames.
+            (T, C), a new tensor; the same one when it is too short for masks (below 20 frames with the default masks).
         """
-        if features.size(0) < MIN_FRAMES_FOR_MASKS:
+        # lhotse draws mask widths from randint(0, fraction * T), which needs room for one frame.
+        if features.size(0) < MIN_FRAMES_FOR_MASKS or self.fraction * features.size(0) < 1:
             return features
         with seeded(seed):
             return self.transform(features.unsqueeze(0)).squeeze(0)
@@ -69,12 +72,23 @@ class FeatureAugment:
 class NoiseAugment:
     """Mix noise cuts (MUSAN) into the cuts of a batch; lengths, order and label keys stay as they are."""
 
-    def __init__(self, config: AugmentConfig) -> None:
+    def __init__(self, config: AugmentConfig, features: str = "precomputed") -> None:
+        """Read the noise cuts.
+
+        Args:
+            config: its ``musan_*`` options are used.
+            features: "precomputed" mixes stored features, "on_the_fly" audio.
+        Raises:
+            DataError: no noise cuts, without features where these are mixed, or not at 16 kHz.
+        """
         path = Path(config.musan_cuts)
         if not path.is_file():
             raise DataError(f"--musan-cuts {path} does not exist; run prepare.sh with --musan true")
         self.noises = CutSet.from_file(path).to_eager()
         self.config = config
+        if len(self.noises) == 0:
+            raise DataError(f"--musan-cuts {path} holds no cuts")
+        check_cuts(self.noises, features, f"--musan-cuts {path}")
 
     def __call__(self, cuts: CutSet, seed: int) -> list[Cut]:
         """Return the cuts in the same order, some of them with noise at a random SNR."""
@@ -88,4 +102,6 @@ class NoiseAugment:
         )
         with seeded(seed):
             mixed = list(mix(cuts))
-        return [m.truncate(duration=c.duration) if m.duration > c.duration else m for m, c in zip(mixed, cuts)]
+        return [
+            m.truncate(duration=c.duration) if m.duration > c.duration else m for m, c in zip(mixed, cuts, strict=True)
+        ]

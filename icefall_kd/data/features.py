@@ -20,6 +20,7 @@ import torch
 from lhotse import Features
 from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
+from lhotse.features.base import register_extractor
 from lhotse.features.io import LilcomChunkyWriter
 from torch import Tensor
 
@@ -44,6 +45,27 @@ _OPTIONS: dict[str, Any] = {
     "high_freq": -400.0,
     "energy_floor": 1e-10,
 }
+
+
+# The type that stored features carry.
+FEATURES_TYPE = "icefall_kd-fbank"
+
+
+@register_extractor
+class _Mixing:
+    """Tells lhotse how stored features of our type are mixed: as log-mel energies.
+
+    Energy is the mean over frames, as it is in audio: with lhotse's sum, noise shorter than the speech is too loud.
+    """
+
+    name = FEATURES_TYPE
+    mix = staticmethod(lhotse.Fbank.mix)
+    scale = staticmethod(lhotse.Fbank.scale)
+
+    @staticmethod
+    def compute_energy(features: np.ndarray) -> float:
+        """Return the mean energy of a frame of (T, C) features."""
+        return float(np.exp(features).sum() / len(features))
 
 
 @functools.cache
@@ -260,7 +282,7 @@ def _store_split(extractor: FbankExtractor, split: _Split) -> str:
 def _attach(cut: Cut, features: np.ndarray, storage_key: str, archive: Path) -> Cut:
     """Return ``cut`` with stored features; their number of frames is the array's."""
     described = Features(
-        type="icefall_kd-fbank",
+        type=FEATURES_TYPE,
         num_frames=features.shape[0],
         num_features=features.shape[1],
         frame_shift=FRAME_SHIFT,

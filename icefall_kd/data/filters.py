@@ -9,10 +9,13 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
+from icefall_kd.errors import DataError
 from icefall_kd.frames import conv2d_subsampled_len, fbank_num_frames
 from icefall_kd.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,30 @@ class LeftOut:
     """Cut id."""
     reason: str
     """Why, with the numbers."""
+
+
+def check_cuts(cuts: Iterable[Cut], features: str, where: str) -> None:
+    """Refuse cuts that features cannot be read of, before a training or a decoding begins.
+
+    Args:
+        cuts: of one set.
+        features: "precomputed": every cut needs stored features; "on_the_fly": every cut needs its audio.
+        where: what to call the set in the message.
+    Raises:
+        DataError: naming the first cut at another rate than 16 kHz, or without features or audio.
+    """
+    for cut in cuts:
+        if cut.sampling_rate != SAMPLE_RATE:
+            raise DataError(
+                f"{where}: cut {cut.id} is at {cut.sampling_rate} Hz, features and teachers need {SAMPLE_RATE} Hz; "
+                f"prepare it with prepare.sh, or use CutSet.resample({SAMPLE_RATE})"
+            )
+        if features == "precomputed" and not cut.has_features:
+            raise DataError(
+                f"{where}: cut {cut.id} has no stored features; use --features on_the_fly or the manifests in fbank/"
+            )
+        if features == "on_the_fly" and not cut.has_recording:
+            raise DataError(f"{where}: cut {cut.id} has no recording, which --features on_the_fly needs")
 
 
 def repeats(tokens: list[int]) -> int:
