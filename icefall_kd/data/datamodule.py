@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset.sampling import DynamicBucketingSampler
 from lhotse.dataset.sampling.base import TimeConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +22,7 @@ from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
 from icefall_kd.data.batch import LOG_EPS, Batch, Labels
 from icefall_kd.data.features import FbankExtractor
-from icefall_kd.data.filters import filter_cuts
+from icefall_kd.data.filters import check_cuts, filter_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.labels.align import check_lengths, collate_codes, collate_embeddings
@@ -64,17 +66,42 @@ def load_cuts(manifest_dir: Path, parts: Iterable[str]) -> CutSet:
     return CutSet.from_cuts(cuts)
 
 
+class Buckets:
+    """Ranges of duration with about equally much audio, as lhotse's sampler makes them."""
+
+    def __init__(self, cuts: CutSet, num_buckets: int) -> None:
+        """Divide the durations of ``cuts`` (each with ``custom["num_tokens"]``) into at most ``num_buckets`` ranges."""
+        num_buckets = max(1, min(num_buckets, len(cuts) // 4))
+        # lhotse's estimate, of as many cuts as it takes by default, knows no single bucket.
+        self.bins = estimate_duration_buckets(islice(cuts, 10000), num_buckets) if num_buckets > 1 else []
+        self.cuts: list[list[Cut]] = [[] for _ in range(len(self.bins) + 1)]
+        for cut in cuts:
+            self.cuts[self.index(cut)].append(cut)
+        self.most_tokens = [max((c.custom["num_tokens"] for c in some), default=0) for some in self.cuts]
+
+    def index(self, cut: Cut) -> int:
+        """Return the bucket of a cut."""
+        return TimeConstraint().select_bucket(self.bins, cut)
+
+
 @dataclass
 class DurationAndTokens(TimeConstraint):
-    """A batch limit on seconds of audio and on padded tokens (``custom["num_tokens"]`` of each cut)."""
+    """A batch limit on seconds of audio and on padded tokens.
+
+    The sampler draws from one bucket and adds a cut before it looks, so that the last one may carry the padded
+    audio beyond ``max_duration`` by the width of its bucket (as everywhere with lhotse).  Texts of one duration
+    differ much more, so tokens are counted as the most that any cut of the bucket has: ``max_tokens`` holds.
+    """
 
     max_tokens: int | None = None
+    buckets: Buckets | None = None
     most_tokens: int = 0
 
     def add(self, example: Cut) -> None:
         """Count one cut."""
         super().add(example)
-        self.most_tokens = max(self.most_tokens, example.custom["num_tokens"])
+        if self.max_tokens is not None:
+            self.most_tokens = max(self.most_tokens, self.buckets.most_tokens[self.buckets.index(example)])
 
     def exceeded(self) -> bool:
         """Return whether either limit is passed."""
@@ -109,9 +136,7 @@ class CutBatches(Dataset):
         self.tokenizer = tokenizer
         self.extractor = FbankExtractor() if features == "on_the_fly" else None
         self.spec_aug = FeatureAugment(augment) if augment is not None and augment.spec_aug else None
-        self.noise = NoiseAugment(augment) if augment is not None and augment.musan_cuts else None
-        if self.noise is not None and self.extractor is None:
-            logger.info("noise is mixed into precomputed features: the noise cuts need features too")
+        self.noise = NoiseAugment(augment, features) if augment is not None and augment.musan_cuts else None
         self.stores = stores or {}
         self.with_audio = with_audio
         self.seed = seed
@@ -121,15 +146,17 @@ class CutBatches(Dataset):
         clean = list(cuts)
         heard = clean
         if self.noise is not None:
-            heard = self.noise(cuts, stable_seed(self.seed, epoch, index, "noise"))
+            # The first cut tells the ranks apart.
+            heard = self.noise(cuts, stable_seed(self.seed, epoch, index, "noise", clean[0].id))
         features = [self._features(cut) for cut in heard]
         if self.spec_aug is not None:
             features = [
                 self.spec_aug(x, stable_seed(self.seed, epoch, index, i, cut.id))
                 for i, (x, cut) in enumerate(zip(features, clean, strict=True))
             ]
-        keys = [label_key(cut) for cut in clean]
-        texts = [cut.supervisions[0].text or "" if cut.supervisions else "" for cut in clean]
+        # Cut sets that name no spans of recordings can be decoded and trained on, but not joined with labels.
+        keys = [label_key(cut) for cut in clean] if self.stores else []
+        texts = [" ".join(s.text for s in cut.supervisions if s.text) for cut in clean]
         tokens = [torch.tensor(self.tokenizer.encode(text), dtype=torch.int64) for text in texts]
         audio = audio_lens = None
         if self.with_audio:
@@ -153,8 +180,6 @@ class CutBatches(Dataset):
     def _features(self, cut: Cut) -> Tensor:
         if self.extractor is not None:
             return self.extractor.extract(torch.from_numpy(cut.load_audio()[0]).float())
-        if not cut.has_features:
-            raise DataError(f"cut {cut.id} has no stored features; use --features on_the_fly or the fbank manifests")
         return torch.from_numpy(cut.load_features()).float()
 
     @staticmethod
@@ -169,6 +194,14 @@ class CutBatches(Dataset):
         if store.info.kind == "codebook_indexes":
             return collate_codes(arrays, store.info.num_codebooks)
         return collate_embeddings(arrays, store.info.dim)
+
+
+def _content(cut: Cut) -> str:
+    """Return the label key of a cut, or its id when it names no single span of one recording."""
+    try:
+        return label_key(cut)
+    except DataError:
+        return cut.id
 
 
 class _Plans:
@@ -206,6 +239,9 @@ class DataModule:
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         cuts = load_cuts(config.manifest_dir, config.train_parts)
+        valid_cuts = load_cuts(config.manifest_dir, config.valid_parts)
+        for name, some in (("--train-parts", cuts), ("--valid-parts", valid_cuts)):
+            check_cuts(some, config.features, name)
         keep = {
             "tokenizer": tokenizer,
             "min_duration": config.min_utt_duration,
@@ -214,17 +250,18 @@ class DataModule:
             "ctc": ctc,
         }
         self.train_cuts, self.rejected = filter_cuts(cuts, **keep)
-        self.valid_cuts, _ = filter_cuts(load_cuts(config.manifest_dir, config.valid_parts), **keep)
+        self.valid_cuts, _ = filter_cuts(valid_cuts, **keep)
         if len(self.train_cuts) == 0:
             raise DataError(f"no training utterance is left of {len(cuts)}: {self.rejected[:3]}")
-        self.stores = {spec.name: LabelStore(spec.path) for spec in label_specs if spec.path}
+        self.buckets = Buckets(self.train_cuts, config.num_buckets)
+        self.stores = {spec.name: LabelStore(spec.path, expect=spec.expect) for spec in label_specs if spec.path}
         warp = augment.spec_aug_time_warp_factor if augment.spec_aug else 0
         if with_audio and warp >= 1:
             raise ConfigError(
                 f"--spec-aug-time-warp-factor is {warp}, online teacher labels need 0: time warp moves the student's "
                 "frames away from the teacher's"
             )
-        keys = [label_key(cut) for cut in self.train_cuts]
+        keys = [label_key(cut) for cut in self.train_cuts] if self.stores else []
         for name, store in self.stores.items():
             check_label_compat(store.info, str(store.path), time_warp_factor=warp)
             logger.info("labels %s: %s", name, store.join(keys, min_coverage=min_coverage))
@@ -245,7 +282,7 @@ class DataModule:
 
     def state(self) -> dict:
         """Return what must not change between a stop and a resume."""
-        keys = [label_key(cut) for cut in self.train_cuts]
+        keys = [_content(cut) for cut in self.train_cuts]
         return {"train_cuts": fingerprint(keys), "labels": {n: s.info.fingerprint for n, s in self.stores.items()}}
 
     def train_batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
@@ -253,17 +290,19 @@ class DataModule:
 
         Skipped batches are drawn from the sampler but never read.
         """
-        constraint = DurationAndTokens(max_duration=self.config.max_duration, max_tokens=self.config.max_tokens)
-        sampler = DynamicBucketingSampler(
-            self.train_cuts,
-            constraint=constraint,
-            num_buckets=max(1, min(self.config.num_buckets, len(self.train_cuts) // 4)),
-            shuffle=True,
-            drop_last=self.config.drop_last,
-            seed=self.seed,
-            rank=get_rank(),
-            world_size=get_world_size(),
-        )
+        with warnings.catch_warnings():
+            # Lazy cuts save memory alone; ours are filtered, counted and joined with labels before the first batch.
+            warnings.filterwarnings("ignore", "You are using DynamicBucketingSampler with an eagerly read CutSet")
+            sampler = DynamicBucketingSampler(
+                self.train_cuts,
+                constraint=self._limits(),
+                duration_bins=self.buckets.bins,
+                shuffle=True,
+                drop_last=self.config.drop_last,
+                seed=self.seed,
+                rank=get_rank(),
+                world_size=get_world_size(),
+            )
         sampler.set_epoch(epoch)
         return iter(self._loader(self.train_data, _Plans(sampler, epoch, skip)))
 
@@ -272,23 +311,32 @@ class DataModule:
         return iter(self._loader(self.valid_data, _fixed_batches(self.valid_cuts, self.config.max_duration, rank=True)))
 
     def worst_batches(self) -> list[Batch]:
-        """Return the memory-worst batches: longest audio, most tokens, most utterances; labels attached."""
-        orders = (
-            lambda cut: -cut.duration,
-            lambda cut: -cut.custom["num_tokens"],
-            lambda cut: cut.duration,
+        """Return the worst that the sampler can do: most padded audio, most padded tokens, most utterances.
+
+        In a bucket it is the smallest cuts until one more like them would pass a limit, and then the largest one.
+        Labels are attached.
+        """
+        measures = (lambda cut: cut.duration, lambda cut: cut.custom["num_tokens"])
+        candidates = []
+        for cuts in filter(None, self.buckets.cuts):
+            for measure in measures:
+                *others, largest = sorted(cuts, key=measure)
+                limits, chosen = self._limits(), [largest]
+                for cut in others:
+                    limits.add(cut)
+                    if limits.close_to_exceeding():
+                        break
+                    chosen.append(cut)
+                candidates.append(chosen)
+        sizes = [*(lambda some, m=m: len(some) * max(map(m, some)) for m in measures), len]
+        worst = [max(candidates, key=size) for size in sizes]
+        return [self.train_data[(0, i, CutSet.from_cuts(some))] for i, some in enumerate(worst)]
+
+    def _limits(self) -> DurationAndTokens:
+        config = self.config
+        return DurationAndTokens(
+            max_duration=config.max_duration, max_tokens=config.max_tokens, buckets=self.buckets
         )
-        batches = []
-        for order in orders:
-            limit = DurationAndTokens(max_duration=self.config.max_duration, max_tokens=self.config.max_tokens)
-            chosen: list[Cut] = []
-            for cut in sorted(self.train_cuts, key=order):
-                limit.add(cut)
-                if limit.exceeded() and chosen:
-                    break
-                chosen.append(cut)
-            batches.append(self.train_data[(0, len(batches), CutSet.from_cuts(chosen))])
-        return batches
 
     def _loader(self, data: CutBatches, plans: Iterable) -> DataLoader:
         workers = self.config.num_workers
@@ -315,16 +363,18 @@ def _fixed_batches(cuts: Iterable[Cut], max_duration: float, rank: bool = False)
 
 def decoding_batches(
     cuts: CutSet, tokenizer: Tokenizer, *, max_duration: float, features: str, num_workers: int = 1
-) -> Iterator[Batch]:
-    """Return batches of all ``cuts``, longest first, without augmentation, filters or labels."""
+) -> Iterable[Batch]:
+    """Return batches of all ``cuts``, longest first, without augmentation, filters or labels; read when iterated.
+
+    Raises:
+        DataError: a cut is not at 16 kHz, or lacks what its features are read from.
+    """
+    check_cuts(cuts, features, "the cuts to decode")
     data = CutBatches(tokenizer, features=features)
-    loader = DataLoader(
+    return DataLoader(
         data,
         batch_size=None,
         sampler=_fixed_batches(cuts, max_duration),
         num_workers=num_workers,
         worker_init_fn=_single_thread if num_workers else None,
     )
-    return iter(loader)
-
-

@@ -1,6 +1,6 @@
 """What every distillation system offers to the training loop and to the decoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class LabelSpec:
     """"codebook_indexes" or "embeddings"."""
     path: str | None
     """Folder of the stored set; None when the labels are made online by a teacher."""
+    expect: dict = field(default_factory=dict)
+    """Properties that the stored set must have (labels/info.py), for instance {"quantizer_sha256": ...}."""
 
 
 class System(nn.Module):
