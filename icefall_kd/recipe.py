@@ -11,6 +11,7 @@ from icefall_kd.config import DecodeConfig, TrainConfig
 from icefall_kd.data.datamodule import DataModule, cuts_path, decoding_batches
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
+from icefall_kd.errors import ConfigError
 from icefall_kd.results import part_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
@@ -18,6 +19,7 @@ from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.average import load_for_decoding
+from icefall_kd.train.checkpoint import load_model
 from icefall_kd.train.loop import train
 
 logger = logging.getLogger(__name__)
@@ -45,9 +47,14 @@ def train_main(argv: list[str] | None = None) -> int:
             ctc=config.asr.ctc_scale > 0,
             seed=config.loop.seed,
         )
-        if dist.get_rank() == 0:
-            tokenizer.save(config.loop.exp_dir / "tokenizer")
-        train(system, data, config, tokenizer_hash=tokenizer.hash)
+        # Only once the loop has agreed to start: a refused command must not change the tokenizer of an exp_dir.
+        train(
+            system,
+            data,
+            config,
+            tokenizer_hash=tokenizer.hash,
+            on_start=lambda: tokenizer.save(config.loop.exp_dir / "tokenizer"),
+        )
     finally:
         dist.shutdown()
     return 0
@@ -63,16 +70,19 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
     """Decode and score the test sets of ``config``; return the results of each by its name."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    if not config.exp_dir.is_dir():
+        raise ConfigError(f"--exp-dir {config.exp_dir} does not exist; train first")
     setup_logging(config.exp_dir, f"decode-{config.decoding_method}")
+    tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
     state_dict, saved, used = load_for_decoding(
-        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model
+        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
     )
     logger.info("parameters from %s", used)
-    tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
     train_config = config_from_dict(TrainConfig, saved)
     system = build_system(train_config, tokenizer.vocab_size, inference=True)
-    wanted = set(system.state_dict())
-    system.load_state_dict({k: v for k, v in state_dict.items() if not k.startswith("heads.") or k in wanted})
+    # Distillation heads are of no use here; anything else must fit.
+    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
+    load_model(system, kept, source=f"{config.exp_dir} ({used})")
     system.to(pick_device(config.device)).eval()
     batches = {
         name: decoding_batches(

@@ -152,6 +152,8 @@ def _now(device: torch.device) -> float:
 def score_decoded(decoded: Decoded, tokenizer, unit: str) -> Score:
     """Score the best hypotheses in ``unit`` ("auto": the tokenizer's); "token" compares token strings."""
     unit = tokenizer.unit if unit == "auto" else unit
+    if tokenizer.kind == "pinyin" and unit != "token":
+        raise ConfigError(f"--unit {unit} compares transcripts, this model writes pinyin; use --unit auto or token")
     best = [nbest[0].tokens for nbest in decoded.nbest]
     if unit != "token":
         return score(decoded.refs, [tokenizer.decode(tokens) for tokens in best], decoded.ids, unit)

@@ -180,6 +180,7 @@ def load_for_decoding(
     iter: int | None = None,
     avg: int = 1,
     use_averaged_model: bool = True,
+    tokenizer_hash: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Return the weights to decode with.
 
@@ -190,10 +191,11 @@ def load_for_decoding(
         avg: epochs (or checkpoints) averaged.
         use_averaged_model: all steps of the range, from the running averages of its two ends; else the
             arithmetic mean of the files.
+        tokenizer_hash: of the tokenizer that will decode; None: not checked.
     Returns:
         (state dict, configuration of the training as a flat dict, description of the files used).
     Raises:
-        ConfigError: the range is impossible, and why.
+        ConfigError: the range is impossible, and why; or the training had another tokenizer.
     """
     if epoch is not None and iter is not None:
         raise ConfigError(f"--epoch {epoch} and --iter {iter} exclude each other")
@@ -204,13 +206,27 @@ def load_for_decoding(
         kind = "checkpoint"
     if not use_averaged_model:
         files = last_n(exp_dir, avg, kind, end)
+        config = _config(files[-1], tokenizer_hash)
         state_dict = average_checkpoints(files)
         used = f"mean of {', '.join(f.name for f in files)}" if len(files) > 1 else files[0].name
-        return state_dict, load_checkpoint(files[-1], mmap=True, verify=False)["config"], used
+        return state_dict, config, used
     start, last = range_ends(exp_dir, kind, end, avg)
+    config = _config(last, tokenizer_hash)
     state_dict = average_from_averaged(start, last)
     used = f"average of all steps after {start.name if start else 'the start'} up to {last.name}"
-    return state_dict, load_checkpoint(last, mmap=True, verify=False)["config"], used
+    return state_dict, config, used
+
+
+def _config(path: Path, tokenizer_hash: str | None) -> dict[str, Any]:
+    """Return the configuration in a checkpoint, unless it was trained with another tokenizer."""
+    checkpoint = load_checkpoint(path, mmap=True, verify=False)
+    saved = checkpoint.get("tokenizer_hash", "")
+    if saved and tokenizer_hash and saved != tokenizer_hash:
+        raise ConfigError(
+            f"{path} was trained with tokenizer {saved}, the one to decode with is {tokenizer_hash}; "
+            f"put the lang dir of the training back into {path.parent / 'tokenizer'}"
+        )
+    return checkpoint["config"]
 
 
 def range_ends(exp_dir: str | Path, kind: str, end: int | None, avg: int) -> tuple[Path | None, Path]:
