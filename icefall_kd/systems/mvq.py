@@ -85,13 +85,16 @@ def kd_targets(kd: KdConfig, num_layers: int, sources: list[LabelSource]) -> lis
         if source.kind != want:
             raise ConfigError(f"--kd {kd.kd} needs labels of kind {want}, but {source.path} holds {source.kind}")
         layer = _pick(kd.kd_layer, i, len(sources), "--kd-layer") or max(num_layers // 2, 1)
+        scale = _pick(kd.kd_scale, i, len(sources), "--kd-scale")
+        if not scale > 0:
+            raise ConfigError(f"--kd-scale is {scale}; it must be positive (--kd none trains without distillation)")
         if not 1 <= layer <= num_layers:
             raise ConfigError(f"--kd-layer {layer}: the student has layers 1 to {num_layers}")
         targets.append(
             KdTarget(
                 name=f"kd{i}" if len(sources) > 1 else "kd",
                 layer=layer,
-                scale=_pick(kd.kd_scale, i, len(sources), "--kd-scale"),
+                scale=scale,
                 ratio=label_ratio(source.formula),
                 source=source,
             )
@@ -114,7 +117,9 @@ class OnlineTeacher:
     @torch.no_grad()
     def labels(self, batch: Batch) -> Labels:
         """Return codes (N, T_l, Q) padded with -100, or embeddings (N, T_l, C) padded with 0."""
-        output = self.teacher.extract(batch)
+        # As in extraction: the student's autocast is not the teacher's, which has a precision of its own.
+        with torch.autocast(batch.audio.device.type, enabled=False):
+            output = self.teacher.extract(batch)
         embeddings, lens = output.arrays["embeddings"].float(), output.lens["embeddings"]
         if self.quantizer is None:
             return Labels(embeddings, lens)
@@ -155,10 +160,13 @@ class MvqSystem(System):
     @property
     def label_specs(self) -> list[LabelSpec]:
         """Return the stored label sets of the active distillation terms."""
+        if self.online is not None:
+            return []
+        # A quantizer that is named although codes are stored must be the one that made them.
+        quantizer = self.kd.quantizer if self.kd.kd == "mvq" else None
+        expect = {"quantizer_sha256": _quantizer(quantizer).sha256} if quantizer is not None else {}
         return [
-            LabelSpec(name=t.name, kind=t.source.kind, path=t.source.path)
-            for t in self.targets
-            if self.online is None
+            LabelSpec(name=t.name, kind=t.source.kind, path=t.source.path, expect=expect) for t in self.targets
         ]
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -248,12 +256,12 @@ def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     if config.kd.teacher_labels == "stored":
         sources = [stored_source(path) for path in config.kd.label_dir]
         return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, sources))
-    teacher = build_teacher(config.teacher)
-    quantizer = None
-    if config.kd.kd == "mvq":
-        if config.kd.quantizer is None:
-            raise ConfigError("--kd mvq --teacher-labels online needs --quantizer FILE (local/train_quantizer.py)")
-        quantizer = Quantizer.load(config.kd.quantizer)
+    if config.kd.kd == "mvq" and config.kd.quantizer is None:
+        raise ConfigError("--kd mvq --teacher-labels online needs --quantizer FILE (local/train_quantizer.py)")
+    # The student must start as it does with stored labels, whatever loading a teacher draws.
+    with torch.random.fork_rng(devices=[]):
+        teacher = build_teacher(config.teacher)
+    quantizer = _quantizer(config.kd.quantizer, teacher.dim) if config.kd.kd == "mvq" else None
     source = LabelSource(
         path=None,
         kind="embeddings" if quantizer is None else "codebook_indexes",
@@ -263,6 +271,12 @@ def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     )
     online = OnlineTeacher(teacher, quantizer, config.kd.online_refine_iters)
     return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, [source]), online)
+
+
+def _quantizer(path: Path, dim: int | None = None) -> Quantizer:
+    # Loading initialises parameters first, and the student's must not depend on that.
+    with torch.random.fork_rng(devices=[]):
+        return Quantizer.load(path, dim)
 
 
 def stored_source(path: Path) -> LabelSource:
