@@ -1,6 +1,8 @@
 """The main functions behind every recipe's train.py and decode.py."""
 
+import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from icefall_kd.errors import ConfigError
 from icefall_kd.results import part_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
+from icefall_kd.runtime.files import atomic_write
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
@@ -53,11 +56,18 @@ def train_main(argv: list[str] | None = None) -> int:
             data,
             config,
             tokenizer_hash=tokenizer.hash,
-            on_start=lambda: tokenizer.save(config.loop.exp_dir / "tokenizer"),
+            on_start=lambda: _furnish(config.loop.exp_dir, tokenizer, data),
         )
     finally:
         dist.shutdown()
     return 0
+
+
+def _furnish(exp_dir: Path, tokenizer: Tokenizer, data: DataModule) -> None:
+    """Write the tokenizer and the list of utterances that the filters left out."""
+    tokenizer.save(exp_dir / "tokenizer")
+    with atomic_write(exp_dir / "left_out.jsonl", "w") as stream:
+        stream.writelines(json.dumps(asdict(x), ensure_ascii=False) + "\n" for x in data.rejected)
 
 
 def decode_main(argv: list[str] | None = None) -> int:

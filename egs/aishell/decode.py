@@ -2,7 +2,7 @@
 """Decode test sets with a trained student and print error rates.
 
     ./decode.py --exp-dir exp/mvq --epoch 30 --avg 10 --decoding-method modified_beam_search \
-        --manifest-dir data/librispeech/fbank --test-parts test-clean,test-other
+        --manifest-dir data/aishell/fbank --test-parts test
 """
 
 from icefall_kd.errors import run_main
