@@ -141,7 +141,7 @@ class MvqSystem(System):
         online: OnlineTeacher | None = None,
     ) -> None:
         super().__init__()
-        self.asr, self.kd = config.asr, config.kd
+        self.asr, self.kd, self.teacher_layer = config.asr, config.kd, config.teacher.layer
         self.model = TransducerModel(
             config.model, vocab_size, transducer=config.asr.transducer_scale > 0, ctc=config.asr.ctc_scale > 0
         )
@@ -162,9 +162,10 @@ class MvqSystem(System):
         """Return the stored label sets of the active distillation terms."""
         if self.online is not None:
             return []
-        # A quantizer that is named although codes are stored must be the one that made them.
-        quantizer = self.kd.quantizer if self.kd.kd == "mvq" else None
-        expect = {"quantizer_sha256": _quantizer(quantizer).sha256} if quantizer is not None else {}
+        # A quantizer or layer that is named although labels are stored must be the one that they were made with.
+        expect: dict = {"layer": self.teacher_layer} if self.teacher_layer > 0 else {}
+        if self.kd.kd == "mvq" and self.kd.quantizer is not None:
+            expect["quantizer_sha256"] = _quantizer(self.kd.quantizer).sha256
         return [
             LabelSpec(name=t.name, kind=t.source.kind, path=t.source.path, expect=expect) for t in self.targets
         ]

@@ -17,6 +17,7 @@ from icefall_kd.config import (
     ExtractConfig,
     KdConfig,
     ModelConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from icefall_kd.data.batch import Batch, Labels
@@ -282,7 +283,7 @@ def test_what_does_not_fit_is_refused(corpus, toy_teacher, kd, options, reason):
         build(config)
 
 
-def test_a_quantizer_that_did_not_make_the_labels_is_refused(corpus, tmp_path):
+def test_labels_of_another_quantizer_or_layer_than_named_are_refused(corpus, tmp_path):
     system = build(kd_config(corpus, "mvq", quantizer=corpus / "quantizer.safetensors"))
     batches_of(corpus, system)
     torch.manual_seed(4)
@@ -292,6 +293,14 @@ def test_a_quantizer_that_did_not_make_the_labels_is_refused(corpus, tmp_path):
     mine = LabelStore(corpus / "codes").info.quantizer_sha256
     with pytest.raises(DataError, match=f"quantizer_sha256 is '{mine}', expected '{other.sha256}'"):
         batches_of(corpus, system)
+    config = kd_config(corpus, "l2")
+    for layer, outcome in ((1, None), (7, "layer is 1, expected 7")):
+        system = build(dataclasses.replace(config, teacher=TeacherConfig(layer=layer)))
+        if outcome is None:
+            assert batches_of(corpus, system)
+        else:
+            with pytest.raises(DataError, match=outcome):
+                batches_of(corpus, system)
     with pytest.raises(DataError, match="made for embeddings of 24 channels, these have 8"):
         module._quantizer(corpus / "quantizer.safetensors", 8)
 
