@@ -120,6 +120,8 @@ class ModelConfig:
     """Override of the convolution kernel (odd)."""
     feature_dim: int = 80
     """Mel bins of the input."""
+    subsampling_channels: tuple[int, int, int] = (8, 32, 128)
+    """Channels of the three subsampling convolutions; fewer make a tiny model faster."""
     dropout: float = 0.1
     """Dropout of the encoder."""
     layer_dropout: float = 0.0

@@ -166,7 +166,9 @@ class Conformer(nn.Module):
         super().__init__()
         self.shape = EncoderShape.from_config(cfg)
         self.layer_dropout = cfg.layer_dropout
-        self.subsampling = Conv2dSubsampling(cfg.feature_dim, self.shape.dim, dropout=cfg.dropout)
+        self.subsampling = Conv2dSubsampling(
+            cfg.feature_dim, self.shape.dim, tuple(cfg.subsampling_channels), dropout=cfg.dropout
+        )
         self.positions = RelativePositions(self.shape.dim)
         self.layers = nn.ModuleList(ConformerLayer(self.shape, cfg.dropout) for _ in range(self.shape.num_layers))
 
