@@ -26,7 +26,7 @@ from icefall_kd.runtime.files import fingerprint, read_json, write_json
 
 SAMPLE_RATE = 16000
 # A change of the synthesis below must change this number, so that old corpora are made again.
-VERSION = 2
+VERSION = 3
 ACCENTS = {
     "en": ("en-us", "en-us-nyc", "en", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan"),
     "zh": ("cmn-latn-pinyin",),
@@ -60,9 +60,9 @@ class DemoSpec:
     """Utterances of each test speaker."""
     joined: float = 0.6
     """Share of utterances that are two sentences: a teacher with a fixed window costs the same for both."""
-    rate: tuple[int, int] = (165, 215)
+    rate: tuple[int, int] = (140, 180)
     """Range of the speaking rate, words a minute."""
-    pitch: tuple[int, int] = (25, 75)
+    pitch: tuple[int, int] = (35, 65)
     """Range of the base pitch, 0 to 99."""
     pitch_range: tuple[int, int] = (30, 80)
     """Range of the intonation's width, 0 to 99."""
