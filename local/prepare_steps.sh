@@ -40,7 +40,6 @@ prepare_defaults() {
 }
 
 prepare_corpus() {
-  local words=()
   if [[ $corpus == demo && $fetch == true ]]; then
     if begin --name synthesis --option corpus_dir demo_language demo_options --output "$corpus_dir/demo.json" \
       --code 'icefall_kd/data/demo*.py' local/prepare_demo.py; then
@@ -49,12 +48,16 @@ prepare_corpus() {
       finish
     fi
   elif [[ $fetch == true ]]; then
-    words+=(--download true)
-    mkdir -p "$corpus_dir"
+    # A marker of its own: what is downloaded is an input of the check below.
+    if begin --name download --option corpus corpus_dir parts --output "$corpus_dir"; then
+      mkdir -p "$corpus_dir"
+      python3 $_steps/check_corpus.py "${corpus_words[@]}" --download true --partial "$partial"
+      finish
+    fi
   fi
   begin --option corpus corpus_dir parts language partial max_reject_ratio --input "$corpus_dir" \
     --output "$data_dir/checked.json" --code icefall_kd/data/corpora.py local/check_corpus.py || return 0
-  python3 $_steps/check_corpus.py "${corpus_words[@]}" "${words[@]}" --partial "$partial" --out "$data_dir/checked.json"
+  python3 $_steps/check_corpus.py "${corpus_words[@]}" --partial "$partial" --out "$data_dir/checked.json"
 }
 
 prepare_manifests() {

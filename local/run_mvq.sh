@@ -32,7 +32,8 @@ train_args=                # More options of train.py, in one string
 num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
 decoding_methods="greedy_search modified_beam_search"  # Searches, with spaces
 decode_args=               # More options of decode.py, in one string
-nj=2                       # Processes of data preparation
+extract_jobs=              # Shards extracted at the same time; empty: 1, or nj for the demo
+nj=2                       # Processes of data preparation, threads of quantizer and decoding on a CPU
 short=false                # A few utterances and steps, to see that everything runs
 
 # shellcheck source=local/stages.sh
@@ -63,13 +64,14 @@ case $recipe:$corpus in
   *) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev,test}" ;;
 esac
 if [[ $corpus == demo ]]; then # sized for two cores and twenty minutes
-  [[ $phase1_steps != 10000 ]] || phase1_steps=600
-  [[ $phase2_steps != 10000 ]] || phase2_steps=400
+  [[ $phase1_steps != 10000 ]] || phase1_steps=100
+  [[ $phase2_steps != 10000 ]] || phase2_steps=300
   [[ $quantizer_utts != 1000 ]] || quantizer_utts=200
-  num_shards=2
+  : "${vocab_size:=120}" "${extract_jobs:=$nj}"
 fi
+: "${extract_jobs:=1}"
 if [[ $short == true ]]; then
-  phase1_steps=30 phase2_steps=20 quantizer_utts=20 num_shards=2
+  phase1_steps=30 phase2_steps=20 quantizer_utts=20
   train_args="$train_args --num-epochs 2"
 fi
 
@@ -109,7 +111,7 @@ stage_1_teacher() { # Check the teacher on a few utterances
   wants codebook_indexes || wants embeddings || return 0
   begin --option teacher layer normalize_embeddings --input "${train_cuts[@]}" \
     --output "$exp_dir/teacher-$teacher_tag.json" --code 'icefall_kd/teachers/*.py' || return 0
-  python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "$exp_dir/teacher-$teacher_tag.json" \
+  OMP_NUM_THREADS=$nj python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "$exp_dir/teacher-$teacher_tag.json" \
     "${teacher_options[@]}"
 }
 
@@ -118,7 +120,7 @@ stage_2_quantizer() { # Train the quantizer and report on it
   begin --option teacher layer normalize_embeddings num_codebooks phase1_steps phase2_steps quantizer_utts \
     --input "${train_cuts[@]}" --output "$quantizer_dir/quantizer.safetensors" \
     --code 'icefall_kd/quantization/*.py' 'icefall_kd/teachers/*.py' || return 0
-  python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "$quantizer_dir/quantizer.safetensors" \
+  OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "$quantizer_dir/quantizer.safetensors" \
     --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
     --quantizer-utts "$quantizer_utts" "${teacher_options[@]}"
 }
@@ -129,7 +131,7 @@ extract() { # extract KIND DIR [OPTION ...]: all shards of a label set, then a c
   [[ $label_kind == embeddings ]] || inputs+=("$quantizer_dir/quantizer.safetensors")
   begin --name "$label_kind" --option teacher layer normalize_embeddings num_shards --input "${inputs[@]}" \
     --output "$dir/label_set.json" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
-  run_cmd --log "$dir/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "${extract_jobs:-1}" -- \
+  run_cmd --log "$dir/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
     python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$dir" --kind "$label_kind" \
     --shard JOB --num-shards "$num_shards" "${teacher_options[@]}" "$@"
   python3 ../../local/label_sets.py verify "$dir"
@@ -177,7 +179,7 @@ stage_5_decode() { # Decode and score
         begin --name "$system-seed$seed-$method" --option decode_args test_parts --input "$dir/train_summary.json" \
           --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || continue
         # shellcheck disable=SC2086
-        ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
+        OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
           --decoding-method "$method" $decode_args
         finish
       done
