@@ -23,7 +23,7 @@ from icefall_kd.labels.keys import label_key, parse_key, speech_track
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.report import quantizer_report
 from icefall_kd.quantization.sampling import Candidate, candidate, sample_hash, sample_utterances
-from icefall_kd.quantization.trainer import QuantizerTrainer, to_float16
+from icefall_kd.quantization.trainer import TRAINING_VERSION, QuantizerTrainer, to_float16
 from icefall_kd.runtime.env import environment, pick_device
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json, write_text
 from icefall_kd.runtime.log import Progress
@@ -196,7 +196,7 @@ def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None
     provenance = json.loads(json.dumps(teacher.provenance()))
     options = asdict(config.quantizer)
     frames_identity = fingerprint([provenance, sample.sha256, config.teacher_max_duration])
-    identity = fingerprint([frames_identity, options])
+    identity = fingerprint([frames_identity, options, TRAINING_VERSION])
     report_path = config.out.with_suffix(".report.json")
     finished = _finished(config.out, report_path, identity)
     if finished is not None:

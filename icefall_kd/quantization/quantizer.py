@@ -81,8 +81,9 @@ class Quantizer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the classifier's logits (N, Q, K) of frames (N, C)."""
-        scale = (SCALE_SPEED * self.logits_scale).exp()
-        return self.to_logits(scale * x).unflatten(1, (self.num_codebooks, self.codebook_size))
+        # Scaled weights instead of scaled frames: then no gradient of the frames' size is needed for the scale.
+        weight = (SCALE_SPEED * self.logits_scale).exp() * self.to_logits.weight
+        return F.linear(x, weight, self.to_logits.bias).unflatten(1, (self.num_codebooks, self.codebook_size))
 
     def _sum_centers(self, codes: Tensor) -> Tensor:
         """Return the sum of chosen centers (N, C) of int64 codes (N, Q)."""
@@ -143,6 +144,9 @@ class Quantizer(nn.Module):
         """
         x = x.float()
         logits = self.logits(x)
+        if logits.requires_grad:
+            # Subnormal numbers, of improbable entries, make a CPU's matrix products ten times slower.
+            logits.register_hook(lambda grad: F.hardshrink(grad, 1e-30))
         with torch.no_grad():
             codes = logits.argmax(dim=-1)
             if refine_iters > 0:

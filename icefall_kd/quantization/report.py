@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from icefall_kd.errors import DataError
+from icefall_kd.quantization.outliers import energies, outlier_mask
 from icefall_kd.quantization.quantizer import Quantizer
 
 # A codebook that uses fewer than this fraction of its entries (perplexity / K) is called collapsed.
@@ -72,12 +73,16 @@ def quantizer_report(
         teacher_speed: hours of audio that the teacher processes in an hour; None: no projected time.
         max_refine: most refinement searches.
     Returns:
-        Plain data for JSON; relative errors by number of searches, entropies in nats.
+        Plain data for JSON; relative errors by number of searches, of all frames and (``usual_error``) of those
+        that are no outliers; entropies in nats.
     """
     if len(frames) == 0:
         raise DataError("the quantizer report needs frames; there are none for validation")
     size, dim = quantizer.codebook_size, quantizer.dim
     errors = quantizer.relative_errors(frames, max_refine)
+    rows = torch.arange(len(frames))
+    outliers, energy = outlier_mask(frames, rows), energies(frames, rows)
+    usual_errors = quantizer.relative_errors(frames[~outliers], max_refine) if outliers.any() else errors
     all_frames = frames if more_frames is None else torch.cat([frames, more_frames.to(frames.dtype)])
     start = time.perf_counter()
     codes = quantizer.encode(all_frames, max_refine)
@@ -93,6 +98,9 @@ def quantizer_report(
         "sha256": quantizer.sha256,
         "error_frames": len(frames),
         "relative_error": {str(rounds): error for rounds, error in enumerate(errors)},
+        "usual_error": {str(rounds): error for rounds, error in enumerate(usual_errors)},
+        "outlier_frames": int(outliers.sum()),
+        "outlier_energy": (energy[outliers].sum() / energy.sum().clamp(min=1e-300)).item(),
         "gaussian_bound": gaussian_bound(quantizer.num_codebooks, size, dim),
         "entropy_frames": len(all_frames),
         "entropy": entropies.tolist(),
@@ -138,6 +146,11 @@ def _warnings(report: dict) -> list[str]:
         found += [f"codebooks {i} and {j} share a subspace (correlation {row[j]:.2f}); train phase 1 longer"
                   for j in range(i + 1, len(row)) if row[j] > CORRELATED]  # fmt: skip
     errors = list(report["relative_error"].values())
+    usual = list(report["usual_error"].values())
+    if errors[-1] > 1.2 * usual[-1] + 0.01:
+        found.append(f"{report['outlier_frames']} outlier frames with {100 * report['outlier_energy']:.0f} % of the "
+                     f"energy raise the relative error from {usual[-1]:.3f} to {errors[-1]:.3f}; "
+                     "--normalize-embeddings true bounds them")  # fmt: skip
     if errors[-1] > 1:
         found.append(f"the relative error {errors[-1]:.3f} is above 1: the quantizer is worse than the mean frame")
     if errors[0] - errors[-1] > 0.25 * max(errors[0], 1e-12) and errors[0] > 0.02:
@@ -165,9 +178,10 @@ def print_report(report: dict, console: Console | None = None) -> None:
     table = Table(title=f"Quantizer: {title}", title_justify="left")
     table.add_column("refinements")
     table.add_column(f"relative error ({report['error_frames']} frames)", justify="right")
+    table.add_column(f"without {report['outlier_frames']} outliers", justify="right")
     for rounds, error in report["relative_error"].items():
-        table.add_row(rounds, f"{error:.4f}")
-    table.add_row("white Gaussian bound", f"{report['gaussian_bound']:.4f}")
+        table.add_row(rounds, f"{error:.4f}", f"{report['usual_error'][rounds]:.4f}")
+    table.add_row("white Gaussian bound", f"{report['gaussian_bound']:.4f}", "")
     console.print(table)
     table = Table(
         title=f"Indexes of {report['entropy_frames']} frames; entropies in nats of at most "

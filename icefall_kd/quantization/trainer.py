@@ -4,6 +4,7 @@ Phase 1 trains 2Q codebooks of 16 entries, the switch multiplies neighbours into
 phase 2 trains those (Guo et al., arXiv 2211.00508; optimizer and schedule as in multi_quantization 0.1.1).
 Frames are centered and divided by their common standard deviation for the training, and the result takes
 both back into its parameters (our design): relative errors do not change, and any teacher's scale trains alike.
+Outlier frames take no part; the finished quantizer gets entries for them (:mod:`icefall_kd.quantization.outliers`).
 """
 
 import hashlib
@@ -23,15 +24,22 @@ from torch import Tensor
 from icefall_kd.config import QuantizerConfig
 from icefall_kd.errors import ConfigError, DataError, NumericError
 from icefall_kd.quantization.init import init_from_data
+from icefall_kd.quantization.outliers import outlier_mask, place_outliers
 from icefall_kd.quantization.quantizer import SCALE_SPEED, Quantizer, QuantizerLosses
 from icefall_kd.runtime.files import atomic_write, fingerprint
 from icefall_kd.runtime.log import Progress
 
 logger = logging.getLogger(__name__)
 
+# Changes when the same data and options give another quantizer, so that files of before are not taken for it.
+TRAINING_VERSION = 2
 PHASE1_ENTRIES = 16
 LEARNING_RATES = (0.005, 0.0025)
 LARGEST_FLOAT16 = 65504.0
+LOGGED = ("reconstruction", "logprob", "entropy")
+LOG_STEPS = 50
+# Usual frames that tell which entries are used least.
+USAGE_FRAMES = 4096
 
 
 def to_float16(frames: Tensor) -> Tensor:
@@ -124,7 +132,11 @@ class QuantizerTrainer:
         self.state_path = Path(state_path) if state_path is not None else None
         self.save_every = save_every
         self.total_steps = config.phase1_steps + config.phase2_steps
-        self.train_rows, self.valid_rows = split_rows(len(frames), config.quantizer_seed)
+        rows, self.valid_rows = split_rows(len(frames), config.quantizer_seed)
+        outliers = outlier_mask(frames, rows)
+        self.train_rows, self.outlier_rows = rows[~outliers], rows[outliers]
+        if len(self.outlier_rows):
+            logger.info("%d of %d training frames are outliers and get entries of their own", outliers.sum(), len(rows))
         self.stats = moments(frames, self.train_rows)
         self.step = 0
         self.quantizer = self._initial()
@@ -141,14 +153,16 @@ class QuantizerTrainer:
             NumericError: the loss is not finite.
         """
         self.resume()
-        start = self.step
+        start, recent = self.step, []
         progress = Progress(self.total_steps - self.step, "steps", name="quantizer")
         last = self.total_steps if max_steps is None else min(self.total_steps, self.step + max_steps)
         while self.step < last:
             losses = self._train_step()
-            if self.step % 50 == 0 or self.step == last:
-                report = self._checked(losses)
-                progress.update(min(self.step - start, (self.step - 1) % 50 + 1), **report)
+            recent.append(torch.stack([getattr(losses, name).detach() for name in LOGGED]))
+            if self.step % LOG_STEPS == 0 or self.step == last:
+                report = self._checked(torch.stack(recent))
+                recent = []
+                progress.update(min(self.step - start, (self.step - 1) % LOG_STEPS + 1), **report)
             if self.state_path is not None and (self.step % self.save_every == 0 or self.step == last):
                 self.save_state()
             if on_step is not None:
@@ -161,6 +175,9 @@ class QuantizerTrainer:
         result = Quantizer.from_state_dict({k: v.detach().cpu() for k, v in self.quantizer.state_dict().items()})
         if result.codebook_size == PHASE1_ENTRIES:
             result = result.to_product()
+        usual, outliers = (self._normalize(self.frames[rows]).cpu() for rows in
+                           (self.train_rows[:USAGE_FRAMES], self.outlier_rows))  # fmt: skip
+        place_outliers(result, outliers, usual, self.config.quantizer_seed)
         unnormalize(result, self.stats)
         result.stamp_id()
         return result
@@ -226,8 +243,9 @@ class QuantizerTrainer:
         self.step += 1
         return losses
 
-    def _checked(self, losses: QuantizerLosses) -> dict[str, float]:
-        report = {name: getattr(losses, name).item() for name in ("reconstruction", "logprob", "entropy")}
+    def _checked(self, recent: Tensor) -> dict[str, float]:
+        """Return the mean losses of the last steps; a single batch would be too noisy a figure."""
+        report = dict(zip(LOGGED, recent.mean(dim=0).tolist(), strict=True))
         if not all(math.isfinite(value) for value in report.values()):
             raise NumericError(f"quantizer training diverged before step {self.step}: {report}; "
                                "look for outliers in the embeddings (--normalize-embeddings true)")  # fmt: skip
@@ -258,4 +276,5 @@ class QuantizerTrainer:
         for part in self.frames.split(65536):
             digest.update(part.contiguous().numpy().tobytes())
         frames = [list(self.frames.shape), str(self.frames.dtype), digest.hexdigest()]
-        return fingerprint({"frames": frames, "config": json.loads(json.dumps(asdict(self.config)))})
+        config = json.loads(json.dumps(asdict(self.config)))
+        return fingerprint({"frames": frames, "config": config, "training": TRAINING_VERSION})
