@@ -11,8 +11,10 @@ from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.report import quantizer_report
 from icefall_kd.quantization.trainer import QuantizerTrainer
 
-CONFIG = QuantizerConfig(num_codebooks=2, phase1_steps=60, phase2_steps=60, frames_per_step=256)
-OUTLIERS = torch.arange(0, 6000, 600)
+CONFIG = QuantizerConfig(
+    num_codebooks=2, phase1_steps=60, phase2_steps=60, frames_per_step=256, quantizer_init="random"
+)
+OUTLIERS = torch.arange(0, 6000, 2000)
 
 
 def frames(outliers: bool) -> torch.Tensor:
@@ -61,7 +63,7 @@ def test_outliers_neither_hurt_the_other_frames_nor_the_error_of_all(trained):
     usual = torch.ones(len(every), dtype=torch.bool)
     usual[OUTLIERS] = False
     assert loaded.relative_error(every[usual]) < 1.1 * clean + 0.005
-    # The ten outliers hold most of the energy; half of them unrepresented would alone be an error of 0.4.
+    # The three outliers hold a quarter of the energy: left to the gradient alone they make this error 0.29.
     assert loaded.relative_error(every) < clean
     error = (loaded.decode(loaded.encode(every[OUTLIERS])) - every[OUTLIERS]).square().sum(dim=1)
     assert error.max() < 0.01 * 150**2
@@ -72,7 +74,7 @@ def test_outliers_neither_hurt_the_other_frames_nor_the_error_of_all(trained):
 
 
 def test_the_report_tells_errors_with_and_without_outliers():
-    quantizer = QuantizerTrainer(frames(False), replace(CONFIG, phase1_steps=5, phase2_steps=5)).run()
+    quantizer = QuantizerTrainer(frames(False), replace(CONFIG, quantizer_init="data", phase1_steps=5)).run()
     x = frames(True).float()
     report = quantizer_report(quantizer, x, max_refine=2)
     usual = x[~torch.isin(torch.arange(len(x)), OUTLIERS)]
@@ -80,7 +82,7 @@ def test_the_report_tells_errors_with_and_without_outliers():
     assert list(report["usual_error"].values()) == pytest.approx(quantizer.relative_errors(usual, 2))
     energy = (x - x.mean(dim=0)).square().sum(dim=1)
     assert report["outlier_energy"] == pytest.approx((energy[OUTLIERS].sum() / energy.sum()).item(), rel=1e-4)
-    assert any("10 outlier frames" in warning for warning in report["warnings"])
+    assert any("3 outlier frames" in warning for warning in report["warnings"])
 
 
 def test_many_far_frames_are_no_outliers_and_nothing_is_placed():
