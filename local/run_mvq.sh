@@ -31,7 +31,7 @@ config=                    # Training options in YAML; empty: conf/mvq_CORPUS.ya
 train_args=                # More options of train.py, in one string
 num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
 decoding_methods="greedy_search modified_beam_search"  # Searches, with spaces
-decode_args=               # More options of decode.py, in one string
+decode_args="--avg 3"      # More options of decode.py, in one string
 extract_jobs=              # Shards extracted at the same time; empty: 1, or nj for the demo
 nj=2                       # Processes of data preparation, threads of quantizer and decoding on a CPU
 short=false                # A few utterances and steps, to see that everything runs
@@ -67,12 +67,13 @@ if [[ $corpus == demo ]]; then # sized for two cores and twenty minutes
   [[ $phase1_steps != 10000 ]] || phase1_steps=100
   [[ $phase2_steps != 10000 ]] || phase2_steps=300
   [[ $quantizer_utts != 1000 ]] || quantizer_utts=200
-  : "${vocab_size:=120}" "${extract_jobs:=$nj}"
+  : "${extract_jobs:=$nj}"
+  [[ $recipe != *librispeech || -n $token_kind ]] || token_kind=char
 fi
 : "${extract_jobs:=1}"
 if [[ $short == true ]]; then
   phase1_steps=30 phase2_steps=20 quantizer_utts=20
-  train_args="$train_args --num-epochs 2"
+  train_args="$train_args --num-epochs 3"
 fi
 
 marker_dir=$exp_dir/.done
