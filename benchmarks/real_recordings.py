@@ -51,8 +51,10 @@ BEDS = {
     "digits": Bed("librispeech", ["--corpus", "trans", "--token-kind", "char"], both([1])),
     "mandarin_words": Bed(
         "aishell",
-        ["--corpus", "aishell", "--parts", "train,dev", "--partial", "true", "--token-kind", "pinyin"]
-        + ["--speed-perturb", "false", "--train-parts", "train", "--valid-parts", "dev", "--test-parts", "dev"],
+        [
+            *("--corpus", "aishell", "--parts", "train,dev", "--partial", "true", "--token-kind", "pinyin"),
+            *("--speed-perturb", "false", "--train-parts", "train", "--valid-parts", "dev", "--test-parts", "dev"),
+        ],
         both([1]),
     ),
 }
@@ -161,7 +163,8 @@ def _compare_pairs(config: RealConfig, bed: str, system: str, method: str, pairs
     loaded = [[read_json(path)["decodings"]["dev"][method] for path in pair] for pair in pairs]
     a, b = [x[0] for x in loaded], [x[1] for x in loaded]
     outcome = paired(a, b, [str(p.name) for pair in pairs for p in pair], 10000, 0)
-    print(f"{bed}, {method}, {len(pairs)} seeds: none {outcome.a}, {system} {outcome.b}, difference {outcome.difference}")
+    print(f"{bed}, {method}, {len(pairs)} seeds")
+    print(f"  none {outcome.a}, {system} {outcome.b}, difference {outcome.difference}")
     values = {"a": str(outcome.a), "b": str(outcome.b), "difference": str(outcome.difference)}
     values["probability_of_improvement"] = outcome.probability_of_improvement
     write_json(config.results / f"{bed}_{system}_vs_none_{method}.json", {"seeds": len(pairs), **values})

@@ -9,6 +9,7 @@ recipe=                    # Folder of the recipe (egs/librispeech or egs/aishel
 corpus=demo                # Corpus that prepare.sh knows
 corpus_dir=                # Folder of a corpus that is on disk already
 parts=                     # Parts to prepare, with commas; empty: all of the corpus
+partial=false              # Accept parts that hold less than was published
 train_parts=               # Parts to train on, with commas; empty: the corpus's own
 valid_parts=               # Parts to validate and choose on
 test_parts=                # Parts to decode, with commas
@@ -103,7 +104,7 @@ lang_dir() { # the one tokenizer of the prepared data
 }
 
 stage_0_data() { # Prepare the corpus (its stages have markers of their own)
-  ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" \
+  ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" --partial "$partial" \
     ${corpus_dir:+--corpus-dir "$corpus_dir"} ${parts:+--parts "$parts"} ${token_kind:+--token-kind "$token_kind"} \
     ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"}
 }

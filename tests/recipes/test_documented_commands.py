@@ -47,7 +47,8 @@ def test_documented_command_is_accepted(page: str, command: str):
     env = {**os.environ, "PYTHONPATH": str(REPO), "PYTHON": sys.executable}
     if script.suffix == ".sh":
         # --help comes last: every option before it has been parsed, and an unknown one is refused.
-        run = subprocess.run(["bash", script, *words[1:], "--help"], cwd=folder, env=env, capture_output=True, text=True)
+        command = ["bash", script, *words[1:], "--help"]
+        run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return
     shown = subprocess.run([sys.executable, script, "--help"], cwd=folder, env=env, capture_output=True, text=True)
