@@ -56,7 +56,7 @@ run_cmd() (
 
   failures=$(mktemp -d)
   # When this shell ends early its tasks end too.
-  trap 'jobs -p | xargs -r kill 2> /dev/null; rm -rf "$failures"' EXIT
+  trap 'jobs -p | xargs -r kill 2> /dev/null || true; rm -rf "$failures"' EXIT
   trap 'exit 143' TERM
   trap 'exit 130' INT
   running=0
