@@ -28,14 +28,16 @@ def test_no_voice_serves_two_parts_and_no_sentence_occurs_twice():
     texts = [u.text for s in plan for u in s.utterances]
     assert len(texts) == len(set(texts)) == 720 + 60 + 120
     assert {s.sex for s in plan if s.part == "test-demo"} == {"M", "F"}
-    assert all(3 <= len(t.split()) <= 9 for t in texts)
+    # One sentence of 3 to 9 words, or two of them and the word between.
+    assert all(3 <= len(t.split()) <= 19 for t in texts)
+    assert min(len(t.split()) for t in texts) <= 4 and max(len(t.split()) for t in texts) >= 15
 
 
 def test_training_sentences_hold_every_word_of_the_grammar():
     for language, sizes in {"en": (200, 300), "zh": (60, 200)}.items():
         words = vocabulary(language)
         assert sizes[0] <= len(words) <= sizes[1]
-        assert {w for s in make_sentences(language, 720, 1) for w in s.text.split()} == words
+        assert {w for s in make_sentences(language, 720, 1, joined=0.6) for w in s.text.split()} == words
 
 
 def test_an_utterance_alone_equals_the_same_one_in_a_sequence():
