@@ -54,6 +54,7 @@ def test_frozen_parameters_need_no_gradient(tmp_path):
     system = ToySystem(unused=True)
     system.forgotten.requires_grad_(False)
     scan(system, ToyData().worst_batches(), tmp_path)
+    assert not any(p.grad is not None for p in system.parameters()), "the scan leaves no gradient behind"
 
 
 @pytest.mark.parametrize(
