@@ -97,9 +97,14 @@ wants() { # wants KIND: does one of the systems need labels of this kind
   esac
 }
 
-lang_dir() { # the one tokenizer of the prepared data
+lang_dir() { # the tokenizer that the options name, or the one that there is
   local found=("$data_dir"/lang_*)
-  [[ ${#found[@]} == 1 && -d ${found[0]} ]] || fail 2 "$data_dir holds ${#found[@]} tokenizers: ${found[*]}; keep one"
+  case $token_kind:$vocab_size in
+    char:* | pinyin:*) found=("$data_dir/lang_$token_kind") ;;
+    *:?*) found=("$data_dir/lang_bpe_$vocab_size") ;;
+  esac
+  [[ ${#found[@]} == 1 && -d ${found[0]} ]] ||
+    fail 2 "no single tokenizer among ${found[*]}; choose with --token-kind and --vocab-size"
   echo "${found[0]}"
 }
 
@@ -151,7 +156,8 @@ stage_3_labels() { # Extract and verify the teacher's labels
 }
 
 stage_4_train() { # Train every student
-  local system seed dir launch=(python3) labels
+  local system seed dir launch=(python3) labels lang
+  lang=$(lang_dir)
   ((num_gpus <= 1)) || launch=(torchrun --standalone --nproc-per-node "$num_gpus")
   for seed in $seeds; do
     for system in $systems; do
@@ -165,7 +171,7 @@ stage_4_train() { # Train every student
         --input "${train_cuts[@]}" --input "${labels[@]:1}" --output "$dir/train_summary.json" || continue
       # shellcheck disable=SC2086
       "${launch[@]}" ./train.py --config "$config" --exp-dir "$dir" --kd "$system" --seed "$seed" \
-        --manifest-dir "$data_dir/$kind" --lang-dir "$(lang_dir)" --train-parts "$train_parts" \
+        --manifest-dir "$data_dir/$kind" --lang-dir "$lang" --train-parts "$train_parts" \
         --valid-parts "$valid_parts" "${labels[@]}" $train_args
       finish
     done
