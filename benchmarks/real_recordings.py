@@ -141,6 +141,16 @@ def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
     }
 
 
+def without_machine_paths(result: dict, config: RealConfig) -> dict:
+    """Return ``result`` with this machine's folders replaced by their roles: the file is committed."""
+    text = json.dumps(result)
+    roots = {config.exp_root: "EXP_ROOT", config.data_root: "DATA_ROOT", REPO: "REPO"}
+    for folder, role in roots.items():
+        if folder is not None:
+            text = text.replace(str(Path(folder).resolve()), role)
+    return json.loads(text)
+
+
 def compare(config: RealConfig) -> None:
     """Compare mvq (and l2) with none on each bed, pooled over the seeds that both have."""
     for bed in config.beds:
@@ -180,7 +190,7 @@ def main() -> None:
             if out.exists() or system not in config.systems or seed not in config.seeds:
                 continue
             exp_dir = run_one(config, bed, system, seed)
-            write_json(out, collect(exp_dir, bed, system, seed))
+            write_json(out, without_machine_paths(collect(exp_dir, bed, system, seed), config))
             if config.commit:
                 _run(["git", "add", out])
                 _run(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])
