@@ -124,7 +124,7 @@ def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
     train = [r for r in map(json.loads, lines) if r["kind"] == "train"]
     kd = {name: value for name, value in train[-1].items() if name.startswith("kd")}
     labels = None
-    for path in run["config"]["kd"]["label_dir"]:
+    for path in run["config"]["label_dir"]:
         store = LabelStore(path)
         labels = {"fingerprint": store.info.fingerprint, **store.storage_report()}
     keep = ("finished", "epochs", "steps", "seconds", "audio_hours", "audio_hours_per_hour", "peak_memory_gib")
