@@ -1,7 +1,7 @@
 """Decide whether a stage of a shell script must run, and mark it done.  Used by local/stages.sh alone.
 
-A marker is a JSON file with what the stage depended on: options, inputs (by content), source code (by content),
-and the outputs it declared.  Standard library only: it starts in a few hundredths of a second.
+A marker is a JSON file with what the stage depended on: options, inputs (files by content, see ``describe_folder``
+for folders), source code (by content), and the outputs it declared.  Standard library only: it starts in a few hundredths of a second.
 
     stage_marker.py check MARKER [--force] [--option NAME=VALUE ...] [--input PATH ...] [--output PATH ...]
                           [--code GLOB ...] [--text NAME=TEXT ...]
@@ -23,7 +23,10 @@ sys.path.insert(0, str(ROOT))
 from icefall_kd.runtime.files import TMP_PREFIX, read_json, sha256_file, write_json  # noqa: E402
 
 MUST_RUN, USAGE, DATA = 10, 2, 4
-# Folders up to this size are compared by content when only time stamps differ; larger ones by names and sizes.
+# Folders up to this size are compared by content, so a corpus of the same bytes (made again, copied, touched) runs
+# nothing.  Larger ones are compared by name, size and time stamp of each file: the audio of LibriSpeech is 60 GB,
+# and reading it all would cost more than the stage that the marker spares.  The price is that a large corpus with
+# new time stamps is checked once more; what comes out is the same, so nothing behind that stage runs.
 FOLDER_CONTENT_LIMIT = 256 * 2**20
 IGNORED_FOLDERS = {".done", "__pycache__", ".git"}
 
@@ -143,15 +146,18 @@ def describe(path: Path, old: dict | None) -> dict:
 
 
 def describe_folder(folder: Path, old: dict | None) -> dict:
-    """Describe a folder by its recursive listing, and by content up to ``FOLDER_CONTENT_LIMIT``."""
+    """Describe a folder by its recursive listing, and by content or time stamps (see ``FOLDER_CONTENT_LIMIT``)."""
     entries = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name not in IGNORED_FOLDERS)
-        for name in names:
-            if not name.startswith(TMP_PREFIX):
-                path = os.path.join(parent, name)
-                stat = os.stat(path)
-                entries.append((os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns))
+    try:
+        for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+            folders[:] = sorted(name for name in folders if name not in IGNORED_FOLDERS)
+            for name in names:
+                if not name.startswith(TMP_PREFIX):
+                    path = os.path.join(parent, name)
+                    stat = os.stat(path)
+                    entries.append((os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns))
+    except OSError as error:  # no permission, a link to nowhere or to a folder above itself
+        raise Failure(DATA, f"input {folder} cannot be read: {error}; repair or remove that file") from None
     entries.sort()
     total = sum(size for _, size, _ in entries)
     new = {
@@ -166,6 +172,10 @@ def describe_folder(folder: Path, old: dict | None) -> dict:
     small = total <= FOLDER_CONTENT_LIMIT
     new["sha256"] = digest(f"{name}\0{sha256_file(folder / name)}" for name, _, _ in entries) if small else None
     return new
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def digest(lines) -> str:
@@ -200,14 +210,16 @@ def changed(old: dict, new: dict):
 
 
 def content(entry: dict) -> tuple:
-    """Return what decides whether an input is the same."""
-    return tuple(entry.get(key) for key in ("kind", "bytes", "listing", "sha256"))
+    """Return what decides whether an input is the same: the checksum, or the time stamps where there is none."""
+    return tuple(entry.get(key) for key in ("kind", "bytes", "listing", "sha256" if entry["sha256"] else "times"))
 
 
 def summary(entry: dict) -> str:
     """Describe an input on a log line."""
     files = f"{entry['files']} files, " if entry["kind"] == "folder" else ""
-    return f"{files}{entry['bytes']} bytes, sha256 {short(entry['sha256'] or entry['listing'])}"
+    if entry["sha256"]:
+        return f"{files}{entry['bytes']} bytes, sha256 {short(entry['sha256'])}"
+    return f"{files}{entry['bytes']} bytes, names and sizes {short(entry['listing'])}, times {short(entry['times'])}"
 
 
 def quote(value: str | None) -> str:

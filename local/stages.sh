@@ -26,12 +26,14 @@
 #
 # `begin` returns 1 when the stage is done already.  Its words:
 #   --option NAME ... or NAME=VALUE ...   options that the result depends on (NAME: a shell variable)
-#   --input PATH ...                      files and folders read; content decides, not time stamps
+#   --input PATH ...                      files and folders read; content decides, not time stamps (folders above
+#                                         256 MiB, as whole corpora: names, sizes and time stamps)
 #   --output PATH ...                     what must exist when the stage ends, and to skip it later
 #   --code GLOB ...                       source files, relative to the repository
 #   --name NAME                           marker of one step of a stage (see below)
-# The text of the stage function, and of the function that calls begin, counts as code too.  A changed option, input or source file runs the stage again,
-# and the log says which one changed, from what to what.  A killed stage has no marker, so it runs again.
+# The text of the stage function, and of the function that calls begin, counts as code too.  A changed option, input
+# or source file runs the stage again, and the log says which one changed, from what to what.  A killed stage has no
+# marker, so it runs again.
 #
 # Several steps in one stage, each with a marker of its own:
 #   for kd in none mvq; do

@@ -288,3 +288,37 @@ def test_mistakes_in_a_script_are_named(recipe):
     assert "--input has an empty path" in recipe.run("--force", code=2)[1]
     recipe.write(SCRIPT.replace("'src/*.py'", "'source/*.py'"))
     assert "--code source/*.py matches no file" in recipe.run(code=2)[1]
+
+
+def test_a_large_folder_is_compared_by_names_sizes_and_times(recipe):
+    recipe.write(SCRIPT.replace("--input corpus.txt", "--input corpus"))
+    folder = recipe.work / "corpus/sub"
+    folder.mkdir(parents=True)
+    (folder / "text").write_text("one")
+    with open(folder / "a.wav", "wb") as stream:
+        stream.truncate(257 * 2**20)  # sparse, so it takes no space
+    recipe.run("--stop-stage", "1")
+    (marker,) = (recipe.work / "out/.done").glob("1_*")
+    assert json.loads(marker.read_text())["inputs"]["corpus"]["sha256"] is None
+    assert recipe.run("--stop-stage", "1")[0] == []
+    for change in (
+        lambda: (folder / "text").write_text("two"),  # the same size
+        lambda: (folder / "b.wav").touch(),
+        lambda: (folder / "b.wav").unlink(),
+        lambda: (folder / "text").rename(folder / "text2"),
+    ):
+        change()
+        out, err = recipe.run("--stop-stage", "1")
+        assert out == ["manifests"] and "stage 1 manifests: runs, input corpus changed: " in err
+        assert recipe.run("--stop-stage", "1")[0] == []
+
+
+def test_an_input_folder_that_cannot_be_read_stops_the_stage(recipe):
+    recipe.write(SCRIPT.replace("--input corpus.txt", "--input corpus"))
+    folder = recipe.work / "corpus/sub"
+    folder.mkdir(parents=True)
+    for name, target in {"gone": "nowhere", "loop": ".."}.items():
+        (folder / name).symlink_to(target)
+        _, err = recipe.run(code=4)
+        assert "input corpus cannot be read" in err and name in err and "Traceback" not in err
+        (folder / name).unlink()
