@@ -1,7 +1,8 @@
 """Decide whether a stage of a shell script must run, and mark it done.  Used by local/stages.sh alone.
 
 A marker is a JSON file with what the stage depended on: options, inputs (files by content, see ``describe_folder``
-for folders), source code (by content), and the outputs it declared.  Standard library only: it starts in a few hundredths of a second.
+for folders), source code (by content), and the outputs it declared.  Standard library only: it starts in a few
+hundredths of a second.
 
     stage_marker.py check MARKER [--force] [--option NAME=VALUE ...] [--input PATH ...] [--output PATH ...]
                           [--code GLOB ...] [--text NAME=TEXT ...]

@@ -4,6 +4,7 @@ Every reader gives plain :class:`Utterance` rows; ``data/recordings.py`` turns r
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 
-# Utterances with transcripts, and hours, of every part as published.
 TABLE: dict[str, dict[str, tuple[int, float]]] = {
     "librispeech": {
         "train-clean-100": (28539, 100.6),
@@ -33,7 +33,18 @@ TABLE: dict[str, dict[str, tuple[int, float]]] = {
     "mini": {"train-clean-5": (1519, 5.3), "dev-clean-2": (1089, 2.0)},
     "aishell": {"train": (120098, 150.9), "dev": (14326, 18.1), "test": (7176, 10.0)},
 }
-# Hours are published to one decimal, and differ a little between decoders.
+"""Utterances with transcripts, and hours, of every part.
+
+librispeech and aishell: the statistics in icefall's egs/{librispeech,aishell}/ASR/local/
+display_manifest_statistics.py (lhotse's ``describe``); those of the training parts are with copies at 0.9 and 1.1 of
+the speed, so their counts are divided by 3 and their hours by 1 + 1/0.9 + 1/1.1.  The counts of LibriSpeech are also
+those of the data set card openslr/librispeech_asr.  Table 1 of the paper (Panayotov et al., ICASSP 2015) has the hours
+of dev-other and test-other the other way round, 5.3 and 5.1.
+
+mini (SLR31): from memory, no published source was found.  The names promise 5 and 2 hours; where the counts are wrong,
+the check says so with both figures, and ``--partial true`` goes on.
+"""
+# Hours are given to one decimal, and differ a little between decoders.
 HOURS_TOLERANCE = 0.05
 
 
@@ -155,11 +166,16 @@ def read_part(folder: Path, transcripts: dict[str, str] | None = None) -> list[U
     listed = _read_trans_files(folder) if transcripts is None else {}
     texts = listed if transcripts is None else transcripts
     rows: dict[str, Utterance] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()):
+    for path in _files_below(folder):
+        if path.suffix.lower() not in AUDIO_SUFFIXES:
+            continue
         inner = path.relative_to(folder).parts
         speaker = inner[0] if len(inner) > 1 else "unknown"
         if path.stem in rows:
-            raise DataError(f"two audio files of {folder} are named {path.stem}: {rows[path.stem].audio} and {path}")
+            raise DataError(
+                f"two audio files of {folder} are named {path.stem}: {rows[path.stem].audio} and {path}; "
+                "give them names of their own, in the transcripts too"
+            )
         rows[path.stem] = Utterance(utt=path.stem, audio=path, text=texts.get(path.stem), speaker=speaker)
     for utt, text in listed.items():
         if utt not in rows:
@@ -167,9 +183,31 @@ def read_part(folder: Path, transcripts: dict[str, str] | None = None) -> list[U
     return [rows[utt] for utt in sorted(rows)]
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """Return all files of a folder, sorted; a part of it that cannot be read is an error, not an empty folder."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{folder} cannot be read: {error}; check the permissions and links there") from error
+
+    return sorted(
+        Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True) for name in names
+    )
+
+
 def _read_trans_files(folder: Path) -> dict[str, str]:
+    return _read_transcripts(path for path in _files_below(folder) if path.name.endswith(".trans.txt"))
+
+
+def _aishell_transcripts(root: Path) -> dict[str, str]:
+    files = sorted((root / "transcript").glob("*.txt"))
+    if not files:
+        raise DataError(f"{root}/transcript holds no transcript file; the download is incomplete")
+    return _read_transcripts(files)
+
+
+def _read_transcripts(paths: Iterable[Path]) -> dict[str, str]:
     texts: dict[str, str] = {}
-    for path in sorted(folder.rglob("*.trans.txt")):
+    for path in paths:
         for utt, text in _transcript_lines(path):
             if texts.get(utt, text) != text:
                 raise DataError(f"{path}: utterance {utt} has two different transcripts; remove one")
@@ -177,22 +215,15 @@ def _read_trans_files(folder: Path) -> dict[str, str]:
     return texts
 
 
-def _aishell_transcripts(root: Path) -> dict[str, str]:
-    files = sorted((root / "transcript").glob("*.txt"))
-    if not files:
-        raise DataError(f"{root}/transcript holds no transcript file; the download is incomplete")
-    return dict(row for path in files for row in _transcript_lines(path))
-
-
 def _transcript_lines(path: Path) -> Iterable[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}); convert it") from error
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path} is no readable UTF-8 ({error}); convert it") from error
     for line in lines:
-        utt, _, text = line.strip().partition(" ")
+        utt, *text = line.split(maxsplit=1) or [""]  # at a space or a tab
         if utt:
-            yield utt, text.strip()
+            yield utt, "".join(text).strip()
 
 
 def guess_language(texts: Iterable[str | None]) -> str:

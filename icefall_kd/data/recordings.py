@@ -24,6 +24,8 @@ from icefall_kd.text.normalize import normalize_text
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
+# Shorter audio (a tenth of a second) gives no encoder frame at any speed, and may give no feature frame at all.
+SHORTEST = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,8 @@ def make_cuts(
         nj: threads; clipped to the number of utterances.
         check_audio: "full" decodes every file; "header" believes the headers.
     Returns:
-        The cuts, and what was rejected: unreadable or empty audio, all samples zero, a header that promises
-        another length, no or an empty transcript.
+        The cuts, and what was rejected: unreadable audio or less than ``SHORTEST`` of it, all samples zero, a header
+        that promises another length, no or an empty transcript.
     """
     nj = max(1, min(nj, len(utterances)))
     with ThreadPoolExecutor(nj) as pool:
@@ -75,6 +77,8 @@ def _make_cut(utterance: Utterance, language: str, decode: bool) -> MonoCut | Re
     recording = read_recording(utterance.utt, utterance.audio, decode)
     if isinstance(recording, str):
         return reject(recording)
+    if recording.duration < SHORTEST:
+        return reject(f"lasts {recording.duration:.4f} s; at least {SHORTEST} s are needed")
     supervision = SupervisionSegment(
         id=utterance.utt,
         recording_id=recording.id,
@@ -156,6 +160,8 @@ def _fit_cut(cut: Cut, language: str) -> MonoCut | Reject:
     text = normalize_text((cut.supervisions[0].text or "") if cut.supervisions else "", language)
     if not text:
         return Reject(id=cut.id, reason="no transcript")
+    if cut.duration < SHORTEST:
+        return Reject(id=cut.id, reason=f"lasts {cut.duration:.4f} s; at least {SHORTEST} s are needed")
     try:
         cut = stamp_source(cut.drop_features(), _speed_of(cut))
         if cut.sampling_rate != SAMPLE_RATE:

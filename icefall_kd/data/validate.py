@@ -111,9 +111,12 @@ def validate_data(config: ValidateConfig) -> dict[str, dict]:
     precomputed = config.features == "precomputed"
     folder = config.data_dir / ("fbank" if precomputed else "manifests")
     problems, report = [], {}
+    seen: dict[str, dict[str, str]] = {"keys": {}, "speakers": {}}
     for part, expected in corpus["parts"].items():
         cuts = list(iterate_cuts(cuts_file(folder, part)))
         faults = part_faults(cuts, corpus["language"], precomputed)
+        if not faults:
+            faults += _shared_faults(part, cuts, **seen)
         if len(cuts) != expected["cuts"]:
             faults.append(f"{len(cuts)} cuts, corpus.json says {expected['cuts']}")
         if precomputed and not faults:
@@ -140,6 +143,26 @@ def validate_data(config: ValidateConfig) -> dict[str, dict]:
             "stage again with --force"
         )
     return report
+
+
+def _shared_faults(part: str, cuts: list[Cut], keys: dict[str, str], speakers: dict[str, str]) -> list[str]:
+    """Complain of audio that an earlier part holds too; log speakers that one has.  Adds this part to both tables.
+
+    Two parts with one label key train on what they test, or (recordings of one name) would share their labels.
+    """
+    faults = []
+    for cut in cuts:
+        key = label_key(cut)
+        if keys.setdefault(key, part) != part:
+            faults.append(f"{cut.id} is in part {keys[key]} too; parts must differ, in the names of recordings too")
+    names = {cut.supervisions[0].speaker for cut in cuts} - {None, "unknown"}
+    shared = sorted(name for name in names if speakers.setdefault(name, part) != part)
+    if shared:
+        logger.warning(
+            "%s: %d of %d speakers are in other parts too (%s in %s): error rates on it are not those of new speakers",
+            part, len(shared), len(names), shared[0], speakers[shared[0]],
+        )  # fmt: skip
+    return faults
 
 
 def _array_faults(cuts: list[Cut]) -> list[str]:

@@ -1,5 +1,6 @@
 """From a corpus on disk to cuts: what is listed, what is rejected and why, resampling and speed copies."""
 
+import os
 import shutil
 
 import numpy as np
@@ -73,6 +74,45 @@ def test_unfit_recordings_are_rejected_with_the_reason(corpus_dir):
     assert reasons["empty"] == "no samples"
 
 
+def test_audio_too_short_for_one_frame_is_rejected(write_trans):
+    samples = (1, 79, 81, 1599, 1600)
+    root = write_trans({"train": {f"u{n:04d}": (n, "one") for n in samples}})
+    cuts, rejects = make_cuts(open_corpus("trans", root).parts["train"], "en")
+    assert [c.id for c in cuts] == ["u1600"]
+    assert all(r.reason.endswith("at least 0.1 s are needed") for r in rejects) and "0.0999 s" in rejects[-1].reason
+    long, _ = make_cuts(open_corpus("trans", root).parts["train"], "en", check_audio="header")
+    assert [c.id for c in long] == ["u1600"]
+
+
+def test_a_mark_at_the_head_of_a_file_and_tabs_are_no_text(write_trans):
+    root = write_trans({"train": {"u0": (4000, None), "u1": (4000, None)}})
+    (root / "train" / "x.trans.txt").write_text("\ufeffu0\tone two \n\n u1  three\n", encoding="utf-8")
+    assert [r.text for r in open_corpus("trans", root).parts["train"]] == ["one two", "three"]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(corpus_dir, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("spk"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"dev cannot be read: .*Permission denied.*check the permissions and links"):
+        open_corpus("trans", corpus_dir)
+
+
+def test_a_line_that_is_there_twice_must_say_the_same(corpus_dir):
+    with open(corpus_dir / "train" / "x.trans.txt", "a", encoding="utf-8") as stream:
+        stream.write("t0 one two\n")
+    assert len(open_corpus("trans", corpus_dir).parts["train"]) == 5
+    with open(corpus_dir / "train" / "y.trans.txt", "w", encoding="utf-8") as stream:
+        stream.write("t0 another\n")
+    with pytest.raises(DataError, match="t0 has two different transcripts"):
+        open_corpus("trans", corpus_dir)
+
+
 def test_one_bad_recording_of_twenty_stops_only_below_its_ratio(write_trans, tmp_path):
     root = write_trans({"train": {f"u{i:02d}": (4000, "one two") for i in range(20)}})
     (root / "train" / "spk" / "u07.flac").write_bytes(b"no audio")
@@ -93,6 +133,15 @@ def test_a_stop_names_the_first_five_rejects(tmp_path):
     assert "u5" not in str(error.value)
     assert error.value.exit_code == 4
     check_rejects("train", rejects, 1000, 0.01, tmp_path)
+
+
+@pytest.mark.parametrize("rate", [7999, 11025, 22050, 44100, 48000])
+def test_odd_rates_and_lengths_have_the_samples_that_are_promised(write_trans, rate):
+    root = write_trans({"train": {f"u{n}": (n, "one") for n in (rate, rate + 1, rate + 7, 12345)}}, rate=rate)
+    cuts, rejects = make_cuts(open_corpus("trans", root).parts["train"], "en")
+    assert not rejects
+    for cut in with_speed_copies(cuts):
+        assert cut.sampling_rate == 16000 and cut.load_audio().shape == (1, cut.num_samples)
 
 
 def test_other_rates_are_resampled_when_read(write_trans):

@@ -91,6 +91,16 @@ def test_tokens_that_do_not_fit_the_text_are_found_in_training_parts_alone(prepa
     assert "dev: " in caplog.text
 
 
+def test_audio_of_two_parts_is_a_fault_and_a_speaker_of_two_a_warning(prepared, caplog):
+    validate_data(prepared)
+    assert "train: 1 of 1 speakers are in other parts too (spk in dev)" in caplog.text
+    path = cuts_file(prepared.data_dir / "fbank", "dev")
+    own = read_cuts(path)
+    write_cuts(path, [fastcopy(read_cuts(cuts_file(prepared.data_dir / "fbank", "train"))[0], id="other"), own[1]])
+    with pytest.raises(DataError, match="train: t0 is in part dev too"):
+        validate_data(prepared)
+
+
 def test_utterances_too_short_for_their_text_are_found(prepared):
     plant(prepared, lambda cut: supervision(cut, text="THREE " * 30 + "TWO"))
     with pytest.raises(DataError, match="more tokens than encoder frames"):
