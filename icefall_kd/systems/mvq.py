@@ -22,8 +22,8 @@ from icefall_kd.data.batch import Batch, Labels
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError
-from icefall_kd.frames import FrameFormula
-from icefall_kd.labels.align import join_embeddings, join_frames, label_ratio
+from icefall_kd.frames import FrameFormula, conv2d_subsampled_len
+from icefall_kd.labels.align import check_lengths, join_embeddings, join_frames, label_ratio
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.codebook import CodebookLoss
 from icefall_kd.losses.ctc import ctc_loss
@@ -116,11 +116,16 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def labels(self, batch: Batch) -> Labels:
-        """Return codes (N, T_l, Q) padded with -100, or embeddings (N, T_l, C) padded with 0."""
+        """Return codes (N, T_l, Q) padded with -100, or embeddings (N, T_l, C) padded with 0.
+
+        Raises:
+            DataError: the frames of teacher, audio and features of an utterance do not explain each other.
+        """
         # As in extraction: the student's autocast is not the teacher's, which has a precision of its own.
         with torch.autocast(batch.audio.device.type, enabled=False):
             output = self.teacher.extract(batch)
         embeddings, lens = output.arrays["embeddings"].float(), output.lens["embeddings"]
+        self._check_lengths(batch, lens)
         if self.quantizer is None:
             return Labels(embeddings, lens)
         self.quantizer.to(embeddings.device)
@@ -128,6 +133,12 @@ class OnlineTeacher:
         codes = torch.full((*embeddings.shape[:2], self.quantizer.num_codebooks), -100, device=embeddings.device)
         codes[valid] = self.quantizer.encode(embeddings[valid], refine_iters=self.refine_iters).long()
         return Labels(codes, lens)
+
+    def _check_lengths(self, batch: Batch, lens: Tensor) -> None:
+        """Refuse what the data module refuses of stored labels: frames that the formulas do not explain."""
+        counts = (lens, batch.audio_lens, conv2d_subsampled_len(batch.x_lens))
+        for utterance, found, num_samples, student in zip(batch.ids, *(x.tolist() for x in counts), strict=True):
+            check_lengths(found, num_samples, self.teacher.frame_formula, student, utterance)
 
 
 class MvqSystem(System):

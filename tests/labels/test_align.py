@@ -1,11 +1,13 @@
 """Teacher frames meet student frames exactly, and what the formulas do not explain is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from lhotse import CutSet
 
-from icefall_kd.data.batch import IGNORE, Labels
+from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import (
     FBANK_CONV2D,
@@ -16,6 +18,7 @@ from icefall_kd.frames import (
     fbank_num_frames,
 )
 from icefall_kd.labels import align
+from icefall_kd.systems.mvq import OnlineTeacher
 
 FORMULAS = {"hubert": SSL_CONV, "whisper": WHISPER_CONV, "ours": FBANK_CONV2D}
 
@@ -111,3 +114,28 @@ def test_utterances_without_labels_are_ignored_everywhere():
     assert (align.join_frames(align.collate_codes([None], 2), torch.tensor([2]), 2) == IGNORE).all()
     with pytest.raises(DataError, match="width"):
         align.collate_codes([np.zeros((4, 2)), np.zeros((4, 3))])
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["codes", "embeddings"])
+def test_online_labels_are_checked_like_stored_ones(quantized):
+    from label_toys import ToyTeacher, toy_quantizer
+
+    class Shifted(ToyTeacher):
+        shift = 0
+
+        def extract(self, batch):
+            out = super().extract(batch)
+            return type(out)(out.arrays, {"embeddings": out.lens["embeddings"] + torch.tensor([0, self.shift])})
+
+    lengths = [24_001, 15_999]
+    frames = torch.tensor([fbank_num_frames(n) for n in lengths])
+    batch = Batch.from_audio([torch.randn(n) for n in lengths], ["first", "second"])
+    online = OnlineTeacher(Shifted(), toy_quantizer() if quantized else None, refine_iters=1)
+    labels = online.labels(dataclasses.replace(batch, x_lens=frames))
+    assert labels.lens.tolist() == [74, 49] and labels.values.shape[:2] == (2, 74)
+    for student in (25, 23):  # of 15,999 samples are 24
+        with pytest.raises(DataError, match=rf"second.*student has {student} frames.*give 24"):
+            online.labels(dataclasses.replace(batch, x_lens=torch.tensor([150, 4 * student + 3])))
+    online.teacher.shift = -1
+    with pytest.raises(DataError, match=r"second.*48 label frames.*gives 49 for its 15999 samples"):
+        online.labels(dataclasses.replace(batch, x_lens=frames))
