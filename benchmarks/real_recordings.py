@@ -5,8 +5,10 @@
     benchmarks/real_recordings.py --data-root DIR --beds barista --systems none,mvq --seeds 1
     benchmarks/real_recordings.py --compare true                        pooled paired bootstrap of what is there
 
-DIR holds barista/{train,dev} (FLAC and *.trans.txt), fsdd/train (single digits at 8 kHz) and data_aishell
-(Mandarin words in AISHELL-1's layout).  Every number is one of a small bed, chosen and reported on dev.
+DIR holds barista/{train,dev} (FLAC and *.trans.txt), fsdd/train (single digits at 8 kHz), data_aishell (Mandarin
+words in AISHELL-1's layout) and LibriSpeech/{train-clean-100,test-other} (a slice; its training transcripts are a
+recogniser's, so that bed shows labels and distillation alone).  Every number is one of a small bed, chosen and
+reported on dev.  The table of all result files goes into RESULTS.md.
 """
 
 import json
@@ -15,18 +17,25 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
+from icefall_kd.bootstrap import confidence_interval
 from icefall_kd.cli import parse_config
-from icefall_kd.errors import ConfigError, run_main
+from icefall_kd.errors import ConfigError, KdError, run_main
 from icefall_kd.labels.store import LabelStore
-from icefall_kd.results import find_results
+from icefall_kd.results import compare as paired_bootstrap_of
+from icefall_kd.results import find_results, stack_utterances
+from icefall_kd.results_table import markdown_table, replace_block
 from icefall_kd.runtime.env import environment
-from icefall_kd.runtime.files import read_json, write_json
+from icefall_kd.runtime.files import read_json, write_json, write_text
 from icefall_kd.runtime.log import setup_logging
+from icefall_kd.scoring import RATE_NAMES
 
 logger = logging.getLogger("real_recordings")
 REPO = Path(__file__).resolve().parent.parent
-TEACHER = ["--teacher", "whisper-base", "--num-codebooks", "8", "--phase1-steps", "1500", "--phase2-steps", "1000"]
+METHODS = ("greedy_search", "modified_beam_search")
+TEACHER = ["--teacher", "whisper-base", "--num-codebooks", "8", "--quantizer-utts", "250"]
+TEACHER += ["--phase1-steps", "1500", "--phase2-steps", "1000"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Bed:
     options: list[str]
     runs: list[tuple[str, int]]
     """(system, seed) of each run."""
+    part: str = "dev"
+    """Part that is decoded."""
 
 
 def both(seeds: list[int]) -> list[tuple[str, int]]:
@@ -57,7 +68,20 @@ BEDS = {
         ],
         both([1]),
     ),
+    "librispeech_slice": Bed(
+        "librispeech",
+        [
+            *("--corpus", "librispeech", "--parts", "train-clean-100,test-other", "--partial", "true"),
+            *("--token-kind", "char", "--train-parts", "train-clean-100"),
+            *("--valid-parts", "test-other", "--test-parts", "test-other"),
+        ],
+        [("mvq", 1)],
+        part="test-other",
+    ),
 }
+
+
+SOURCES = {"barista": "barista", "mandarin_words": "", "librispeech_slice": "LibriSpeech"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +100,42 @@ class RealConfig:
     """Which seeds of them."""
     results: Path = REPO / "benchmarks/results/real"
     """Folder of the result files."""
+    report: Path | None = REPO / "RESULTS.md"
+    """Markdown file whose block of results is renewed; None: the table is only printed."""
     compare: bool = False
     """Only compare what is there."""
+    nj: int = 2
+    """Processes and threads of preparation, teacher, quantizer and decoding; the training's are in its conf."""
     commit: bool = False
     """Commit each result file to git as it comes."""
+
+
+class RunFailed(KdError):
+    """A command of a run failed; its own message stands above."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def source_dir(bed: str, config: RealConfig) -> Path:
     """Return the corpus folder of a bed; digit strings are made first."""
     if config.data_root is None:
-        raise ConfigError("--data-root is missing: the folder that holds barista, fsdd and data_aishell")
+        raise ConfigError("--data-root is missing: the folder that holds the recordings")
     if bed == "digits":
         out = (config.exp_root / "digits-corpus").resolve()
         command = ["local/make_digits.py", "--source", config.data_root / "fsdd", "--out-dir", out]
-        _run([sys.executable, *command, "--num-train", "900", "--num-dev", "2000"])
+        _run([sys.executable, *command, "--num-train", "600", "--num-dev", "2000"])
         return out
-    return (config.data_root / ("barista" if bed == "barista" else "")).resolve()
+    return (config.data_root / SOURCES[bed]).resolve()
 
 
 def _run(command: list) -> None:
     words = [str(word) for word in command]
     logger.info("%s", " ".join(words))
-    subprocess.run(words, cwd=REPO, check=True)
+    code = subprocess.run(words, cwd=REPO).returncode
+    if code:
+        raise RunFailed(f"exit code {code} from {' '.join(words)}", code)
 
 
 def result_file(config: RealConfig, bed: str, system: str, seed: int) -> Path:
@@ -110,7 +148,8 @@ def run_one(config: RealConfig, bed: str, system: str, seed: int) -> Path:
     exp = (config.exp_root / bed).resolve()
     options = [*BEDS[bed].options, "--config", REPO / f"benchmarks/conf/{bed}.yaml", *TEACHER]
     options += ["--data-dir", exp / "data", "--exp-dir", exp, "--corpus-dir", source_dir(bed, config)]
-    _run(["bash", f"egs/{BEDS[bed].recipe}/run_mvq.sh", *options, "--systems", system, "--seeds", str(seed)])
+    options += ["--systems", system, "--seeds", seed, "--nj", config.nj]
+    _run(["bash", f"egs/{BEDS[bed].recipe}/run_mvq.sh", *options])
     return exp / f"{system}-seed{seed}"
 
 
@@ -151,33 +190,68 @@ def without_machine_paths(result: dict, config: RealConfig) -> dict:
     return json.loads(text)
 
 
+def finished(config: RealConfig, bed: str, system: str) -> dict[int, dict]:
+    """Return the results of a system on a bed, by seed."""
+    files = {seed: result_file(config, bed, system, seed) for run, seed in BEDS[bed].runs if run == system}
+    return {seed: read_json(file) for seed, file in files.items() if file.exists()}
+
+
+def decodings(results: dict[int, dict], bed: str, method: str) -> list[dict]:
+    """Return the decodings of the bed's part by one search, one a seed."""
+    return [result["decodings"][BEDS[bed].part][method] for result in results.values()]
+
+
 def compare(config: RealConfig) -> None:
-    """Compare mvq (and l2) with none on each bed, pooled over the seeds that both have."""
+    """Compare mvq (and l2) with none on each bed by the paired bootstrap, pooled over the seeds that both have."""
     for bed in config.beds:
         for system in ("mvq", "l2"):
-            pairs = [
-                (result_file(config, bed, "none", seed), result_file(config, bed, system, seed))
-                for seed in (1, 2, 3)
-                if result_file(config, bed, "none", seed).exists() and result_file(config, bed, system, seed).exists()
-            ]
-            if not pairs:
-                continue
-            for method in ("greedy_search", "modified_beam_search"):
-                _compare_pairs(config, bed, system, method, pairs)
+            a, b = finished(config, bed, "none"), finished(config, bed, system)
+            seeds = sorted(set(a) & set(b))
+            for method in METHODS if seeds else ():
+                pairs = [decodings({s: r[s] for s in seeds}, bed, method) for r in (a, b)]
+                names = [result_file(config, bed, name, s).name for name in ("none", system) for s in seeds]
+                outcome = paired_bootstrap_of(*pairs, names, num_samples=10000)
+                values = {"none": str(outcome.a), system: str(outcome.b), "difference": str(outcome.difference)}
+                values["probability_of_improvement"] = outcome.probability_of_improvement
+                out = config.results / f"{bed}_{system}_vs_none_{method}.json"
+                write_json(out, {"seeds": seeds, "samples": 10000, **values})
 
 
-def _compare_pairs(config: RealConfig, bed: str, system: str, method: str, pairs: list[tuple[Path, Path]]) -> None:
-    """Write the paired bootstrap of one search, from the utterance counts that the result files hold."""
-    from icefall_kd.results import compare as paired
+def table(config: RealConfig) -> str:
+    """Return the table of all result files, in Markdown: error rates pooled over seeds, and the paired differences."""
+    header = "bed, system, seeds, search, error rate, difference to none, codebook accuracy, label bytes an hour, "
+    header += "seconds a training, peak GiB"
+    cells = []
+    for bed in BEDS:
+        for system in ("none", "l2", "mvq"):
+            results = finished(config, bed, system)
+            for method in METHODS if results else ():
+                cells.append(_cells(config, bed, system, method, results))
+    return markdown_table(header.split(", "), cells)
 
-    loaded = [[read_json(path)["decodings"]["dev"][method] for path in pair] for pair in pairs]
-    a, b = [x[0] for x in loaded], [x[1] for x in loaded]
-    outcome = paired(a, b, [str(p.name) for pair in pairs for p in pair], 10000, 0)
-    print(f"{bed}, {method}, {len(pairs)} seeds")
-    print(f"  none {outcome.a}, {system} {outcome.b}, difference {outcome.difference}")
-    values = {"a": str(outcome.a), "b": str(outcome.b), "difference": str(outcome.difference)}
-    values["probability_of_improvement"] = outcome.probability_of_improvement
-    write_json(config.results / f"{bed}_{system}_vs_none_{method}.json", {"seeds": len(pairs), **values})
+
+def _cells(config: RealConfig, bed: str, system: str, method: str, results: dict[int, dict]) -> list[str]:
+    found = decodings(results, bed, method)
+    _, errors, ref_lens = stack_utterances(found, [str(seed) for seed in results])
+    rate = confidence_interval(errors.sum(axis=0), len(found) * ref_lens, 10000)
+    versus = config.results / f"{bed}_{system}_vs_none_{method}.json"
+    difference = read_json(versus) if versus.exists() else {"difference": "-", "seeds": []}
+    note = "" if set(difference["seeds"]) in (set(), set(results)) else f" (seeds {difference['seeds']})"
+    accuracy = [r["last_step"]["kd_codebook_acc"] for r in results.values() if "kd_codebook_acc" in r["last_step"]]
+    labels = next(iter(results.values()))["labels"]
+    training = [r["training"] for r in results.values()]
+    return [
+        bed,
+        system,
+        ", ".join(map(str, results)),
+        method,
+        f"{RATE_NAMES[found[0]['unit']]} {rate} %",
+        difference["difference"] + note,
+        f"{100 * mean(accuracy):.1f} %" if accuracy else "-",
+        f"{labels['bytes_per_hour']:,.0f}" if labels else "-",
+        f"{mean(t['seconds'] for t in training):,.0f}",
+        f"{max(t['peak_memory_gib'] for t in training):.2f}",
+    ]
 
 
 def main() -> None:
@@ -195,6 +269,10 @@ def main() -> None:
                 _run(["git", "add", out])
                 _run(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])
     compare(config)
+    text = table(config)
+    print(text)
+    if config.report is not None:
+        write_text(config.report, replace_block(config.report.read_text(encoding="utf-8"), "real", text))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class DataConfig:
     """Parts to train on: names in manifest-dir, or paths of lhotse cut sets."""
     valid_parts: list[str] = field(default_factory=lambda: ["dev"])
     """Parts to validate on."""
+    valid_utts: int | None = None
+    """Validate on so many utterances, evenly spaced over the parts; None: on all."""
     features: Literal["precomputed", "on_the_fly"] = "precomputed"
     """Read stored Fbank features, or compute them from audio in the workers."""
     max_duration: float = 200.0
@@ -52,7 +54,7 @@ class DataConfig:
     """Drop the last, smaller batch of an epoch."""
 
     def __post_init__(self) -> None:
-        _at_least(self, max_duration=0.1, num_buckets=1, num_workers=0, min_utt_duration=0)
+        _at_least(self, valid_utts=1, max_duration=0.1, num_buckets=1, num_workers=0, min_utt_duration=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,6 +215,15 @@ class _Plans:
         return ((self.epoch, index, cuts) for index, cuts in islice(numbered, self.skip, None))
 
 
+def _spread(cuts: CutSet, count: int | None) -> CutSet:
+    """Return ``count`` cuts at even distances, or all when there are no more."""
+    total = len(cuts)
+    if count is None or count >= total:
+        return cuts
+    kept = list(cuts)
+    return CutSet.from_cuts(kept[i * total // count] for i in range(count))
+
+
 def _single_thread(_worker: int) -> None:
     # Workers share the cores with the training process.
     torch.set_num_threads(1)
@@ -250,7 +259,7 @@ class DataModule:
             "ctc": ctc,
         }
         self.train_cuts, self.rejected = filter_cuts(cuts, **keep)
-        self.valid_cuts, _ = filter_cuts(valid_cuts, **keep)
+        self.valid_cuts = _spread(filter_cuts(valid_cuts, **keep)[0], config.valid_utts)
         if len(self.train_cuts) == 0:
             raise DataError(f"no training utterance is left of {len(cuts)}: {self.rejected[:3]}")
         self.buckets = Buckets(self.train_cuts, config.num_buckets)

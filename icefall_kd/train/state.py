@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # what they point to is compared by content.
 MAY_CHANGE = frozenset(
     "exp_dir num_epochs max_steps device num_threads log_interval valid_interval save_every_n keep_last_k keep_epochs "
-    "max_skips oom_scan start_epoch manifest_dir lang_dir label_dir valid_parts num_workers".split()
+    "max_skips oom_scan start_epoch manifest_dir lang_dir label_dir valid_parts valid_utts num_workers".split()
 )
 
 

@@ -133,6 +133,15 @@ def test_ranks_get_equally_many_batches_of_different_utterances(data_module, mon
     assert sorted(valid) == sorted(c.id for c in data.valid_cuts)
 
 
+def test_validation_on_a_few_utterances_spreads_them(data_module):
+    everyone = [c.id for c in data_module().valid_cuts]
+    assert len(everyone) == 3
+    assert sorted(ids_of(data_module({"valid_utts": 2}).valid_batches())) == [everyone[0], everyone[1]]
+    assert sorted(ids_of(data_module({"valid_utts": 9}).valid_batches())) == sorted(everyone)
+    with pytest.raises(ConfigError, match="--valid-utts is 0"):
+        data_module({"valid_utts": 0})
+
+
 def test_ranks_hear_different_noise(corpus, data_module, monkeypatch):
     data, seeds = data_module(augment={"musan_cuts": corpus / "fbank" / "cuts_noise.jsonl.gz"}), []
     monkeypatch.setattr(data.train_data, "noise", lambda cuts, seed: seeds.append(seed) or list(cuts))
