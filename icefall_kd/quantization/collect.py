@@ -150,13 +150,12 @@ def collect_frames(sample: Sample, teacher: Teacher, max_duration: float) -> Fra
     progress = Progress(len(sample.cuts), "utterances", name="embeddings for the quantizer")
     for cuts in _batches(list(sample.cuts.values()), max_duration):
         waves = [(cut.id, wave) for cut in cuts if (wave := _load(cut, teacher)) is not None]
+        if waves:
+            output = teacher.extract(Batch.from_audio([wave for _, wave in waves], [name for name, _ in waves]))
+            embeddings, lens = output.arrays["embeddings"].cpu().float(), output.lens["embeddings"].tolist()
+            parts += [to_float16(e[:length]) for e, length in zip(embeddings, lens, strict=True)]
+            samples += sum(len(wave) for _, wave in waves)
         progress.update(len(cuts))
-        if not waves:
-            continue
-        output = teacher.extract(Batch.from_audio([wave for _, wave in waves], [name for name, _ in waves]))
-        embeddings, lens = output.arrays["embeddings"].cpu().float(), output.lens["embeddings"].tolist()
-        parts += [to_float16(e[:length]) for e, length in zip(embeddings, lens, strict=True)]
-        samples += sum(len(wave) for _, wave in waves)
     if not parts:
         raise DataError(f"none of the {len(sample.cuts)} sampled utterances could be read; see the warnings above")
     seconds = max(time.monotonic() - start, 1e-9)
