@@ -1,4 +1,8 @@
-"""Prediction of multi-codebook indexes (Guo et al. 2022, arXiv 2211.00508)."""
+"""Prediction of multi-codebook indexes (Guo et al. 2022, arXiv 2211.00508).
+
+Both heads, with their scales and initial values, are those of ``JointCodebookLoss`` in the authors'
+multi_quantization 0.1.1; their recipe in icefall uses the independent one.
+"""
 
 import math
 
@@ -66,15 +70,15 @@ class CodebookLoss(nn.Module):
         Raises:
             DataError: for another shape, or for indexes outside the codebook.
         """
-        num, _, num_codebooks = codebook_indexes.shape
-        if num_codebooks != self.num_codebooks or codebook_indexes.shape[:2] != x.shape[:2]:
+        if codebook_indexes.shape != (*x.shape[:2], self.num_codebooks) or x.shape[2] != self.output.in_features:
             raise DataError(
                 f"codebook_indexes {tuple(codebook_indexes.shape)} do not fit a student layer {tuple(x.shape)} "
-                f"with {self.num_codebooks} codebooks a frame"
+                f"with {self.num_codebooks} codebooks a frame and a head for {self.output.in_features} channels"
             )
+        codebook_indexes = codebook_indexes.long()  # before any comparison: 156 equals -100 among unsigned bytes
         labelled = (codebook_indexes != IGNORE).any(2)  # (N, T')
         utterance, frame = labelled.nonzero(as_tuple=True)
-        codes = codebook_indexes[utterance, frame].long()  # (F, M)
+        codes = codebook_indexes[utterance, frame]  # (F, M)
         self._check(codes)
         with torch.autocast(x.device.type, enabled=False):
             h = x[utterance, frame].float()
@@ -85,7 +89,7 @@ class CodebookLoss(nn.Module):
         per_frame = losses.detach().sum(1)
         return FrameLoss(
             value=losses.sum(),
-            per_utterance=per_frame.new_zeros(num).index_add_(0, utterance, per_frame),
+            per_utterance=per_frame.new_zeros(len(x)).index_add_(0, utterance, per_frame),
             per_target=losses.detach().sum(0),
             counts=(codes != IGNORE).sum(0).float(),
             correct=correct.sum(0).float(),

@@ -141,10 +141,19 @@ def test_indexes_outside_the_codebook_are_refused(bad):
         CodebookLoss(16, 6)(layer_output(3, 12, 16), codes)
 
 
+def test_bytes_as_the_store_holds_them_are_no_ignored_labels():
+    # Among unsigned bytes -100 is 156, an index like any other.
+    loss, x, codes = CodebookLoss(16, 6), layer_output(2, 3, 16), torch.full((2, 3, 6), 156)
+    result = loss(x, codes.to(torch.uint8))
+    assert result.counts.tolist() == [6] * 6 and torch.equal(result.value, loss(x, codes).value)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match="do not fit"):
         CodebookLoss(16, 8)(layer_output(3, 12, 16), labels())
     with pytest.raises(DataError, match="do not fit"):
         CodebookLoss(16, 6)(layer_output(3, 11, 16), labels())
+    with pytest.raises(DataError, match="a head for 16 channels"):
+        CodebookLoss(16, 6)(layer_output(3, 12, 8), labels())
     with pytest.raises(ConfigError):
         CodebookLoss(16, 0)

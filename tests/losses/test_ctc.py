@@ -48,3 +48,18 @@ def test_lengths_that_do_not_fit_are_refused(x_len, y_len):
     y = torch.ones(1, 3, dtype=torch.int64)
     with pytest.raises(DataError):
         ctc_loss(torch.randn(1, 6, 3), y, torch.tensor([x_len]), torch.tensor([y_len]))
+
+
+@pytest.mark.parametrize("token", [3, -1])
+def test_tokens_outside_the_vocabulary_are_refused(token):
+    y = torch.tensor([[1, token, 2]])
+    with pytest.raises(DataError, match=f"token {token} lies outside the vocabulary of 3"):
+        ctc_loss(torch.randn(1, 6, 3), y, torch.tensor([6]), torch.tensor([2]))
+    assert ctc_loss(torch.randn(1, 6, 3), y, torch.tensor([6]), torch.tensor([1])).isfinite().all()  # padding is free
+
+
+def test_no_text_at_all_is_the_score_of_blanks():
+    logits = torch.randn(2, 6, 5)
+    loss = ctc_loss(logits, torch.zeros(2, 0, dtype=torch.int64), torch.tensor([6, 3]), torch.tensor([0, 0]))
+    blanks = -logits.log_softmax(2)[..., 0]
+    torch.testing.assert_close(loss, torch.stack([blanks[0].sum(), blanks[1, :3].sum()]))
