@@ -29,6 +29,7 @@ token_kind=                # Tokens: bpe, char or pinyin; empty: prepare.sh's ow
 vocab_size=                # BPE tokens; empty: prepare.sh's own
 speed_perturb=             # Speed copies of the training parts; empty: prepare.sh's own
 config=                    # Training options in YAML; empty: conf/mvq_CORPUS.yaml or conf/mvq.yaml
+prepare_args=              # More options of prepare.sh, in one string
 train_args=                # More options of train.py, in one string
 num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
 decoding_methods="greedy_search modified_beam_search"  # Searches, with spaces
@@ -55,8 +56,8 @@ if [[ -z $config ]]; then
   [[ ! -f conf/mvq_$corpus.yaml ]] || config=conf/mvq_$corpus.yaml
 fi
 case $recipe:$corpus in
+  *:trans | *:cuts) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev}" ;;
   *librispeech:demo) : "${train_parts:=train-demo}" "${valid_parts:=dev-demo}" "${test_parts:=dev-demo,test-demo}" ;;
-  *librispeech:trans) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev}" ;;
   *librispeech:mini) : "${train_parts:=train-clean-5}" "${valid_parts:=dev-clean-2}" "${test_parts:=dev-clean-2}" ;;
   *librispeech:*)
     : "${train_parts:=train-clean-100,train-clean-360,train-other-500}" "${valid_parts:=dev-clean,dev-other}"
@@ -85,9 +86,15 @@ quantizer_dir=$exp_dir/quantizer-$teacher_tag-q$num_codebooks
 codes_dir=$exp_dir/labels/$teacher_tag-q$num_codebooks
 embeddings_dir=$exp_dir/labels/$teacher_tag-embeddings
 teacher_options=(--teacher "$teacher" --layer "$layer" --normalize-embeddings "$normalize_embeddings")
-IFS=, read -r -a train_list <<< "$train_parts"
-train_cuts=("${train_list[@]/#/$data_dir/$kind/cuts_}")
+# What the teacher is: a folder counts by its files, a name by the SHA-256 that is pinned or stored with the labels.
+teacher_files=()
+[[ ! -d $teacher ]] || teacher_files=("$teacher")
+IFS=, read -r -a train_cuts <<< "$train_parts"
+IFS=, read -r -a test_cuts <<< "$test_parts"
+train_cuts=("${train_cuts[@]/#/$data_dir/$kind/cuts_}")
 train_cuts=("${train_cuts[@]/%/.jsonl.gz}")
+test_cuts=("${test_cuts[@]/#/$data_dir/$kind/cuts_}")
+test_cuts=("${test_cuts[@]/%/.jsonl.gz}")
 cuts_list=$(IFS=,; echo "${train_cuts[*]}")
 
 wants() { # wants KIND: does one of the systems need labels of this kind
@@ -109,14 +116,15 @@ lang_dir() { # the tokenizer that the options name, or the one that there is
 }
 
 stage_0_data() { # Prepare the corpus (its stages have markers of their own)
+  # shellcheck disable=SC2086
   ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" --partial "$partial" \
     ${corpus_dir:+--corpus-dir "$corpus_dir"} ${parts:+--parts "$parts"} ${token_kind:+--token-kind "$token_kind"} \
-    ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"}
+    ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
 }
 
 stage_1_teacher() { # Check the teacher on a few utterances
   wants codebook_indexes || wants embeddings || return 0
-  begin --option teacher layer normalize_embeddings --input "${train_cuts[@]}" \
+  begin --option teacher layer normalize_embeddings --input "${train_cuts[@]}" "${teacher_files[@]}" \
     --output "$exp_dir/teacher-$teacher_tag.json" --code 'icefall_kd/teachers/*.py' || return 0
   OMP_NUM_THREADS=$nj python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "$exp_dir/teacher-$teacher_tag.json" \
     "${teacher_options[@]}"
@@ -125,7 +133,7 @@ stage_1_teacher() { # Check the teacher on a few utterances
 stage_2_quantizer() { # Train the quantizer and report on it
   wants codebook_indexes || return 0
   begin --option teacher layer normalize_embeddings num_codebooks phase1_steps phase2_steps quantizer_utts \
-    --input "${train_cuts[@]}" --output "$quantizer_dir/quantizer.safetensors" \
+    --input "${train_cuts[@]}" "${teacher_files[@]}" --output "$quantizer_dir/quantizer.safetensors" \
     --code 'icefall_kd/quantization/*.py' 'icefall_kd/teachers/*.py' || return 0
   OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "$quantizer_dir/quantizer.safetensors" \
     --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
@@ -133,7 +141,7 @@ stage_2_quantizer() { # Train the quantizer and report on it
 }
 
 extract() { # extract KIND DIR [OPTION ...]: all shards of a label set, then a check of every byte
-  local label_kind=$1 dir=$2 inputs=("${train_cuts[@]}")
+  local label_kind=$1 dir=$2 inputs=("${train_cuts[@]}" "${teacher_files[@]}")
   shift 2
   [[ $label_kind == embeddings ]] || inputs+=("$quantizer_dir/quantizer.safetensors")
   begin --name "$label_kind" --option teacher layer normalize_embeddings num_shards --input "${inputs[@]}" \
@@ -167,8 +175,14 @@ stage_4_train() { # Train every student
         mvq) labels=(--label-dir "$codes_dir") ;;
         l1 | l2) labels=(--label-dir "$embeddings_dir") ;;
       esac
+      # No --code: an edited line of the library does not throw a week of training away.
       begin --name "$system-seed$seed" --option train_args train_parts valid_parts --input "$config" \
-        --input "${train_cuts[@]}" --input "${labels[@]:1}" --output "$dir/train_summary.json" || continue
+        "${train_cuts[@]}" "$lang/tokenizer.json" "${labels[@]:1}" --output "$dir/train_summary.json" || continue
+      if [[ $force == true && -e $dir ]]; then # train.py would go on with it, or find it finished
+        log "the training in $dir is moved to $dir.old"
+        rm -rf "$dir.old"
+        mv "$dir" "$dir.old"
+      fi
       # shellcheck disable=SC2086
       "${launch[@]}" ./train.py --config "$config" --exp-dir "$dir" --kd "$system" --seed "$seed" \
         --manifest-dir "$data_dir/$kind" --lang-dir "$lang" --train-parts "$train_parts" \
@@ -185,7 +199,7 @@ stage_5_decode() { # Decode and score
       dir=$exp_dir/$system-seed$seed
       for method in $decoding_methods; do
         begin --name "$system-seed$seed-$method" --option decode_args test_parts --input "$dir/train_summary.json" \
-          --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || continue
+          "${test_cuts[@]}" --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || continue
         # shellcheck disable=SC2086
         OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
           --decoding-method "$method" $decode_args

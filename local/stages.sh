@@ -98,15 +98,19 @@ _stages_list() {
 }
 
 _stages_help() {
-  local name description number line
+  local name description number line file
   printf 'Usage: %s [--option value ...]\n\n' "${_stages_script##*/}"
-  while IFS= read -r line; do  # the comment at the head of the script
-    [[ $line =~ ^#! ]] && continue
-    [[ $line =~ ^# ]] || break
-    line=${line#\#}
-    printf '%s\n' "${line# }"
-  done < "$_stages_script"
-  printf '\nOptions:\n'
+  # The comment at the head of the script; before it, of the recipe's own one that started it with --recipe DIR.
+  for file in ${recipe:+"$recipe/${_stages_script##*/}"} "$_stages_script"; do
+    while IFS= read -r line; do
+      [[ $line =~ ^#! ]] && continue
+      [[ $line =~ ^# ]] || break
+      line=${line#\#}
+      printf '%s\n' "${line# }"
+    done < "$file"
+    printf '\n'
+  done
+  printf 'Options:\n'
   while IFS=$'\t' read -r name description; do
     printf "  --%-20s %s (default: '%s')\n" "${name//_/-}" "$description" "${!name}"
   done < <(_stages_options)
