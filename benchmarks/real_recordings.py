@@ -36,6 +36,8 @@ REPO = Path(__file__).resolve().parent.parent
 METHODS = ("greedy_search", "modified_beam_search")
 TEACHER = ["--teacher", "whisper-base", "--num-codebooks", "8", "--quantizer-utts", "250"]
 TEACHER += ["--phase1-steps", "1500", "--phase2-steps", "1000"]
+# Where a run shall be short: half the steps, half the utterances.
+SHORT_QUANTIZER = ["--quantizer-utts", "120", "--phase1-steps", "800", "--phase2-steps", "500"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Bed:
     """(system, seed) of each run."""
     part: str = "dev"
     """Part that is decoded."""
+    teacher_options: list[str] = field(default_factory=list)
+    """Options of teacher and quantizer that differ from TEACHER."""
 
 
 def both(seeds: list[int]) -> list[tuple[str, int]]:
@@ -59,7 +63,12 @@ BEDS = {
     "barista": Bed(
         "librispeech", ["--corpus", "trans", "--token-kind", "char"], [*both([1, 2, 3]), ("l2", 1)]
     ),
-    "digits": Bed("librispeech", ["--corpus", "trans", "--token-kind", "char"], both([1])),
+    "digits": Bed(
+        "librispeech",
+        ["--corpus", "trans", "--token-kind", "char"],
+        both([1]),
+        teacher_options=SHORT_QUANTIZER,
+    ),
     "mandarin_words": Bed(
         "aishell",
         [
@@ -67,6 +76,7 @@ BEDS = {
             *("--speed-perturb", "false", "--train-parts", "train", "--valid-parts", "dev", "--test-parts", "dev"),
         ],
         both([1]),
+        teacher_options=SHORT_QUANTIZER,
     ),
     "librispeech_slice": Bed(
         "librispeech",
@@ -77,6 +87,7 @@ BEDS = {
         ],
         [("mvq", 1)],
         part="test-other",
+        teacher_options=SHORT_QUANTIZER,
     ),
 }
 
@@ -125,7 +136,7 @@ def source_dir(bed: str, config: RealConfig) -> Path:
     if bed == "digits":
         out = (config.exp_root / "digits-corpus").resolve()
         command = ["local/make_digits.py", "--source", config.data_root / "fsdd", "--out-dir", out]
-        _run([sys.executable, *command, "--num-train", "600", "--num-dev", "2000"])
+        _run([sys.executable, *command, "--num-train", "400", "--num-dev", "2000"])
         return out
     return (config.data_root / SOURCES[bed]).resolve()
 
@@ -147,6 +158,7 @@ def run_one(config: RealConfig, bed: str, system: str, seed: int) -> Path:
     """Run prepare, labels, training and decoding of one system and seed; return its exp_dir."""
     exp = (config.exp_root / bed).resolve()
     options = [*BEDS[bed].options, "--config", REPO / f"benchmarks/conf/{bed}.yaml", *TEACHER]
+    options += BEDS[bed].teacher_options
     options += ["--data-dir", exp / "data", "--exp-dir", exp, "--corpus-dir", source_dir(bed, config)]
     options += ["--systems", system, "--seeds", seed, "--nj", config.nj]
     _run(["bash", f"egs/{BEDS[bed].recipe}/run_mvq.sh", *options])
