@@ -48,8 +48,9 @@ class WhisperTranscriber:
                 settings |= read_json(folder / name)
         self.suppress = settings.get("suppress_ids") or settings.get("suppress_tokens") or []
         self.suppress_first = settings.get("suppress_ids_begin") or settings.get("begin_suppress_tokens") or []
-        languages = settings.get("lang_ids") or list((settings.get("lang_to_id") or {}).values())
-        self.languages = languages if self.model.config.vocab_size >= _MULTILINGUAL_VOCAB else []
+        # All vocabularies of Whisper have the languages between these two.
+        first, last = self._token("<|startoftranscript|>") + 1, self._token("<|translate|>")
+        self.languages = list(range(first, last)) if self.model.config.vocab_size >= _MULTILINGUAL_VOCAB else []
         self.end = self._token("<|endoftext|>")
 
     def _token(self, text: str) -> int:
@@ -59,14 +60,25 @@ class WhisperTranscriber:
         return found
 
     @torch.no_grad()
-    def transcribe(self, features: Tensor) -> str:
-        """Return the text of one utterance from its log-mel features (1, M, 3000)."""
-        encoded = self.model.model.encoder(features.to(self.device))
+    def transcribe(self, features: Sequence[Tensor]) -> list[str]:
+        """Return the texts of utterances of one language from their log-mel features, (1, M, 3000) each."""
+        encoded = [self.model.model.encoder(x.to(self.device)) for x in features]
         prompt = [self._token("<|startoftranscript|>")]
-        if self.languages:
-            logits, _ = self._step(prompt, encoded, None)
-            prompt += [max(self.languages, key=lambda i: float(logits[i])), self._token("<|transcribe|>")]
+        if self.languages and encoded:
+            prompt += [self._language(prompt, encoded), self._token("<|transcribe|>")]
         prompt.append(self._token("<|notimestamps|>"))
+        return [self._greedy(prompt, x) for x in encoded]
+
+    def _language(self, prompt: list[int], encoded: Sequence) -> int:
+        """Return the token of the language that is the most probable of all utterances together.
+
+        One word does not tell its language: of isolated Mandarin words Whisper base takes a third for Thai,
+        Korean or Portuguese, and writes them down as such.
+        """
+        logits = torch.stack([self._step(prompt, x, None)[0][self.languages] for x in encoded])
+        return self.languages[int(logits.log_softmax(dim=1).sum(dim=0).argmax())]
+
+    def _greedy(self, prompt: list[int], encoded) -> str:
         limit = min(_MAX_TOKENS, self.model.config.max_target_positions - len(prompt))
         tokens: list[int] = []
         cache, fed = None, prompt

@@ -102,14 +102,14 @@ class WhisperTeacher(PretrainedTeacher):
         return teacher
 
     def transcribe(self, waves: Sequence[Tensor]) -> list[str] | None:
-        """Return greedy transcripts of (S_i,) waveforms, or None when the folder has no tokenizer.
+        """Return greedy transcripts of (S_i,) waveforms of one language, or None when the folder has no tokenizer.
 
         The whole model is loaded for it, in float32, and freed again.
         """
         if self.folder is None or not can_transcribe(self.folder):
             return None
         transcriber = WhisperTranscriber(self.folder, self.device)
-        return [transcriber.transcribe(log_mel(w[None].to(self.device), self.filters)) for w in waves]
+        return transcriber.transcribe([log_mel(w[None].to(self.device), self.filters) for w in waves])
 
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         rows = [i for i, t in enumerate(frames) if t > 0]

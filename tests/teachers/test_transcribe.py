@@ -6,7 +6,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from icefall_kd.config import TeacherConfig
-from icefall_kd.teachers import build_teacher
+from icefall_kd.teachers import build_teacher, transcribe
 from icefall_kd.teachers.locate import package_folder
 from icefall_kd.teachers.speech_ssl import normalize_audio
 from icefall_kd.teachers.transcribe import WhisperTranscriber, collapse_ctc
@@ -20,26 +20,55 @@ def test_ctc_collapse_is_the_definition():
     assert collapse_ctc([], 0) == [] == collapse_ctc([0, 0], 0)
 
 
-def test_whisper_greedy_equals_step_by_step_without_a_cache(tmp_path):
+def whisper_folder(tmp_path, special):
     model = whisper_model()
     folder = write_ct2(tmp_path, model)
-    vocab = {f"w{i}": i for i in range(36)} | {name: 36 + i for i, name in enumerate(SPECIAL)}
+    words = 40 - len(special)
+    vocab = {f"w{i}": i for i in range(words)} | {name: words + i for i, name in enumerate(special)}
     Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    suppressed = [4, 5]
-    (folder / "config.json").write_text(json.dumps({"suppress_ids": suppressed, "suppress_ids_begin": [36, 7]}))
-    features = torch.randn(1, 80, 3000)
-    ids, tokens = [37, 39], []
+    return folder, model, vocab
+
+
+def greedy_without_a_cache(model, features, prompt, vocab, suppressed=(), suppressed_first=()):
+    ids = list(prompt)
     with torch.no_grad():
         while len(ids) < model.config.max_target_positions:
             logits = model(features, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
-            logits[suppressed + ([36, 7] if not tokens else [])] = -torch.inf
+            logits[[*suppressed, *(suppressed_first if len(ids) == len(prompt) else ())]] = -torch.inf
             best = int(logits.argmax())
-            if best == 36:
+            if best == vocab["<|endoftext|>"]:
                 break
             ids.append(best)
-            tokens.append(best)
-    expected = " ".join(f"w{t}" for t in tokens if t < 36)
-    assert WhisperTranscriber(folder, torch.device("cpu")).transcribe(features) == expected
+    return " ".join(f"w{t}" for t in ids[len(prompt) :] if t < vocab["<|endoftext|>"])
+
+
+def test_whisper_greedy_equals_step_by_step_without_a_cache(tmp_path):
+    special = [SPECIAL[0], SPECIAL[1], "<|translate|>", *SPECIAL[2:]]
+    folder, model, vocab = whisper_folder(tmp_path, special)
+    suppressed, first = [4, 5], [vocab["<|endoftext|>"], 7]
+    (folder / "config.json").write_text(json.dumps({"suppress_ids": suppressed, "suppress_ids_begin": first}))
+    features = torch.randn(1, 80, 3000)
+    prompt = [vocab["<|startoftranscript|>"], vocab["<|notimestamps|>"]]
+    expected = greedy_without_a_cache(model, features, prompt, vocab, suppressed, first)
+    assert WhisperTranscriber(folder, torch.device("cpu")).transcribe([features]) == [expected]
+
+
+def test_the_language_is_that_of_all_utterances_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe, "_MULTILINGUAL_VOCAB", 40)
+    names = ["<|en|>", "<|zh|>", "<|th|>"]
+    folder, model, vocab = whisper_folder(tmp_path, [*SPECIAL[:2], *names, "<|translate|>", *SPECIAL[2:]])
+    utterances = [torch.linspace(-3, 3, 7)[i] + torch.randn(1, 80, 3000) for i in range(7)]
+    start = vocab["<|startoftranscript|>"]
+    with torch.no_grad():
+        logits = [model(x, decoder_input_ids=torch.tensor([[start]])).logits[0, -1] for x in utterances]
+    chances = torch.stack([x[[vocab[n] for n in names]].softmax(dim=0) for x in logits])
+    best = names[int(chances.prod(dim=0).argmax())]
+    assert len(set(chances.argmax(dim=1).tolist())) > 1  # alone, some would be another language
+    prompt = [start, vocab[best], vocab["<|transcribe|>"], vocab["<|notimestamps|>"]]
+    expected = [greedy_without_a_cache(model, x, prompt, vocab) for x in utterances]
+    found = WhisperTranscriber(folder, torch.device("cpu")).transcribe(utterances)
+    assert found == expected
+    assert WhisperTranscriber(folder, torch.device("cpu")).transcribe([]) == []
 
 
 def test_a_ctc_head_is_decoded(tmp_path):
