@@ -57,6 +57,7 @@ def train_main(argv: list[str] | None = None) -> int:
             config,
             tokenizer_hash=tokenizer.hash,
             on_start=lambda: _furnish(config.loop.exp_dir, tokenizer, data),
+            epoch_seconds=sum(cut.duration for cut in data.train_cuts),
         )
     finally:
         dist.shutdown()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import atomic_write
+from icefall_kd.runtime.files import TMP_PREFIX, atomic_path, atomic_write
 
 FORMAT_VERSION = 1
 _PLAIN = (str, int, float, bool, bytes, type(None))
@@ -46,10 +46,21 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 
     Raises:
         TypeError: naming the entry that is neither a tensor nor a plain container.
+        ConfigError: the disk does not take the file (full, quota, permissions).
     """
     plain = _plain_copy({**checkpoint, "format_version": FORMAT_VERSION}, "")
-    with atomic_write(path, "wb") as f:
-        torch.save(plain, f)
+    try:
+        with atomic_write(path, "wb") as f:
+            torch.save(plain, f)
+    except (OSError, RuntimeError) as error:
+        # torch turns an OSError of the stream into a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise ConfigError(
+            f"cannot write {path}: {cause.strerror or cause}; what was saved before is intact. Make room (smaller "
+            "--keep-last-k and --keep-epochs need less) and run the same command again"
+        ) from error
 
 
 def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
@@ -142,14 +153,33 @@ def remove_old(exp_dir: str | Path, kind: str, keep: int | None) -> list[Path]:
 def copy_as(source: str | Path, name: str) -> Path:
     """Make ``name`` beside ``source`` the same file, atomically (a hard link where the disk allows)."""
     source = Path(source)
-    target, temporary = source.with_name(name), source.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    target = source.with_name(name)
+    if target.exists() and target.samefile(source):
+        return target
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
     return target
+
+
+def remove_leftovers(exp_dir: str | Path) -> None:
+    """Delete the half-written .pt files that killed processes left in ``exp_dir``."""
+    for path in Path(exp_dir).glob(f"{TMP_PREFIX}*.pt"):
+        pid = path.name.removeprefix(TMP_PREFIX).partition("-")[0]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def check_tokenizer(checkpoint: dict[str, Any], tokenizer_hash: str, path: str | Path) -> None:

@@ -66,7 +66,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    said = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # CUDA, the host, cuBLAS and cuDNN
+    return isinstance(error, RuntimeError) and any(words in text for words in said)
 
 
 def batch_shapes(batch: Batch) -> dict[str, Any]:
@@ -84,9 +85,20 @@ def batch_shapes(batch: Batch) -> dict[str, Any]:
     return shapes
 
 
+def _suggest_max_duration(batch: Batch, max_duration: float) -> float:
+    """Return a --max-duration that would have kept a batch like this one smaller, in seconds."""
+    padded = len(batch) * max(batch.durations) if batch.durations else max_duration
+    smaller = OOM_SHRINK * min(max_duration, padded)
+    return math.floor(smaller) if smaller >= 1 else round(smaller, 2)
+
+
 def out_of_memory(error: BaseException, batch: Batch, where: str, file: Path, max_duration: float) -> ConfigError:
     """Dump the shapes of the batch that exhausted the memory and return the error to raise."""
-    suggestion = max(1, math.floor(max_duration * OOM_SHRINK))
+    suggestion = _suggest_max_duration(batch, max_duration)
+    remedy = f"--max-duration {suggestion:g} (now {max_duration:g})"
+    if len(batch) == 1:
+        # No smaller batch exists: this utterance has to go, or the model has to shrink.
+        remedy = f"--max-utt-duration {suggestion:g} or a smaller model"
     write_json(
         file,
         {
@@ -101,7 +113,7 @@ def out_of_memory(error: BaseException, batch: Batch, where: str, file: Path, ma
     shape = tuple(batch.features.shape) if batch.features is not None else "no features"
     return ConfigError(
         f"out of memory {where}: {len(batch)} utterances, features {shape}{tokens}; "
-        f"ids and shapes are in {file}; try --max-duration {suggestion} (now {max_duration:g})"
+        f"ids and shapes are in {file}; try {remedy}"
     )
 
 
@@ -191,13 +203,13 @@ class NonFiniteGuard:
         self.in_a_row = 0
         self.reports.clear()
 
-    def bad(self, step: int, terms: LossTerms | None, batch: Batch, locally: bool) -> None:
+    def bad(self, step: int, terms: LossTerms | None, batches: Sequence[Batch], locally: bool) -> None:
         """Record a skipped step.
 
         Args:
             step: global step.
-            terms: losses of this rank's batch; None when the gradients are to blame.
-            batch: this rank's batch.
+            terms: losses of this rank's (only) batch; None when the gradients are to blame.
+            batches: this rank's batch, or all batches that the gradients come from.
             locally: whether this rank saw the non-finite value (all ranks skip together).
         Raises:
             NumericError: more than ``max_skips`` in a row.
@@ -207,10 +219,10 @@ class NonFiniteGuard:
         if not locally:
             found: dict[str, Any] = {"another rank": {"value": "non-finite", "utterances": []}}
         elif terms is None:
-            found = {"gradient": {"value": "non-finite", "utterances": list(batch.ids)}}
+            found = {"gradient": {"value": "non-finite", "utterances": [i for batch in batches for i in batch.ids]}}
         else:
-            found = describe_non_finite(terms, batch)
-        self.reports.append({"step": step, "terms": found, "batch": batch_shapes(batch)})
+            found = describe_non_finite(terms, batches[0])
+        self.reports.append({"step": step, "terms": found, "batches": [batch_shapes(batch) for batch in batches]})
         named = "; ".join(
             f"{name} is {x['value']}" + (f" in {', '.join(x['utterances'][:5])}" if x["utterances"] else "")
             for name, x in found.items()

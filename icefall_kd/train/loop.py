@@ -5,10 +5,8 @@ stopped at any step and is started again with the same command ends in the same 
 """
 
 import contextlib
-import json
 import logging
 import math
-import resource
 import signal
 import threading
 import time
@@ -21,16 +19,16 @@ import torch
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import TrainConfig
 from icefall_kd.data.batch import Batch
-from icefall_kd.errors import DataError
+from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import write_json
-from icefall_kd.runtime.log import format_seconds
 from icefall_kd.systems.base import System
 from icefall_kd.train import checkpoint as ckpt
 from icefall_kd.train import guards
 from icefall_kd.train.average import RunningAverage
-from icefall_kd.train.metrics import RESET_INTERVAL, MetricsWriter, Tracker, format_values, read_terms
+from icefall_kd.train.metrics import Tracker, finite_only
+from icefall_kd.train.progress import TrainProgress
 from icefall_kd.train.state import TrainState, refuse_changed_config, refuse_changed_data, write_config
 from icefall_kd.train.step import Stepper
 
@@ -59,6 +57,7 @@ def train(
     config: TrainConfig,
     tokenizer_hash: str = "",
     on_start: Callable[[], None] | None = None,
+    epoch_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Train ``system``, or continue the training that ``exp_dir`` holds.
 
@@ -68,15 +67,16 @@ def train(
         config: all options; those of ``config.loop`` and ``config.optim`` are used here.
         tokenizer_hash: stored in every checkpoint; a checkpoint of another tokenizer is refused.
         on_start: called on rank 0 before the first step of a run that has steps to do.
+        epoch_seconds: audio of one epoch over all ranks, for the time left in the first epoch; None: unknown.
     Returns:
         What exp_dir/train_summary.json holds: finished, epochs, steps, train_loss, valid, seconds, ...
     Raises:
-        ConfigError: changed options, unused parameters, or out of memory.
+        ConfigError: changed options, unused parameters, out of memory, or no room on the disk.
         DataError: other data than before, or damaged checkpoints.
         NumericError: too many non-finite steps in a row.
     """
     dist.init()
-    trainer = _Trainer(system, data, config, tokenizer_hash)
+    trainer = _Trainer(system, data, config, tokenizer_hash, epoch_seconds)
     try:
         with trainer.signals():
             return trainer.run(on_start)
@@ -84,8 +84,7 @@ def train(
         dist.report_failure(error)
         raise
     finally:
-        if trainer.writer is not None:
-            trainer.writer.close()
+        trainer.progress.close()
 
 
 class _Stop(Exception):
@@ -97,7 +96,14 @@ class _Stop(Exception):
 
 
 class _Trainer:
-    def __init__(self, system: System, data: TrainData, config: TrainConfig, tokenizer_hash: str) -> None:
+    def __init__(
+        self,
+        system: System,
+        data: TrainData,
+        config: TrainConfig,
+        tokenizer_hash: str,
+        epoch_seconds: float | None,
+    ) -> None:
         self.config, self.loop = config, config.loop
         self.data, self.tokenizer_hash = data, tokenizer_hash
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -111,11 +117,8 @@ class _Trainer:
         self.stepper = Stepper(self.system, config, self.device)
         self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=data.state())
         self.average = RunningAverage(system, self.loop.average_period) if self.rank == 0 else None
-        self.running, self.epoch_tracker = Tracker(1 - 1 / RESET_INTERVAL), Tracker()
-        self.current: Tracker = Tracker()
-        self.writer: MetricsWriter | None = None
+        self.progress, self.epoch_tracker = TrainProgress(self.loop, self.stepper, epoch_seconds), Tracker()
         self.stop_signal: str | None = None
-        self.interval_audio = 0.0
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -136,13 +139,13 @@ class _Trainer:
 
     def run(self, on_start: Callable[[], None] | None) -> dict[str, Any]:
         self._resume()
+        # A kill may have come between a save and what follows it.
+        self._link_best()
         if self._finished():
             logger.info("%s is trained already: %d steps", self.exp_dir, self.state.step)
             return self._summary(finished=True, write=not (self.exp_dir / "train_summary.json").exists())
         self._start(on_start)
-        start = time.monotonic()
-        self.started, self.seconds_before, self.steps_before = start, self.state.seconds, self.state.step
-        self.interval_start, self.interval_audio = start, 0.0
+        self.progress.start(self.state)
         try:
             while not self._finished():
                 self._epoch()
@@ -166,6 +169,11 @@ class _Trainer:
         steps = dist.gather_objects(found[1]["train"]["step"] if found else -1)
         if len(set(steps)) > 1:
             raise DataError(f"the ranks found checkpoints of steps {steps}: is {self.exp_dir} one folder for all?")
+        if self.loop.start_epoch > 1 and (found is None or found[1]["train"]["epoch"] < self.loop.start_epoch):
+            raise ConfigError(
+                f"--start-epoch is {self.loop.start_epoch}, but {self.exp_dir} holds no training that got so far; "
+                "leave it out: a training resumes by itself from the newest checkpoint"
+            )
         if found is None:
             return
         path, saved = found
@@ -189,7 +197,7 @@ class _Trainer:
         self.state = state
         self.stepper.guard.in_a_row, self.stepper.guard.total = state.skipped_in_a_row, state.skipped
         if self.rank == 0:  # the saved sums are those of all ranks
-            self.running.load_state_dict(state.running_sums)
+            self.progress.running.load_state_dict(state.running_sums)
             self.epoch_tracker.load_state_dict(state.epoch_sums)
         logger.info("continuing from %s: epoch %d, batch %d, step %d", path, state.epoch, state.batch, state.step)
 
@@ -198,8 +206,11 @@ class _Trainer:
         dist.barrier()
         if self.rank == 0:
             self.exp_dir.mkdir(parents=True, exist_ok=True)
+            # Of a shorter training that is continued; the file says that the training is complete.
+            (self.exp_dir / "train_summary.json").unlink(missing_ok=True)
+            ckpt.remove_leftovers(self.exp_dir)
             write_config(self.exp_dir, self.config, self.state.step)
-            self.writer = MetricsWriter(self.exp_dir, self.state.step)
+            self.progress.open(self.exp_dir, self.state.step)
             if on_start is not None:
                 on_start()
         num_params = sum(p.numel() for p in self.system.parameters())
@@ -227,7 +238,7 @@ class _Trainer:
             if self.average is not None:
                 self.average.update(self.system, state.step)
             if state.step % loop.log_interval == 0 or state.step == 1:
-                self._log(len(batches[-1]))
+                self.progress.log(state, len(batches[-1]))
             at_end = loop.max_steps is not None and state.step >= loop.max_steps
             if at_end or (loop.valid_interval and state.step % loop.valid_interval == 0 and not is_last):
                 stop = self._validate() or stop
@@ -248,33 +259,35 @@ class _Trainer:
             {"epoch": epoch, "step": state.step, "train_loss": state.train_loss, "valid": state.valid}
         )
         guards.constant_metrics([h["valid"] for h in state.history if h["valid"]])
-        best = []
-        if state.best_train_loss is None or state.train_loss < state.best_train_loss:
+        if _is_better(state.train_loss, state.best_train_loss):
             state.best_train_loss, state.best_train_epoch = state.train_loss, epoch
-            best.append("best-train-loss.pt")
-        if state.valid and (state.best_valid_loss is None or state.valid["loss"] < state.best_valid_loss):
+        if state.valid and _is_better(state.valid["loss"], state.best_valid_loss):
             state.best_valid_loss, state.best_valid_epoch = state.valid["loss"], epoch
-            best.append("best-valid-loss.pt")
         state.batches_per_epoch = state.batch
         state.epoch, state.batch = epoch + 1, 0
         self.epoch_tracker = Tracker()
         self._save(f"epoch-{epoch}.pt", "epoch", self.loop.keep_epochs)
-        if self.rank == 0:
-            for name in best:
-                ckpt.copy_as(self.exp_dir / f"epoch-{epoch}.pt", name)
+        self._link_best()
+
+    def _link_best(self) -> None:
+        """Give the files of the best epochs their second names, where they lack them."""
+        state = self.state
+        for name, epoch in (("train", state.best_train_epoch), ("valid", state.best_valid_epoch)):
+            file = self.exp_dir / f"epoch-{epoch}.pt"
+            if self.rank == 0 and file.exists():
+                ckpt.copy_as(file, f"best-{name}-loss.pt")
 
     def _step(self, batches: list[Batch], is_last: bool) -> bool:
         """Do one step and count it; return whether some rank was told to stop."""
         state, audio = self.state, sum(sum(batch.durations) for batch in batches)
         outcome = self.stepper.step(batches, state.step, state.epoch, is_last, self.stop_signal is not None)
         state.audio_seconds += audio
-        self.interval_audio += audio
         state.batch += len(batches)
         state.step += 1
         state.skipped, state.skipped_in_a_row = self.stepper.guard.total, self.stepper.guard.in_a_row
-        self.current = outcome.values or Tracker()
-        self.running.add_tracker(self.current)
-        self.epoch_tracker.add_tracker(self.current)
+        values = outcome.values or Tracker()
+        self.progress.add(values, audio)
+        self.epoch_tracker.add_tracker(values)
         return outcome.stop
 
     def _validate(self) -> bool:
@@ -286,90 +299,24 @@ class _Trainer:
             for batch in self.data.valid_batches():
                 if self.stop_signal is not None:
                     break
-                with self.stepper.autocast():
-                    tracker.add(read_terms(self.system(batch.to(self.device), self.state.step)))
+                with self.stepper.memory_guard(batch, self.state.step, "in validation"), self.stepper.autocast():
+                    tracker.add_terms(self.system(batch.to(self.device), self.state.step))
         self.system.train()
         if dist.any_rank(self.stop_signal is not None, self.device):
             return True
         tracker = tracker.reduced()
         if tracker.frames:
             self.state.valid = tracker.means()
-            logger.info(
-                "Epoch %d, step %d, validation[%s], %s",
-                self.state.epoch,
-                self.state.step,
-                tracker,
-                format_seconds(time.monotonic() - start),
-            )
-            if self.writer is not None:
-                self.writer.write("valid", self.state.step, self.state.valid, epoch=self.state.epoch)
+            self.progress.log_validation(self.state, tracker, time.monotonic() - start)
         return False
-
-    def _log(self, batch_size: int) -> None:
-        current, running = self.current.reduced(), self.running.reduced()
-        now = time.monotonic()
-        audio, = dist.all_reduce_sum([self.interval_audio], self.device)
-        speed = audio / max(now - self.interval_start, 1e-9)
-        self.interval_start, self.interval_audio = now, 0.0
-        state, rate = self.state, self.stepper.lr
-        memory, scaler = self._peak_memory(), self.stepper.scaler
-        eta = self._eta(now)
-        logger.info(
-            "Epoch %d, batch %d, step %d, loss[%s], tot_loss[%s], batch size: %d, lr: %.3g, grad_norm: %.4g, "
-            "%.4g audio hours/hour, memory: %.2f GiB, ETA: %s%s",
-            state.epoch,
-            state.batch,
-            state.step,
-            current,
-            format_values({"loss": running.means().get("loss", math.nan)}),
-            batch_size,
-            rate,
-            self.stepper.grad_norm,
-            speed,
-            memory,
-            "unknown" if eta is None else format_seconds(eta),
-            f", grad_scale: {scaler.get_scale():g}" if scaler.is_enabled() else "",
-        )
-        if self.writer is not None:
-            self.writer.write(
-                "train",
-                state.step,
-                current.means(),
-                tot=running.means(),
-                epoch=state.epoch,
-                batch=state.batch,
-                lr=rate,
-                grad_norm=self.stepper.grad_norm,
-                audio_hours_per_hour=speed,
-                memory_gib=memory,
-                skipped=state.skipped,
-            )
-
-    def _eta(self, now: float) -> float | None:
-        """Return the seconds left at this run's pace, or None in the first epoch."""
-        state, done = self.state, self.state.step - self.steps_before
-        if not done:
-            return None
-        steps = self.loop.max_steps
-        if state.batches_per_epoch is not None:
-            left = state.batches_per_epoch * (self.loop.num_epochs - state.epoch + 1) - state.batch
-            by_epochs = state.step + math.ceil(left / self.loop.accum_grad)
-            steps = by_epochs if steps is None else min(steps, by_epochs)
-        return None if steps is None else (now - self.started) / done * max(0, steps - state.step)
-
-    def _peak_memory(self) -> float:
-        """Return the peak memory in GiB: of the GPU, or resident on the host."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
     def _save(self, name: str, kind: str, keep: int | None) -> None:
         state = self.state
-        running, epoch_tracker = self.running.reduced(), self.epoch_tracker.reduced()
+        running, epoch_tracker = self.progress.running.reduced(), self.epoch_tracker.reduced()
         if self.rank != 0:
             return
         state.running_sums, state.epoch_sums = running.state_dict(), epoch_tracker.state_dict()
-        state.seconds = self.seconds_before + time.monotonic() - self.started
+        state.seconds = self.progress.seconds
         ckpt.save_checkpoint(
             self.exp_dir / name,
             {
@@ -391,8 +338,8 @@ class _Trainer:
         state = self.state
         audio, = dist.all_reduce_sum([state.audio_seconds], self.device)
         train_loss = state.train_loss
-        if state.batch and self.epoch_tracker.sums:
-            train_loss = self.epoch_tracker.reduced().means()["loss"]
+        if state.batch:  # not whether this rank holds sums: all ranks must take part
+            train_loss = self.epoch_tracker.reduced().means().get("loss", train_loss)
         summary = {
             "finished": finished,
             "epochs": state.epoch - 1,
@@ -404,14 +351,18 @@ class _Trainer:
             "seconds": state.seconds,
             "audio_hours": audio / 3600,
             "audio_hours_per_hour": audio / state.seconds if state.seconds else None,
-            "peak_memory_gib": self._peak_memory(),
+            "peak_memory_gib": self.progress.peak_memory(),
             "parameters": sum(p.numel() for p in self.system.parameters()),
             "world_size": self.world_size,
             "device": str(self.device),
         }
         if write and self.rank == 0:
-            write_json(self.exp_dir / "train_summary.json", json.loads(json.dumps(summary)))
+            write_json(self.exp_dir / "train_summary.json", finite_only(summary))
         return summary
+
+
+def _is_better(loss: float, best: float | None) -> bool:
+    return math.isfinite(loss) and (best is None or loss < best)
 
 
 def _groups(batches: Iterator[Batch], size: int) -> Iterator[tuple[list[Batch], bool]]:

@@ -51,6 +51,13 @@ class Tracker:
         self.decay = decay
         self.sums: dict[str, list[float]] = {}
         self.bounds: dict[str, float] = {}
+        self.units: dict[str, str] = {}
+        """What the losses are divided by where it is not frames."""
+
+    def add_terms(self, terms: LossTerms) -> None:
+        """Add the losses of a batch."""
+        self.add(read_terms(terms))
+        self.units |= {name: term.unit for name, term in terms.terms.items() if term.unit != "frame"}
 
     def add(self, values: dict[str, list[float]]) -> None:
         """Add what :func:`read_terms` returned."""
@@ -64,6 +71,7 @@ class Tracker:
         """Add the sums of another tracker."""
         self.add(other.sums)
         self.bounds |= other.bounds
+        self.units |= other.units
 
     def means(self) -> dict[str, float]:
         """Return every sum divided by its count (frames, tokens, ...)."""
@@ -79,9 +87,10 @@ class Tracker:
         if dist.get_world_size() == 1:
             return self
         merged = Tracker()
-        for other in dist.gather_objects({"sums": self.sums, "bounds": self.bounds}):
-            merged.add(other["sums"])
-            merged.bounds |= other["bounds"]
+        for sums, bounds, units in dist.gather_objects((self.sums, self.bounds, self.units)):
+            merged.add(sums)
+            merged.bounds |= bounds
+            merged.units |= units
         return merged
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -93,12 +102,20 @@ class Tracker:
         self.sums = {name: list(pair) for name, pair in state.items()}
 
     def __str__(self) -> str:
-        return f"{format_values(self.means(), self.bounds)}, over {self.frames:.0f} frames"
+        return f"{format_values(self.means(), self.bounds, self.units)}, over {self.frames:.0f} frames"
 
 
-def format_values(values: dict[str, float], bounds: dict[str, float] | None = None) -> str:
-    """Return ``a=1.23, b=0.5 (bound 5.55)``; numbered names (``ce00 ce01 ...``) share one entry."""
-    bounds = bounds or {}
+def format_values(
+    values: dict[str, float], bounds: dict[str, float] | None = None, units: dict[str, str] | None = None
+) -> str:
+    """Return ``a=1.23, b=2.1/token, c=0.5 (bound 5.55)``; numbered names (``ce00 ce01 ...``) share one entry.
+
+    Args:
+        values: by name, per frame but for those in ``units``.
+        bounds: shown beside the values of these names.
+        units: other units than frames.
+    """
+    bounds, units = bounds or {}, units or {}
     groups: dict[str, list[str]] = {}
     for name in values:
         groups.setdefault(re.sub(r"\d+$", "", name) or name, []).append(name)
@@ -107,7 +124,8 @@ def format_values(values: dict[str, float], bounds: dict[str, float] | None = No
         shown = {bounds[name] for name in names if name in bounds}
         bound = f" (bound {max(shown):.4g})" if shown else ""
         if len(names) == 1:
-            parts.append(f"{names[0]}={values[names[0]]:.4g}{bound}")
+            unit = f"/{units[names[0]]}" if names[0] in units else ""
+            parts.append(f"{names[0]}={values[names[0]]:.4g}{unit}{bound}")
         else:
             parts.append(f"{stem}=[{' '.join(f'{values[name]:.3g}' for name in names)}]{bound}")
     return ", ".join(parts)
@@ -129,7 +147,7 @@ class MetricsWriter:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         truncate_metrics(self.file, resumed_step)
         self.stream = open(self.file, "a", encoding="utf-8")
-        self.board = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        self.board = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, float], **fields: Any) -> None:
         """Write one record.
@@ -141,7 +159,7 @@ class MetricsWriter:
             **fields: further numbers (``tot``: the running values by name; lr, grad_norm, ... as train/*).
         """
         record = {"kind": kind, "step": step, **values, **fields}
-        self.stream.write(json.dumps(_finite(record)) + "\n")
+        self.stream.write(json.dumps(finite_only(record)) + "\n")
         self.stream.flush()
         prefix = "train/current_" if kind == "train" else "train/valid_"
         for name, value in values.items():
@@ -159,10 +177,10 @@ class MetricsWriter:
         self.board.close()
 
 
-def _finite(value: Any) -> Any:
-    """Return ``value`` with null for NaN and infinity, which JSON lacks."""
+def finite_only(value: Any) -> Any:
+    """Return ``value`` with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite_only(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

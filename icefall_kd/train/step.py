@@ -19,7 +19,7 @@ from icefall_kd.errors import DataError, NumericError
 from icefall_kd.runtime import dist
 from icefall_kd.systems.base import LossTerms, System
 from icefall_kd.train import guards
-from icefall_kd.train.metrics import Tracker, read_terms
+from icefall_kd.train.metrics import Tracker
 from icefall_kd.train.optim import ScaledAdam, build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Stepper:
             synchronise = i == len(batches) - 1 or self.model is self.system
             with contextlib.nullcontext() if synchronise else self.model.no_sync():
                 terms, sums = self._forward(batch, step)
-                finite = math.isfinite(sums["loss"][0])
+                finite = math.isfinite(sums.sums["loss"][0])
                 # One collective tells all ranks whether to skip or stop, and how much data the step holds.
                 flags = [not finite, stop, is_last, terms.frames]
                 bad, stops, lasts, all_frames = dist.all_reduce_sum(flags, self.device)
@@ -119,39 +119,50 @@ class Stepper:
                 if 0 < lasts < self.world_size:
                     raise DataError(f"epoch {epoch} ends at step {step} on some ranks alone: they differ in batches")
                 if bad:
-                    self._skip(step, terms, batch, locally=not finite)
+                    self._skip(step, terms, [batch], locally=not finite)
                     return StepOutcome(None, any_stop)
-                with self._memory_guard(batch, step):
+                with self.memory_guard(batch, step):
                     self.scaler.scale(terms.total).backward()
-            values.add(sums)
+            values.add_tracker(sums)
             frames += all_frames
         if not self._gradients_checked:
             guards.refuse_unused(guards.parameters_without_gradient(self.system))
             self._gradients_checked = True
-        if not self._update(frames, step):
-            self._skip(step, None, batches[-1], locally=True)
+        with self.memory_guard(batches[-1], step):
+            finite = self._update(frames, step)
+        if not finite:
+            self._skip(step, None, batches, locally=True)
             return StepOutcome(None, any_stop)
         self.guard.good()
         return StepOutcome(values, any_stop)
 
-    def _forward(self, batch: Batch, step: int) -> tuple[LossTerms, dict[str, list[float]]]:
-        with self._memory_guard(batch, step), self.autocast():
+    def _forward(self, batch: Batch, step: int) -> tuple[LossTerms, Tracker]:
+        sums = Tracker()
+        with self.memory_guard(batch, step), self.autocast():
             terms = self.model(batch.to(self.device), step)
-            return terms, read_terms(terms)
+            sums.add_terms(terms)
+        return terms, sums
 
-    def _skip(self, step: int, terms: LossTerms | None, batch: Batch, locally: bool) -> None:
+    def _skip(self, step: int, terms: LossTerms | None, batches: Sequence[Batch], locally: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.guard.bad(step, terms, batch, locally)
+        self.guard.bad(step, terms, batches, locally)
 
     @contextlib.contextmanager
-    def _memory_guard(self, batch: Batch, step: int) -> Iterator[None]:
+    def memory_guard(self, batch: Batch, step: int, where: str = "") -> Iterator[None]:
+        """Turn running out of memory inside into an error that says what to do.
+
+        Args:
+            batch: what is being computed.
+            step: global step, for the name of the dump.
+            where: for the message; empty: the step.
+        """
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if not guards.is_out_of_memory(error):
                 raise
             file = self.exp_dir / f"oom-step{step}-rank{self.rank}.json"
-            where = f"at step {step}"
+            where = where or f"at step {step}"
             raise guards.out_of_memory(error, batch, where, file, self.config.data.max_duration) from error
 
     def _update(self, frames: float, step: int) -> bool:

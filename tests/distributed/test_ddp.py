@@ -42,7 +42,7 @@ def start(repo, exp_dir, world_size=2, launcher="env", **options):
     return processes
 
 
-def finish(processes, timeout=90):
+def finish(processes, timeout=300):
     """Return (exit code, stdout, stderr) of every rank; kill them all when one does not end in time."""
     deadline = time.monotonic() + timeout
     results = []
@@ -103,7 +103,7 @@ def test_a_signal_to_one_rank_stops_all_and_resumes_bit_equal(repo, tmp_path):
     whole = start(repo, tmp_path / "whole", config=config)
     processes = start(repo, tmp_path / "parts", config=config, data={"delay": 0.2})
     metrics = tmp_path / "parts" / "log" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGUSR1)
@@ -114,6 +114,15 @@ def test_a_signal_to_one_rank_stops_all_and_resumes_bit_equal(repo, tmp_path):
     assert [code for code, _, _ in finish(start(repo, tmp_path / "parts", config=config))] == [0, 0]
     a, b = (load_checkpoint(tmp_path / name / "epoch-2.pt") for name in ("whole", "parts"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_a_training_that_stopped_at_its_last_step_is_left_alone_by_both_ranks(repo, tmp_path):
+    for _ in range(2):
+        results = finish(start(repo, tmp_path, config={"max_steps": 3}))
+        assert [code for code, _, _ in results] == [0, 0], results[0][2] + results[1][2]
+    again = json.loads(results[0][1])
+    assert again["steps"] == 3 and again["finished"]
+    assert again["train_loss"] == json.loads((tmp_path / "train_summary.json").read_text())["train_loss"]
 
 
 def test_rank_info_reads_torchrun_and_srun():

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
+from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint, load_newest
 from icefall_kd.train.metrics import read_metrics
 from tests.train.toy import ToyData, run_toy
 
@@ -23,7 +23,7 @@ def start(repo, exp_dir, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for_step(exp_dir, process, step, timeout=60):
+def wait_for_step(exp_dir, process, step, timeout=300):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
         records = read_metrics(exp_dir / "log" / "metrics.jsonl", "train")
@@ -59,8 +59,50 @@ def test_kill_9_at_random_steps_then_the_same_command(repo, tmp_path, whole):
         process.kill()
         process.communicate()
     process = start(repo, tmp_path)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert_same_end(whole, tmp_path)
+
+
+KILLED = """
+import os, signal, sys, torch
+from icefall_kd.train import checkpoint
+from tests.train import toy
+
+place, countdown = sys.argv.pop(), 2  # the second save is epoch-1.pt
+save, link = torch.save, checkpoint.copy_as
+
+def killed_save(obj, stream):
+    global countdown
+    countdown -= 1
+    if countdown == 0 and place == "save":
+        stream.write(b"half" * 5000), stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(obj, stream)
+
+def killed_link(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = killed_save
+if place == "link":
+    checkpoint.copy_as = killed_link
+toy.main()
+"""
+
+
+@pytest.mark.parametrize(("place", "step"), [("save", 4), ("link", 7)])
+def test_kill_9_in_the_middle_of_a_save_or_right_after_it(repo, tmp_path, whole, place, step):
+    options = json.dumps({"config": {}})
+    command = [sys.executable, "-c", KILLED, str(tmp_path), options, place]
+    done = subprocess.run(command, cwd=repo, env={**os.environ, "PYTHONPATH": str(repo)}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert load_newest(tmp_path)[1]["train"]["step"] == step
+    assert len(list(tmp_path.glob(".tmp-*"))) == (place == "save")
+    assert not list(tmp_path.glob("best-*"))
+    run_toy(tmp_path, ToyData(), max_steps=8)
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert (tmp_path / "best-valid-loss.pt").samefile(tmp_path / "epoch-1.pt")
+    run_toy(tmp_path, ToyData())
     assert_same_end(whole, tmp_path)
 
 
@@ -83,7 +125,7 @@ def test_sigterm_saves_and_exits_0(repo, tmp_path, whole, to):
         os.killpg(process.pid, signal.SIGTERM)
     else:
         process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     stopped = json.loads(out)
     assert not stopped["finished"] and 5 <= stopped["steps"] < STEPS

@@ -1,5 +1,8 @@
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,6 +108,33 @@ def test_a_copy_stays_when_its_source_is_replaced_or_removed(tmp_path):
     ckpt.copy_as(tmp_path / "epoch-1.pt", "best-valid-loss.pt")
     (tmp_path / "epoch-1.pt").unlink()
     assert ckpt.load_checkpoint(tmp_path / "best-valid-loss.pt")["train"]["step"] == 2
+
+
+def test_only_what_dead_processes_left_is_removed(tmp_path):
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    for pid in (dead.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".tmp-{pid}-0-epoch-1.pt").write_bytes(b"half")
+    (tmp_path / ".tmp-notes.pt").write_bytes(b"a user's")
+    ckpt.remove_leftovers(tmp_path)
+    kept = {f".tmp-{os.getppid()}-0-epoch-1.pt", ".tmp-notes.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == kept, "a number of our own is that of a dead namesake"
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path):
+    write(tmp_path, "epoch-1.pt", 1)
+    code = (
+        "import resource, sys, torch; from icefall_kd.errors import run_main; from icefall_kd.train import checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "content = {f'w{i}': torch.randn(100_000) for i in range(3)}\n"
+        "run_main(lambda: checkpoint.save_checkpoint(sys.argv[1] + '/epoch-2.pt', {'model': content}))"
+    )
+    for limit in (500_000, 1_201_000):  # within a tensor, and at the very end
+        done = subprocess.run([sys.executable, "-c", code, tmp_path, str(limit)], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "epoch-2.pt: File too large; what was saved before is intact" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [p.name for p in tmp_path.iterdir()] == ["epoch-1.pt"]
 
 
 def test_another_tokenizer_is_refused_with_both_hashes(tmp_path):

@@ -63,6 +63,7 @@ def test_frozen_parameters_need_no_gradient(tmp_path):
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory"), False),
     ],
@@ -81,14 +82,14 @@ def test_the_dump_holds_shapes_and_no_audio(tmp_path):
         y_lens=torch.tensor([3, 1]),
         texts=["secret", "words"],
         labels={"kd": Labels(torch.zeros(2, 9, 8), torch.tensor([9, 8]))},
-        durations=[0.07, 0.05],
+        durations=[110.0, 50.0],
     )
     error = guards.out_of_memory(MemoryError(), batch, "here", tmp_path / "oom.json", 200.0)
     assert "--max-duration 150 (now 200)" in str(error) and "longest text 3 tokens" in str(error)
     dump = read_json(tmp_path / "oom.json")
     assert dump["batch"] == {
         "ids": ["a", "b"],
-        "durations": [0.07, 0.05],
+        "durations": [110.0, 50.0],
         "utterances": 2,
         "features": [2, 7, 80],
         "audio": [2, 100],
@@ -97,6 +98,22 @@ def test_the_dump_holds_shapes_and_no_audio(tmp_path):
         "y_lens": [3, 1],
         "labels": {"kd": [2, 9, 8]},
     }
+
+
+@pytest.mark.parametrize(
+    ("durations", "max_duration", "remedy"),
+    [
+        ([10.0, 9.0], 100.0, "--max-duration 15 (now 100)"),  # of 20 s of padded audio: 75 would change nothing
+        ([60.0, 55.0], 100.0, "--max-duration 75 (now 100)"),
+        ([0.5, 0.5], 1.0, "--max-duration 0.75 (now 1)"),
+        ([20.0], 100.0, "--max-utt-duration 15 or a smaller model"),
+        ([], 100.0, "--max-duration 75 (now 100)"),
+    ],
+)
+def test_the_suggestion_makes_a_batch_like_this_one_smaller(tmp_path, durations, max_duration, remedy):
+    batch = Batch(ids=["a", "b"][: len(durations) or 2], durations=durations)
+    error = guards.out_of_memory(MemoryError(), batch, "here", tmp_path / "oom.json", max_duration)
+    assert str(error).endswith(f"try {remedy}")
 
 
 def terms_of(**values):
@@ -127,14 +144,15 @@ def test_good_steps_reset_the_count(tmp_path):
         if step % 3 == 2:
             guard.good()
         else:
-            guard.bad(step, bad, batch, locally=True)
-    guard.bad(18, bad, batch, locally=True)
-    guard.bad(19, None, batch, locally=False)
-    with pytest.raises(NumericError):
-        guard.bad(20, bad, batch, locally=True)
+            guard.bad(step, bad, [batch], locally=True)
+    guard.bad(18, bad, [batch], locally=True)
+    guard.bad(19, None, [batch], locally=False)
+    with pytest.raises(NumericError, match="gradient is non-finite in a, b;"):
+        guard.bad(20, None, [batch, Batch(ids=["b"])], locally=True)
     assert guard.total == 15
     dump = read_json(tmp_path / "nonfinite-step20-rank0.json")
     assert list(dump["skipped"][1]["terms"]) == ["another rank"]
+    assert [b["ids"] for b in dump["skipped"][2]["batches"]] == [["a"], ["b"]]
 
 
 def test_a_constant_validation_metric_warns(caplog):

@@ -13,7 +13,9 @@ from icefall_kd.runtime.files import read_json
 from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
 from icefall_kd.train.loop import train
 from icefall_kd.train.metrics import read_metrics
-from icefall_kd.train.step import step_seed
+from icefall_kd.train.progress import TrainProgress
+from icefall_kd.train.state import TrainState
+from icefall_kd.train.step import Stepper, step_seed
 from tests.train.toy import ToyData, ToySystem, run_toy, same_weights, toy_config
 
 OPTIMIZERS = ["scaled_adam", "adamw"]
@@ -192,18 +194,29 @@ def test_a_non_finite_gradient_is_skipped(tmp_path, optimizer):
 def test_running_out_of_memory_leaves_shapes_and_a_suggestion(tmp_path):
     class Hungry(ToySystem):
         def losses(self, batch, step):
-            if self.hungry_at == step:
+            if self.hungry_at == (step, self.training):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
             return super().losses(batch, step)
 
-    for scan, step, file in ((True, 0, "oom-scan-rank0.json"), (False, 5, "oom-step5-rank0.json")):
+    cases = (((0, True), "in the scan", "scan"), ((5, True), "at step 5", "step5"), ((7, False), "in valid", "step7"))
+    for hungry_at, where, name in cases:
         system = Hungry()
-        system.hungry_at = step
-        with pytest.raises(ConfigError, match="--max-duration 75"):
-            train(system, ToyData(), toy_config(tmp_path / str(scan), oom_scan=scan))
-        dump = read_json(tmp_path / str(scan) / file)
-        assert dump["suggested_max_duration"] == 75 and dump["batch"]["features"] == [4, 12, 8]
+        system.hungry_at = hungry_at
+        exp_dir = tmp_path / name
+        with pytest.raises(ConfigError, match=rf"out of memory {where}.*--max-duration 0\.3 \(now 100\)"):
+            train(system, ToyData(), toy_config(exp_dir, oom_scan=name == "scan"))
+        dump = read_json(exp_dir / f"oom-{name}-rank0.json")
+        assert dump["suggested_max_duration"] == 0.3 and dump["batch"]["features"] == [4, 12, 8]
         assert len(dump["batch"]["ids"]) == 4 and "audio" not in dump["batch"]
+
+
+def test_out_of_memory_in_the_optimizer_is_explained_too(tmp_path, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("icefall_kd.train.optim.ScaledAdam.step", step)
+    with pytest.raises(ConfigError, match=r"out of memory at step 0.*--max-duration"):
+        run_toy(tmp_path)
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, caplog):
@@ -244,6 +257,52 @@ def test_a_signal_during_validation_saves_before_it(tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+class NanValidation(ToyData):
+    """The first ``num_bad`` validations hold a NaN."""
+
+    num_bad = 1
+
+    def valid_batches(self):
+        self.num_bad -= 1
+        for batch in super().valid_batches():
+            if self.num_bad >= 0:
+                batch.features[0, 0, 0] = math.nan
+            yield batch
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path):
+    result, _ = run_toy(tmp_path, NanValidation())
+    history = load_checkpoint(tmp_path / "epoch-3.pt")["train"]["history"]
+    assert math.isnan(history[0]["valid"]["loss"])
+    assert result["best_valid_epoch"] == min(history[1:], key=lambda h: h["valid"]["loss"])["epoch"]
+    assert (tmp_path / "best-valid-loss.pt").samefile(tmp_path / f"epoch-{result['best_valid_epoch']}.pt")
+
+
+def test_the_summary_says_null_where_there_is_no_number(tmp_path):
+    result, _ = run_toy(tmp_path / "valid", NanValidation(), num_epochs=1)
+    assert result["finished"] and result["best_valid_epoch"] is None
+    assert read_json(tmp_path / "valid" / "train_summary.json")["valid"]["loss"] is None
+    run_toy(tmp_path / "train", ToyData(inf_at=[(1, i, 0) for i in range(7)]), num_epochs=1)
+    assert read_json(tmp_path / "train" / "train_summary.json")["train_loss"] is None
+
+
+def test_a_training_that_goes_on_has_no_summary_until_its_end(tmp_path):
+    run_toy(tmp_path, num_epochs=1)
+    with pytest.raises(RuntimeError, match="planted"):
+        run_toy(tmp_path, ToyData(fail_at=(2, 3, 0)), num_epochs=2)
+    assert not (tmp_path / "train_summary.json").exists()
+    run_toy(tmp_path, num_epochs=2)
+    assert read_json(tmp_path / "train_summary.json")["epochs"] == 2
+
+
+def test_a_start_epoch_that_the_exp_dir_does_not_reach_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--start-epoch is 2, but .* no training that got so far; leave it out"):
+        run_toy(tmp_path, start_epoch=2)
+    run_toy(tmp_path, num_epochs=1)
+    assert run_toy(tmp_path, num_epochs=2, start_epoch=2)[0]["epochs"] == 2
+    assert run_toy(tmp_path, num_epochs=3, start_epoch=2)[0]["epochs"] == 3
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_reduced_precision_trains_and_resumes(tmp_path, precision):
     options = {"precision": precision, "optim_base_lr": 0.1, "log_interval": 10}
@@ -265,6 +324,32 @@ def test_the_log_line(tmp_path, caplog):
         rf"lr: {number}, grad_norm: {number}, {number} audio hours/hour, memory: {number} GiB, ETA: {number} s",
         line,
     ), line
+
+
+def test_the_first_epoch_knows_its_time_left_from_its_audio(tmp_path, caplog):
+    def etas(folder, epoch_seconds):
+        caplog.clear()
+        torch.manual_seed(7)
+        with caplog.at_level(logging.INFO):
+            train(ToySystem(), ToyData(), toy_config(folder, num_epochs=2), epoch_seconds=epoch_seconds)
+        return [r.message.split("ETA: ")[1] for r in caplog.records if "ETA: " in r.message]
+
+    assert etas(tmp_path / "a", None)[:7] == ["unknown"] * 7
+    # 7 batches of 4 times 0.1 s
+    known = etas(tmp_path / "b", 2.8)
+    assert len(known) == 14 and all(text.endswith(" s") for text in known) and known[-1] == "0.0 s"
+
+
+def test_the_time_left_is_the_pace_times_the_steps_left(tmp_path):
+    config = toy_config(tmp_path, num_epochs=4, accum_grad=2)
+    progress = TrainProgress(config.loop, Stepper(ToySystem(), config, torch.device("cpu")), epoch_seconds=100.0)
+    state = TrainState(step=10, batch=20, audio_seconds=40.0)
+    progress.start(TrainState(step=5))
+    # 20 batches were 40 of 100 s: 50 batches an epoch, 180 left in two a step, 2 s each
+    assert progress._eta(state, progress.started + 10.0) == pytest.approx(90 * 2.0)
+    state.batches_per_epoch = 30
+    assert progress._eta(state, progress.started + 10.0) == pytest.approx(50 * 2.0)
+    assert progress._eta(TrainState(step=5), progress.started + 10.0) is None
 
 
 def test_an_empty_epoch_is_an_error(tmp_path):

@@ -19,13 +19,18 @@ def test_values_are_per_frame_and_per_token():
         metrics={"accuracy": (torch.tensor(5), 20.0), "ce00": (11.0, 2.0, math.log(256))},
     )
     tracker = Tracker()
-    for _ in range(3):
-        tracker.add(read_terms(terms))
+    tracker.add(read_terms(terms))
+    for _ in range(2):
+        tracker.add_terms(terms)
     assert tracker.means() == {
         "loss": 2.0, "ctc_loss": 3.0, "att_loss": 2.5, "logged": 4.0, "accuracy": 0.25, "ce00": 5.5
     }  # fmt: skip
     assert tracker.frames == 60 and tracker.bounds == {"ce00": math.log(256)}
-    assert str(tracker).endswith("ce00=5.5 (bound 5.545), over 60 frames")
+    text = "loss=2, ctc_loss=3, att_loss=2.5/token, logged=4, accuracy=0.25, ce00=5.5 (bound 5.545), over 60 frames"
+    assert str(tracker) == text
+    running = Tracker(0.9)
+    running.add_tracker(tracker)
+    assert str(running) == text
 
 
 def test_running_values_forget():
