@@ -230,6 +230,7 @@ run_stages() {
   [[ -n $stages ]] || fail 2 "there is no function stage_N_name in ${_stages_script##*/}"
   ((stage <= stop_stage)) || fail 2 "--stage $stage comes after --stop-stage $stop_stage"
   trap _stages_on_exit EXIT
+  trap 'exit 130' INT  # so that Ctrl-C leaves through the line above, too
   # The list comes through descriptor 9, so that a command of a stage which reads stdin cannot swallow it.
   while IFS=$'\t' read -r number name description <&9; do
     if ((number < stage || number > stop_stage)) || [[ " $skip_stages " == *" $number "* ]]; then

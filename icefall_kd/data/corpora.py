@@ -43,6 +43,8 @@ of dev-other and test-other the other way round, 5.3 and 5.1.
 
 mini (SLR31): from memory, no published source was found.  The names promise 5 and 2 hours; where the counts are wrong,
 the check says so with both figures, and ``--partial true`` goes on.
+
+musan is not here: noise is drawn at random, so a file more or less is no fault, and no counts of it were found.
 """
 # Hours are given to one decimal, and differ a little between decoders.
 HOURS_TOLERANCE = 0.05

@@ -169,8 +169,12 @@ def _fit_cut(cut: Cut, language: str) -> MonoCut | Reject:
         wave = cut.load_audio()
     except (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError) as error:
         return Reject(id=cut.id, reason=f"unreadable: {error}", where=str(cut.recording.sources[0].source))
-    if not wave.any():
-        return Reject(id=cut.id, reason="all samples are zero", where=str(cut.recording.sources[0].source))
+    for unfit, reason in (
+        (not np.isfinite(wave).all(), "samples that are no finite numbers"),
+        (not wave.any(), "all samples are zero"),
+    ):
+        if unfit:
+            return Reject(id=cut.id, reason=reason, where=str(cut.recording.sources[0].source))
     supervision = fastcopy(cut.supervisions[0], text=text, language=language)
     return fastcopy(cut, supervisions=[supervision])
 

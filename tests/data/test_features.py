@@ -104,8 +104,11 @@ def test_another_number_of_jobs_leaves_no_old_shards(manifest, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("icefall_kd.data.features.exclusive_pool", _serial)
         store_features([manifest], tmp_path / "fbank", extractor, nj=4)
+        (tmp_path / "fbank" / ".tmp-1-0-feats_train-1-of-4.lca").write_text("left by a killed run")
         store_features([manifest], tmp_path / "fbank", extractor, nj=2)
-    assert len(list((tmp_path / "fbank").glob("feats_*"))) == 2
+    shards = [f"feats_train-{k}-of-2.lca" for k in (1, 2)]
+    names = sorted(p.name for p in (tmp_path / "fbank").iterdir())
+    assert names == ["cuts_train.jsonl.gz", *shards, "feature_extractor.json"]
     assert len(read_cuts(tmp_path / "fbank" / "cuts_train.jsonl.gz")) == 15
 
 

@@ -322,3 +322,15 @@ def test_an_input_folder_that_cannot_be_read_stops_the_stage(recipe):
         _, err = recipe.run(code=4)
         assert "input corpus cannot be read" in err and name in err and "Traceback" not in err
         (folder / name).unlink()
+
+
+def test_an_interrupted_stage_stops_the_script_and_runs_again(recipe):
+    process = recipe.start(SLEEP="sleep 60")
+    while process.stdout.readline() != "labels 3\n":
+        pass
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    out, err = process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT) and out == ""
+    assert "stage 2 labels failed with exit code 130" in err and "run the same line again" in err
+    assert recipe.run()[0] == ALL[1:]
