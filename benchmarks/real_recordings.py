@@ -76,18 +76,18 @@ BEDS = {
             *("--speed-perturb", "false", "--train-parts", "train", "--valid-parts", "dev", "--test-parts", "dev"),
         ],
         both([1]),
-        teacher_options=SHORT_QUANTIZER,
+        teacher_options=[*SHORT_QUANTIZER, "--quantizer-utts", "250"],  # words are short
     ),
     "librispeech_slice": Bed(
         "librispeech",
         [
             *("--corpus", "librispeech", "--parts", "train-clean-100,test-other", "--partial", "true"),
-            *("--token-kind", "char", "--train-parts", "train-clean-100"),
+            *("--token-kind", "char", "--speed-perturb", "false", "--train-parts", "train-clean-100"),
             *("--valid-parts", "test-other", "--test-parts", "test-other"),
         ],
         [("mvq", 1)],
         part="test-other",
-        teacher_options=SHORT_QUANTIZER,
+        teacher_options=[*SHORT_QUANTIZER, "--quantizer-utts", "80"],
     ),
 }
 
