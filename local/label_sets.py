@@ -47,12 +47,11 @@ def verify(paths: list[Path]) -> None:
 
 def join(path: Path, cuts: list[Path], min_coverage: float) -> None:
     """Print how the keys of cut sets meet those of a set."""
-    from lhotse import load_manifest_lazy
-
+    from icefall_kd.data.manifests import iterate_cuts
     from icefall_kd.labels.keys import label_key
     from icefall_kd.labels.store import LabelStore
 
-    keys = (label_key(cut) for file in cuts for cut in load_manifest_lazy(file))
+    keys = (label_key(cut) for file in cuts for cut in iterate_cuts(file))
     print(LabelStore(path).join(keys, min_coverage))
 
 

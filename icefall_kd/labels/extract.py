@@ -16,18 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lhotse import load_manifest_lazy
-from lhotse.audio import AudioLoadingError, DurationMismatchError
 from lhotse.cut import MonoCut
 from torch import Tensor
 
 from icefall_kd.config import ExtractConfig
 from icefall_kd.data.batch import Batch
+from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.audio import clean_audio
 from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.keys import CorpusFingerprint, key_hash, label_key, speech_track
 from icefall_kd.labels.shard import LabelEntry, Shard, write_shard
-from icefall_kd.labels.store import LabelStore, ShardWriter, shard_of
+from icefall_kd.labels.store import LabelStore, ShardWriter, find_shards, shard_of
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint
 from icefall_kd.runtime.log import Progress
@@ -37,7 +37,6 @@ from icefall_kd.teachers.windows import WindowedTeacher
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
 _FLOAT16_MAX = 65504.0
 
 
@@ -114,8 +113,9 @@ def extract_labels(
         config: what to extract.
         teacher, quantizer: built from ``config`` when not given.
     Raises:
-        DataError: the folder holds a set with other options, a teacher whose frame counts are not its formula's,
-            more rejected utterances than allowed.
+        DataError: the folder holds a set with other options or another number of shards, no or unreadable cuts,
+            two utterances with one label key, a teacher whose frame counts are not its formula's, more rejected
+            utterances than allowed.
     """
     began = time.monotonic()
     teacher = teacher if teacher is not None else build_teacher(config.teacher)
@@ -126,18 +126,24 @@ def extract_labels(
     items, corpus = _plan(config, teacher.sampling_rate)
     store = LabelStore.create(config.label_dir, set_info(config, teacher, quantizer, corpus))
     writer = store.writer(config.shard, config.num_shards)
+    if others := {n for _, n in find_shards(store.path)} - {config.num_shards}:
+        raise DataError(
+            f"label set {store.path} has shards of {max(others)}, --num-shards is {config.num_shards}; keep to one "
+            "division, give another --label-dir, or delete this one"
+        )
     inputs = fingerprint([i.key for i in items])
     work = _work_folder(config)
     work.mkdir(parents=True, exist_ok=True)
     with file_lock(work / ".lock"):
-        if _finished(writer, inputs):
+        finished = _finished(writer, inputs)
+        if finished:
             logger.info("%s is finished already", writer.path)
-            return _report(writer.path, True, began, teacher.sampling_rate)
-        job = _Extraction(config, teacher, quantizer, store, work)
-        job.run(items)
-        job.finish(writer, inputs, len(items))
+        else:
+            job = _Extraction(config, teacher, quantizer, store, work)
+            job.run(items)
+            job.finish(writer, inputs, len(items))
     shutil.rmtree(work, ignore_errors=True)
-    return _report(writer.path, False, began, teacher.sampling_rate)
+    return _report(writer.path, finished, began, teacher.sampling_rate)
 
 
 def _work_folder(config: ExtractConfig) -> Path:
@@ -152,16 +158,24 @@ def _plan(config: ExtractConfig, sampling_rate: int) -> tuple[list[_Item], str]:
     """Read the cuts once: the utterances of this shard by duration, and the fingerprint of the whole corpus."""
     corpus, items = CorpusFingerprint(), {}
     for path in config.cuts:
-        if not Path(path).exists():
-            raise ConfigError(f"--cuts {path} does not exist; run prepare.sh, or name the cut sets as a,b")
-        for cut in load_manifest_lazy(path):
+        for cut in iterate_cuts(Path(path)):
             key = label_key(cut)
             corpus.add(key, cut)
             if shard_of(key_hash(key), config.num_shards) == config.shard:
                 speech = speech_track(cut)
                 samples = round(speech.num_samples * sampling_rate / speech.sampling_rate)
-                items.setdefault(key, _Item(key, speech, samples))
+                first = items.setdefault(key, _Item(key, speech, samples))
+                if _text(first.cut) != _text(speech):
+                    raise DataError(
+                        f"cuts {first.cut.id} and {speech.id} ({path}) have one label key {key!r}, and texts "
+                        f"{_text(first.cut)!r} and {_text(speech)!r}: ids of recordings repeat between corpora; make a "
+                        "label set for each corpus"
+                    )
     return sorted(items.values(), key=lambda i: (i.num_samples, i.key)), corpus.hexdigest()
+
+
+def _text(cut: MonoCut) -> str:
+    return " ".join(s.text or "" for s in cut.supervisions)
 
 
 def _finished(writer: ShardWriter, inputs: str) -> bool:
@@ -260,16 +274,9 @@ class _Extraction:
         """Read the clean audio of one utterance at the teacher's rate, or say why not."""
         teacher = self.teacher
         try:
-            cut = item.cut
-            if cut.sampling_rate != teacher.sampling_rate:
-                cut = cut.resample(teacher.sampling_rate)
-            wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32))
-        except _UNREADABLE as error:
-            # The message of lhotse spans many lines, and the last one says what happened.
-            lines = str(error).strip().splitlines() or [""]
-            return _Loaded(item, None, f"audio cannot be read: {type(error).__name__}: {lines[-1]}")
-        if not bool(torch.isfinite(wave).all()):
-            return _Loaded(item, None, "audio holds non-finite samples")
+            wave = clean_audio(item.cut, teacher.sampling_rate)
+        except DataError as error:
+            return _Loaded(item, None, str(error))
         if teacher.num_frames(len(wave)) == 0:
             return _Loaded(item, None, f"{len(wave)} samples give no frame of the teacher")
         if teacher.max_samples is not None and len(wave) > teacher.max_samples:

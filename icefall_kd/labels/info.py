@@ -86,9 +86,13 @@ class LabelSetInfo:
         if unknown := sorted(set(content) - known):
             raise DataError(f"{file} has unknown fields {unknown}")
         try:
-            return cls(**content)
-        except TypeError as error:
-            raise DataError(f"{file} is incomplete: {error}") from error
+            info = cls(**content)
+            FrameFormula.from_dict(info.frame_formula)
+        except (TypeError, KeyError, ValueError) as error:
+            raise DataError(
+                f"{file} is damaged or incomplete ({type(error).__name__}: {error}); extract the set again"
+            ) from error
+        return info
 
     def differences(self, other: "LabelSetInfo") -> list[str]:
         """Name the identifying fields in which two sets differ, with both values."""

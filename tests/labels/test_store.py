@@ -151,6 +151,21 @@ def test_every_flipped_byte_is_found_and_its_shard_named(tmp_path):
     assert LabelStore(tmp_path).verify() == []
 
 
+def test_every_flipped_byte_of_the_provenance_is_an_error_or_no_part_of_the_identity(tmp_path):
+    fill(tmp_path, 3)
+    file, wanted = tmp_path / "label_set.json", LabelSetInfo.load(tmp_path).fingerprint
+    sound = file.read_bytes()
+    for position in range(len(sound)):
+        broken = bytearray(sound)
+        broken[position] ^= 0x11
+        file.write_bytes(broken)
+        try:
+            problems = LabelStore(tmp_path, partial=True).verify()
+        except DataError as error:
+            problems = [str(error)]
+        assert problems or LabelSetInfo.load(tmp_path).fingerprint == wanted, position
+
+
 def test_missing_foreign_and_doubled_shards_are_named(tmp_path):
     fill(tmp_path / "a", 40, 4)
     fill(tmp_path / "b", 40, 4, toy_info(layer=9))

@@ -1,0 +1,30 @@
+"""The clean audio of a cut as teachers hear it (our design)."""
+
+import numpy as np
+import torch
+from lhotse.audio import AudioLoadingError, DurationMismatchError
+from lhotse.cut import MonoCut
+from torch import Tensor
+
+from icefall_kd.errors import DataError
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
+
+
+def clean_audio(cut: MonoCut, sampling_rate: int) -> Tensor:
+    """Return the waveform (S,) float32 of a cut at ``sampling_rate`` (in Hz).
+
+    Raises:
+        DataError: it cannot be read, or holds non-finite samples; the caller knows the cut.
+    """
+    try:
+        if cut.sampling_rate != sampling_rate:
+            cut = cut.resample(sampling_rate)
+        wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32))
+    except _UNREADABLE as error:
+        # The message of lhotse spans many lines, and the last one says what happened.
+        lines = str(error).strip().splitlines() or [""]
+        raise DataError(f"audio cannot be read: {type(error).__name__}: {lines[-1]}") from error
+    if not bool(torch.isfinite(wave).all()):
+        raise DataError("audio holds non-finite samples")
+    return wave
