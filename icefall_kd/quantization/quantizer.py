@@ -3,7 +3,8 @@
 Guo et al., "Predicting Multi-Codebook Vector Quantization Indexes for Knowledge Distillation",
 arXiv 2211.00508.  An embedding is approximated by a sum of one center of each codebook; the indexes come
 from a linear classifier and are then refined by the search of :mod:`icefall_kd.quantization.search`.
-Tensor names are those of the multi_quantization 0.1.1 package, so that files are exchangeable.
+Model, losses and tensor names are those of multi_quantization 0.1.1, the authors' package, so that its
+tensors load here; computation and files are our design.
 """
 
 import hashlib
@@ -25,6 +26,8 @@ from icefall_kd.runtime.files import atomic_write
 # exp(10 s) gives the two global scales a ten times larger effective learning rate.
 SCALE_SPEED = 10.0
 FORMAT = "icefall_kd quantizer 1"
+# What of a teacher's provenance decides which embeddings it gives; its device and precision do not.
+TEACHER_FIELDS = ("weights_sha256", "layer", "layer_convention", "input_normalization", "normalization")
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,14 @@ class Quantizer(nn.Module):
         return scale * F.embedding_bag(codes + first, self.centers.flatten(0, 1), mode="sum")
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the embeddings (*, C) float32 that the indexes (*, Q) stand for."""
+        """Return the embeddings (*, C) float32 that the indexes (*, Q) stand for; DataError for others."""
         if codes.shape[-1] != self.num_codebooks:
             raise DataError(f"codes have {codes.shape[-1]} codebooks, the quantizer has {self.num_codebooks}")
         flat = codes.reshape(-1, self.num_codebooks).to(self.centers.device, torch.int64)
+        wrong = (flat < 0) | (flat >= self.codebook_size)
+        if bool(wrong.any()):
+            raise DataError(f"code {int(flat[wrong][0])} lies outside 0..{self.codebook_size - 1}: "
+                            "the codes are padding, or of another quantizer")  # fmt: skip
         return self._sum_centers(flat).view(*codes.shape[:-1], self.dim)
 
     def tables(self) -> SearchTables:
@@ -117,7 +124,7 @@ class Quantizer(nn.Module):
         Returns:
             (*, Q) uint8.
         Raises:
-            DataError: ``x`` has another dimension.
+            DataError: ``x`` has another dimension, or values that are not finite.
         """
         self._check_dim(x)
         device = self.centers.device
@@ -130,6 +137,10 @@ class Quantizer(nn.Module):
         with torch.autocast(device.type, enabled=False):
             for start in range(0, len(flat), rows):
                 frames = flat[start : start + rows].to(device, torch.float32)
+                if not bool(frames.isfinite().all()):
+                    row, channel = (~frames.isfinite()).nonzero()[0].tolist()
+                    raise DataError(f"embedding {start + row} is {frames[row, channel]:g} in channel {channel}; "
+                                    "check the teacher and its precision (--teacher-dtype)")  # fmt: skip
                 codes = self.logits(frames).argmax(dim=-1)
                 if refine_iters > 0:
                     tables = self.tables()
@@ -280,6 +291,20 @@ class Quantizer(nn.Module):
         except RuntimeError as error:
             raise DataError(f"{where} is no quantizer of {tuple(state['centers'].shape)} centers: {error}") from error
         return result
+
+    def check_teacher(self, provenance: dict) -> None:
+        """Refuse a teacher whose embeddings this quantizer was not trained on.
+
+        Args:
+            provenance: of the teacher (teachers/base.py).  A quantizer whose file names no teacher fits all.
+        Raises:
+            DataError: it differs in one of ``TEACHER_FIELDS``; the message holds both values.
+        """
+        trained = self.metadata.get("teacher", {})
+        for name in TEACHER_FIELDS:
+            if name in trained and trained[name] != provenance.get(name):
+                raise DataError(f"the quantizer was trained on a teacher whose {name} is {trained[name]!r}, this one's "
+                                f"is {provenance.get(name)!r}; use that teacher and layer, or train another quantizer")
 
     def _check_dim(self, x: Tensor) -> None:
         if x.shape[-1] != self.dim:

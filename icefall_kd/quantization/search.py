@@ -1,8 +1,8 @@
 """The pair-merging refinement search of the multi-codebook quantizer, by look-ups in a Gram matrix.
 
-The search itself is that of Guo et al., "Predicting Multi-Codebook Vector Quantization Indexes for
-Knowledge Distillation" (arXiv 2211.00508): given indexes, each codebook keeps its best entries with the
-others held fixed, and neighbouring codebooks are merged until one joint choice remains.
+The search itself is that of multi_quantization 0.1.1, the package of the authors of MVQ-KD (Guo et al.,
+arXiv 2211.00508): given indexes, each codebook keeps its best entries with the others held fixed, and
+neighbouring codebooks are merged until one joint choice remains.  How many are kept is the package's too.
 
 How it is computed is our design.  Half the squared error of a joint choice is, up to a constant of the
 frame, a sum of ``<c, c'>`` between chosen centers and of ``<x, c>``.  All ``<c, c'>`` stand in one Gram

@@ -1,7 +1,8 @@
 """Two-phase training of the quantizer on a matrix of frames; resumable and a function of the seed alone.
 
 Phase 1 trains 2Q codebooks of 16 entries, the switch multiplies neighbours into Q codebooks of 256, and
-phase 2 trains those (Guo et al., arXiv 2211.00508; optimizer and schedule as in multi_quantization 0.1.1).
+phase 2 trains those: phases, optimizer and schedule of multi_quantization 0.1.1, the package of the authors
+of Guo et al., arXiv 2211.00508.
 Frames are centered and divided by their common standard deviation for the training, and the result takes
 both back into its parameters (our design): relative errors do not change, and any teacher's scale trains alike.
 Outlier frames take no part; the finished quantizer gets entries for them (:mod:`icefall_kd.quantization.outliers`).
@@ -128,6 +129,9 @@ class QuantizerTrainer:
             raise DataError(f"the quantizer needs a matrix of frames, got shape {tuple(frames.shape)}")
         if config.num_codebooks not in (1, 2, 4, 8, 16, 32):
             raise ConfigError(f"--num-codebooks is {config.num_codebooks}; it must be 1, 2, 4, 8, 16 or 32")
+        if config.frames_per_step < 1 or min(config.phase1_steps, config.phase2_steps) < 0:
+            raise ConfigError(f"--frames-per-step {config.frames_per_step}, --phase1-steps {config.phase1_steps}, "
+                              f"--phase2-steps {config.phase2_steps}: at least 1, 0 and 0 are needed")  # fmt: skip
         self.frames, self.config, self.device = frames, config, torch.device(device)
         self.state_path = Path(state_path) if state_path is not None else None
         self.save_every = save_every

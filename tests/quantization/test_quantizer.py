@@ -2,14 +2,44 @@
 
 import itertools
 import json
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.quantization import search
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.search import SearchTables, refine, refine_once
 from tests.quantization.reference import refine_reference
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that the operations inside have made and that live still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.known |= {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, result if isinstance(result, (tuple, list)) else [result]):
+            if tensor.untyped_storage().data_ptr() not in self.known:
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _add(self, storage) -> None:
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        self.known.add(pointer)
+        self.live += size
+        weakref.finalize(storage, self._drop, pointer, size)
+
+    def _drop(self, pointer: int, size: int) -> None:
+        self.known.discard(pointer)
+        self.live -= size
 
 
 def make(dim: int = 24, num_codebooks: int = 8, codebook_size: int = 16, scale: float = 1.0) -> Quantizer:
@@ -61,6 +91,42 @@ def test_finished_frames_and_chunks_change_nothing():
     assert torch.equal(refine(tables, products, codes, 4, chunk_bytes=7 * tables.bytes_per_frame()), expected)
 
 
+def test_the_search_needs_the_products_alone_and_leaves_finished_frames(monkeypatch):
+    quantizer, searched = make(20, 8, 16), []
+    x = torch.randn(300, 20)
+    tables = SearchTables(quantizer.scaled_centers())
+    products = tables.products(x)
+    codes = torch.randint(16, (len(x), 8))
+    changed, old = [len(x)], codes
+    for _ in range(4):
+        new = refine_once(tables, products, old)
+        # A finished frame stays as it is: only those of the round before can change.
+        changed.append(int((new != old).any(dim=1).sum()))
+        old = new
+    # Nothing of the embedding dimension is left to the search.
+    del tables.centers, tables.offset
+
+    def spy(tables, products, codes):
+        searched.append(len(codes))
+        return refine_once(tables, products, codes)
+
+    monkeypatch.setattr(search, "refine_once", spy)
+    assert torch.equal(refine(tables, products, codes, 5, chunk_bytes=2**30), refine_once(tables, products, old))
+    assert searched == changed and changed[0] > changed[2] > changed[3] > changed[4] > 0
+
+
+@pytest.mark.parametrize(("num_codebooks", "codebook_size"), [(4, 16), (4, 256)])
+def test_chunks_bound_the_memory_of_encoding(num_codebooks, codebook_size):
+    quantizer = make(8, num_codebooks, codebook_size)
+    budget = 40 * quantizer.tables().bytes_per_frame()
+    for frames in (80, 240):
+        x = torch.randn(frames, 8)
+        with LiveBytes() as live:
+            quantizer.encode(x, 1, chunk_bytes=budget)
+        # The products of a chunk and the search in it; what else grows with the frames is their codes.
+        assert 0.3 * budget < live.peak < 2 * budget
+
+
 def test_a_large_common_offset_does_not_spoil_the_search():
     quantizer = make(16, 4, 16)
     x = torch.randn(100, 16)
@@ -109,7 +175,7 @@ def test_the_product_switch_keeps_decoded_frames_and_logits():
     def chosen(quantizer, indexes):
         return quantizer.logits(x).gather(2, indexes.unsqueeze(2)).sum(dim=(1, 2))
 
-    assert torch.allclose(chosen(small, codes), chosen(large, pairs), atol=1e-4)
+    assert torch.allclose(chosen(small, codes), chosen(large, pairs), atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="no product form"):
         large.to_product()
 
@@ -195,6 +261,28 @@ def test_another_dimension_is_refused_with_both_values(tmp_path):
         Quantizer.load(path, dim=13)
     with pytest.raises(DataError, match=r"13.*12"):
         Quantizer.load(path).encode(torch.randn(2, 13))
+
+
+def test_a_teacher_that_it_was_not_trained_on_is_refused_with_both_values():
+    quantizer = make(12, 4, 16)
+    teacher = {"weights_sha256": "aa", "layer": 4, "normalization": "none", "dtype": "float32"}
+    quantizer.check_teacher(teacher)  # a quantizer that names no teacher
+    quantizer.metadata = {"teacher": teacher}
+    quantizer.check_teacher({**teacher, "dtype": "bfloat16", "long_utterances": "window"})
+    for name, value in (("weights_sha256", "bb"), ("layer", 3), ("normalization", "layer_norm")):
+        with pytest.raises(DataError, match=f"{name} is {teacher[name]!r}, this one's is {value!r}"):
+            quantizer.check_teacher({**teacher, name: value})
+
+
+def test_embeddings_that_are_not_finite_and_codes_of_no_entry_are_refused():
+    quantizer, x = make(12, 4, 16), torch.randn(9, 12)
+    for value in (float("nan"), float("inf")):
+        x[7, 3] = value
+        with pytest.raises(DataError, match=f"embedding 7 is {value:g} in channel 3"):
+            quantizer.encode(x, chunk_bytes=1)
+    for code in (16, -100):
+        with pytest.raises(DataError, match=f"code {code} lies outside 0..15"):
+            quantizer.decode(torch.tensor([[0, 1, code, 2]]))
 
 
 def test_damaged_and_missing_files_are_data_errors(tmp_path):

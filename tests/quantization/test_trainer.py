@@ -134,6 +134,8 @@ def test_values_that_float16_cannot_hold_are_refused():
 def test_bad_sizes_are_refused():
     with pytest.raises(ConfigError, match="num-codebooks is 3"):
         QuantizerTrainer(frames(), replace(CONFIG, num_codebooks=3))
+    with pytest.raises(ConfigError, match="frames-per-step 0"):
+        QuantizerTrainer(frames(), replace(CONFIG, frames_per_step=0))
     with pytest.raises(DataError, match="constant"):
         QuantizerTrainer(torch.ones(100, 4), CONFIG)
 
