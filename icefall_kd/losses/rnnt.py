@@ -48,17 +48,19 @@ def pruned_transducer_loss(
         backend: "auto" (k2, else fast_rnnt, else torch), "torch", "k2" or "fast_rnnt".
         blank_id: id of blank.
     Returns:
-        simple_loss (N,) and pruned_loss (N,) in nats, float32 (float64 for float64 inputs), not normalised.
+        simple_loss (N,) and pruned_loss (N,) in nats, not normalised; float32 (with the backend torch, float64
+        for float64 inputs).
     Raises:
         ConfigError: for an unknown backend, or one asked for that is absent or broken.
         DataError: for lengths that do not fit the tensors.
     """
     _check_lengths(encoder_out, decoder_out, y, encoder_out_lens, y_lens)
-    chosen = load_backend(backend)
+    chosen = load_backend(backend, encoder_out.device.type)
     y, y_lens, encoder_out_lens = y.long(), y_lens.long(), encoder_out_lens.long()
     am, lm = simple_am_proj(encoder_out), simple_lm_proj(decoder_out)
     projected = joiner.encoder_proj(encoder_out), joiner.decoder_proj(decoder_out)
-    if chosen.module is not None:
+    # k2 and fast_rnnt assert that a batch has tokens, and no more of them than frames.
+    if chosen.module is not None and 1 <= y.shape[1] <= encoder_out.shape[1]:
         return _outside_loss(chosen, am, lm, projected, joiner, y, encoder_out_lens, y_lens,
                              prune_range, lm_scale, am_scale, blank_id)  # fmt: skip
     simple, px_grad, py_grad = smoothed_simple_loss(am, lm, y, encoder_out_lens, y_lens, lm_scale, am_scale, blank_id)
@@ -251,7 +253,8 @@ def _outside_loss(
         simple, (px_grad, py_grad) = lib.rnnt_loss_smoothed(
             lm=lm.float(), am=am.float(), lm_only_scale=lm_scale, am_only_scale=am_scale, return_grad=True, **common
         )
-    ranges = lib.get_rnnt_prune_ranges(px_grad=px_grad, py_grad=py_grad, boundary=boundary, s_range=prune_range)
+    width = lattice.window_width(prune_range, y_lens, x_lens, y.shape[1])
+    ranges = lib.get_rnnt_prune_ranges(px_grad=px_grad, py_grad=py_grad, boundary=boundary, s_range=width)
     am_window, lm_window = lib.do_rnnt_pruning(am=projected[0], lm=projected[1], ranges=ranges)
     logits = joiner(am_window, lm_window, project_input=False)
     with torch.autocast(am.device.type, enabled=False):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+import torch
+
 from icefall_kd.errors import ConfigError
 
 # In the order in which "auto" tries them.
@@ -37,11 +39,12 @@ class Probe:
 
 
 @cache
-def probe(name: str) -> Probe:
-    """Import a library once and say whether it works; a broken one is named in a warning, once.
+def probe(name: str, device: str = "cpu") -> Probe:
+    """Import a library once and say whether it works on a device; a broken one is named in a warning, once.
 
     Args:
         name: "k2" or "fast_rnnt".
+        device: type of the tensors; a k2 that was built without CUDA imports, and fails at the first loss.
     """
     try:
         module = importlib.import_module(name)
@@ -50,26 +53,53 @@ def probe(name: str) -> Probe:
             return Probe(None, "it is not installed", installed=False)
         return _broken(name, f"{type(error).__name__}: {error}".splitlines()[0])
     missing = [function for function in _FUNCTIONS if not hasattr(module, function)]
-    return _broken(name, f"it lacks {', '.join(missing)}") if missing else Probe(module)
+    if missing:
+        return _broken(name, f"it lacks {', '.join(missing)}")
+    try:
+        _try(module, device)
+    except Exception as error:  # as above
+        return _broken(name, f"on {device}: {type(error).__name__}: {error}".splitlines()[0])
+    return Probe(module)
 
 
-def load_backend(name: str) -> Backend:
+def load_backend(name: str, device: str = "cpu") -> Backend:
     """Return the backend of a name; "auto" takes the first of k2, fast_rnnt and torch that works.
 
+    Args:
+        name: auto, torch, k2 or fast_rnnt.
+        device: type of the tensors that it gets ("cpu", "cuda").
     Raises:
         ConfigError: for an unknown name, or for a library that is absent or broken.
     """
     if name == "torch":
         return Backend("torch", None)
     if name == "auto":
-        working = ((outside, probe(outside).module) for outside in OUTSIDE)
+        working = ((outside, probe(outside, device).module) for outside in OUTSIDE)
         return next((Backend(n, module) for n, module in working if module is not None), Backend("torch", None))
     if name not in OUTSIDE:
         raise ConfigError(f"--rnnt-backend is {name!r}; choose auto, torch, {' or '.join(OUTSIDE)}")
-    found = probe(name)
+    found = probe(name, device)
     if found.module is None:
         raise ConfigError(f"--rnnt-backend {name} cannot be used: {found.reason}; use auto or torch")
     return Backend(name, found.module)
+
+
+def _try(module: ModuleType, device: str) -> None:
+    """Compute the losses of one token in two frames."""
+    am, lm = torch.zeros(1, 2, 3, device=device), torch.zeros(1, 2, 3, device=device)
+    boundary = torch.tensor([[0, 0, 1, 2]], device=device)
+    common = {
+        "symbols": torch.ones(1, 1, dtype=torch.int64, device=device),
+        "termination_symbol": 0,
+        "boundary": boundary,
+        "reduction": "none",
+    }
+    _, (px_grad, py_grad) = module.rnnt_loss_smoothed(
+        lm=lm, am=am, lm_only_scale=0.25, am_only_scale=0.0, return_grad=True, **common
+    )
+    ranges = module.get_rnnt_prune_ranges(px_grad=px_grad, py_grad=py_grad, boundary=boundary, s_range=2)
+    am, lm = module.do_rnnt_pruning(am=am, lm=lm, ranges=ranges)
+    module.rnnt_loss_pruned(logits=am + lm, ranges=ranges, **common)
 
 
 def _broken(name: str, reason: str) -> Probe:

@@ -131,23 +131,20 @@ def test_a_broken_library_is_named_once_and_passed_over(monkeypatch, tmp_path, c
         rnnt_backends.load_backend("fast_rnnt")
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match="choose auto, torch"):
-        rnnt_backends.load_backend("warp")
-
-
-def test_a_library_that_works_is_called_with_its_own_argument_names(monkeypatch):
-    calls = {}
+def working_library(calls):
+    """Return a library with the functions' names and arguments, and the assertions of k2."""
     lib = types.ModuleType("k2")
 
     def rnnt_loss_smoothed(lm, am, symbols, termination_symbol, lm_only_scale, am_only_scale, boundary, reduction,
                            return_grad):  # fmt: skip
         calls["boundary"], calls["reduction"] = boundary.tolist(), reduction
         num, num_frames, num_symbols = am.shape[0], am.shape[1], symbols.shape[1]
+        assert num_frames >= num_symbols >= 1
         grads = torch.zeros(num, num_symbols, num_frames + 1), torch.zeros(num, num_symbols + 1, num_frames)
         return am.sum((1, 2)) + lm.sum((1, 2)), grads
 
     def get_rnnt_prune_ranges(px_grad, py_grad, boundary, s_range):
+        assert s_range >= 2
         return torch.arange(s_range).expand(px_grad.shape[0], py_grad.shape[2], s_range)
 
     def do_rnnt_pruning(am, lm, ranges):
@@ -160,7 +157,66 @@ def test_a_library_that_works_is_called_with_its_own_argument_names(monkeypatch)
 
     for function in (rnnt_loss_smoothed, get_rnnt_prune_ranges, do_rnnt_pruning, rnnt_loss_pruned):
         setattr(lib, function.__name__, function)
+    return lib
+
+
+def test_a_library_that_imports_but_fails_at_the_first_loss_is_passed_over(monkeypatch, caplog):
+    lib = working_library({})
+
+    def fails(**_):
+        raise RuntimeError("k2 was not compiled with CUDA\nstack trace")
+
+    monkeypatch.setattr(lib, "rnnt_loss_pruned", fails)
     monkeypatch.setitem(sys.modules, "k2", lib)
+    monkeypatch.setitem(sys.modules, "fast_rnnt", None)
+    loss, *_ = setup()
+    expected = loss(backend="torch")
+    for a, b in zip(loss(backend="auto"), expected, strict=True):
+        assert torch.equal(a, b)
+    assert "k2 is installed but broken (on cpu: RuntimeError: k2 was not compiled with CUDA)" in caplog.text
+    with pytest.raises(ConfigError, match=r"on cpu: .* not compiled with CUDA"):
+        loss(backend="k2")
+
+
+@pytest.mark.parametrize("frames, symbols, lens", [(5, 0, [0, 0, 0]), (5, 7, [7, 2, 1])])
+def test_batches_that_a_library_asserts_away_are_computed_here(monkeypatch, frames, symbols, lens):
+    monkeypatch.setitem(sys.modules, "k2", working_library({}))
+    y, y_lens = torch.randint(1, 20, (3, symbols)), torch.tensor(lens)
+    decoder, joiner, proj = StatelessDecoder(20, 16), Joiner(16, 16, 16, 20), nn.Linear(16, 20)
+    args = (torch.randn(3, frames, 16), decoder(decoder.add_sos(y)), joiner, proj, proj, y,
+            torch.tensor([5, 4, 1]), y_lens)  # fmt: skip
+    mine, theirs = (pruned_transducer_loss(*args, backend=name) for name in ("torch", "k2"))
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
+def test_a_ragged_batch_equals_single_utterances_with_their_gradients():
+    decoder, joiner = StatelessDecoder(20, 16), Joiner(16, 16, 16, 20)
+    am, lm = nn.Linear(16, 20), nn.Linear(16, 20)
+    x_lens, y_lens = [9, 2, 5, 1], [4, 6, 0, 1]  # a text longer than its audio, no text, one frame
+    x, y = torch.randn(4, 9, 16, requires_grad=True), torch.randint(1, 20, (4, 6))
+
+    def loss(x, y, x_lens, y_lens):  # windows as wide as any text: their width depends on the batch
+        args = decoder(decoder.add_sos(y)), joiner, am, lm, y, torch.tensor(x_lens), torch.tensor(y_lens)
+        losses = torch.stack(pruned_transducer_loss(x, *args, prune_range=50, backend="torch"))
+        return losses, torch.autograd.grad(losses.sum(), x)[0]
+
+    losses, grads = loss(x, y, x_lens, y_lens)
+    for n, (t, s) in enumerate(zip(x_lens, y_lens, strict=True)):
+        one, grad = loss(x[n : n + 1, :t], y[n : n + 1, :s], [t], [s])
+        torch.testing.assert_close(losses[:, n : n + 1], one)
+        torch.testing.assert_close(grads[n, :t], grad[0], rtol=1e-4, atol=1e-6)
+        assert not grads[n, t:].any()
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ConfigError, match="choose auto, torch"):
+        rnnt_backends.load_backend("warp")
+
+
+def test_a_library_that_works_is_called_with_its_own_argument_names(monkeypatch):
+    calls = {}
+    monkeypatch.setitem(sys.modules, "k2", working_library(calls))
     loss, *_ = setup()
     simple, pruned = loss(backend="auto", prune_range=4)
     assert simple.shape == pruned.shape == (3,)
