@@ -1,13 +1,14 @@
 """MVQ-KD: a transducer student that also predicts its teacher's codebook indexes.
 
 Guo et al., "Predicting Multi-Codebook Vector Quantization Indexes for Knowledge Distillation",
-arXiv 2211.00508.  The student's middle layer predicts, for every frame, the multi-codebook indexes of
-the teacher frames that it spans; ``--kd l1`` and ``l2`` regress the teacher's embeddings instead (the
-paper's comparison), and ``--kd none`` is the baseline.  All of it is dropped at inference.
+arXiv 2211.00508.  The student's middle layer (a choice of the authors' recipe in icefall, as are the joined
+frames) predicts, for every frame, the multi-codebook indexes of the teacher frames that it spans; ``--kd l1``
+and ``l2`` regress the teacher's embeddings instead (the paper compares with both), and ``--kd none`` is the
+baseline.  All of it is dropped at inference.
 
     total = simple_scale * simple + pruned_scale * pruned + ctc_scale * ctc + sum_i kd_scale_i * kd_i
 
-Every term is a sum over the batch, so that the published scales keep their meaning.
+Every term is a sum over the batch, so that the recipe's published scales keep their meaning.
 """
 
 import math
@@ -29,6 +30,7 @@ from icefall_kd.losses.codebook import CodebookLoss
 from icefall_kd.losses.ctc import ctc_loss
 from icefall_kd.losses.frame_kd import FrameKdLoss
 from icefall_kd.losses.rnnt import pruned_transducer_loss
+from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.transducer import TransducerModel
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms, System
@@ -158,6 +160,7 @@ class MvqSystem(System):
         )
         self.targets = list(targets)
         self.online = online
+        log_parameter_counts(self.model)
         dim = self.model.encoder.dim
         self.heads = nn.ModuleDict()
         for t in self.targets:
@@ -227,15 +230,16 @@ class MvqSystem(System):
     def _kd_terms(self, terms: dict, metrics: dict, target: KdTarget, batch: Batch, out) -> None:
         labels = self.online.labels(batch) if self.online is not None else batch.labels[target.name]
         lens = out.encoder_out_lens
+        tap = out.taps[target.layer][:, : int(lens.max())]  # a batch may be padded beyond its longest utterance
         if target.source.kind == "embeddings":
             joined, valid = join_embeddings(labels, lens, target.ratio)
-            loss = self.heads[target.name](out.taps[target.layer], joined, valid)
+            loss = self.heads[target.name](tap, joined, valid)
             terms[f"{target.name}_{self.kd.kd}_loss"] = LossTerm(
                 loss.value, target.scale, loss.num_frames, per_utterance=loss.per_utterance
             )
             return
         codes = join_frames(labels, lens, target.ratio)  # (N, T', ratio * Q)
-        loss = self.heads[target.name](out.taps[target.layer], codes)
+        loss = self.heads[target.name](tap, codes)
         terms[f"{target.name}_codebook_loss"] = LossTerm(
             loss.value, target.scale, loss.num_frames, per_utterance=loss.per_utterance
         )
@@ -274,6 +278,8 @@ def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     with torch.random.fork_rng(devices=[]):
         teacher = build_teacher(config.teacher)
     quantizer = _quantizer(config.kd.quantizer, teacher.dim) if config.kd.kd == "mvq" else None
+    if quantizer is not None:
+        quantizer.check_teacher(teacher.provenance())
     source = LabelSource(
         path=None,
         kind="embeddings" if quantizer is None else "codebook_indexes",

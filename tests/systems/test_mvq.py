@@ -305,6 +305,31 @@ def test_labels_of_another_quantizer_or_layer_than_named_are_refused(corpus, tmp
         module._quantizer(corpus / "quantizer.safetensors", 8)
 
 
+def test_an_online_teacher_that_the_quantizer_was_not_trained_on_is_refused(corpus, toy_teacher, tmp_path):
+    quantizer, trained_on = Quantizer.load(corpus / "quantizer.safetensors"), ToyTeacher(DIM).provenance()
+    quantizer.save(tmp_path / "quantizer.safetensors", {"teacher": trained_on})
+    assert build(online_config(tmp_path, "mvq")).online is not None
+    quantizer.save(tmp_path / "quantizer.safetensors", {"teacher": {**trained_on, "layer": 7}})
+    with pytest.raises(DataError, match="layer is 7, this one's is 1"):
+        build(online_config(tmp_path, "mvq"))
+
+
+def test_parameters_are_printed_by_part(caplog):
+    with caplog.at_level("INFO"):
+        system = build(make_config())
+    total = sum(p.numel() for p in system.model.parameters())
+    assert f"total {total:,}" in caplog.text and "encoder " in caplog.text and "joiner " in caplog.text
+
+
+@pytest.mark.parametrize("kd", ["l2", "mvq"])
+def test_a_batch_padded_beyond_its_longest_utterance_has_the_same_losses(corpus, kd):
+    system = build(kd_config(corpus, kd, model={"dropout": 0.0}))
+    batch = batches_of(corpus, system)[0]
+    padded = dataclasses.replace(batch, features=torch.nn.functional.pad(batch.features, (0, 0, 0, 23)))
+    for name, term in fixed_dropout(system, padded).terms.items():
+        torch.testing.assert_close(term.value, fixed_dropout(system, batch).terms[name].value, msg=name)
+
+
 def test_inference_needs_nothing_of_the_distillation(corpus, monkeypatch):
     trained = build(kd_config(corpus, "mvq"))
     batch = batches_of(corpus, trained)[0]
