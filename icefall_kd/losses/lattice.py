@@ -181,7 +181,7 @@ def prune_starts(px_grad: Tensor, py_grad: Tensor, y_lens: Tensor, x_lens: Tenso
 
     The start maximises the blank occupation inside the window minus the mass that would enter it from
     below through the cut edge; then starts are made monotone with increments of at most R-1
-    (Kuang et al. 2022, section 2.3).
+    (Kuang et al. 2022, section 3.2, in the form of k2's get_rnnt_prune_ranges).
 
     Args:
         px_grad: (N, S, T+1) occupations of the symbol arcs.

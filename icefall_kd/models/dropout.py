@@ -20,8 +20,8 @@ class Dropout(nn.Module):
 
         Args:
             p: probability of zeroing an element.
-            shared_over_time: draw one mask (N, 1, C) for all frames of an utterance, as Zipformer's
-                feed-forward modules do (Yao et al. 2023, arXiv 2310.11230); x is (N, T, C) then.
+            shared_over_time: draw one mask (N, 1, C) for all frames of an utterance, as the feed-forward modules of
+                icefall's zipformer do; x is (N, T, C) then.
         """
         super().__init__()
         if not 0 <= p < 1:
