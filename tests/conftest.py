@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons["slow"] = "slow; run with --slow"
     for item in items:
         for marker, reason in reasons.items():
-            if marker in item.keywords:
+            if item.get_closest_marker(marker):  # not the keywords, which hold the folder tests/gpu too
                 item.add_marker(pytest.mark.skip(reason=reason))
         if "k2" in item.keywords and not _k2_works():
             item.add_marker(pytest.mark.skip(reason="k2 does not import"))
