@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import lhotse
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,12 +19,16 @@ from torch import Tensor
 from icefall_kd.config import TeacherConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.data.corpora import guess_language
+from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.audio import clean_audio
+from icefall_kd.labels.keys import speech_track
 from icefall_kd.runtime.files import write_json
-from icefall_kd.scoring import score
+from icefall_kd.scoring import Score, score
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher
 from icefall_kd.text.normalize import normalize_text
+from icefall_kd.text.tokenizer import pinyin_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -88,21 +91,20 @@ def draw_sample(cuts: Path, num_utts: int, seed: int, sampling_rate: int) -> Sam
     """Draw utterances from the head of a cut set and read their audio.
 
     Raises:
-        DataError: If the set is missing or holds fewer than two cuts.
+        DataError: If the set is missing, damaged or holds fewer than two cuts, or audio of the sample cannot be read.
     """
-    if not cuts.is_file():
-        raise DataError(f"{cuts} does not exist; prepare the corpus first")
-    head = list(islice(lhotse.load_manifest_lazy(cuts), CANDIDATES))
+    head = list(islice(iterate_cuts(cuts), CANDIDATES))
     if len(head) < 2:
         raise DataError(f"{cuts} holds {len(head)} cuts; a check compares at least 2")
     chosen = np.random.default_rng(seed).choice(len(head), size=min(num_utts, len(head)), replace=False)
     ids, waves, texts = [], [], []
     for i in sorted(chosen.tolist()):
-        cut = head[i]
-        if cut.sampling_rate != sampling_rate:
-            cut = cut.resample(sampling_rate)
+        cut = speech_track(head[i])  # what extraction reads: without noise that was mixed in
+        try:
+            waves.append(clean_audio(cut, sampling_rate))
+        except DataError as error:
+            raise DataError(f"cut {cut.id} of {cuts}: {error}; restore it, or draw others with --check-seed") from error
         ids.append(cut.id)
-        waves.append(torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32)))
         texts.append(" ".join(s.text for s in cut.supervisions if s.text) or None)
     return Sample(ids, waves, texts)
 
@@ -253,21 +255,38 @@ def embedding_statistics(frames: Tensor) -> dict:
 def _decode(teacher: Teacher, texts: Sequence[str | None], waves: Sequence[Tensor], ids: Sequence[str]) -> dict | None:
     inner = getattr(teacher, "teacher", teacher)
     limit = inner.max_samples
-    rows = [i for i, text in enumerate(texts) if text and (limit is None or len(waves[i]) <= limit)]
+    language = guess_language(texts)
+    refs = [normalize_text(text or "", language) for text in texts]
+    rows = [i for i, ref in enumerate(refs) if ref and (limit is None or len(waves[i]) <= limit)]
     transcribe = getattr(inner, "transcribe", None)
     hypotheses = transcribe([waves[i] for i in rows]) if transcribe and rows else None
     if hypotheses is None:
         return None
-    language = guess_language([texts[i] for i in rows])
-    refs, hyps = ([normalize_text(t, language) for t in ts] for ts in ([texts[i] for i in rows], hypotheses))
-    result = score(refs, hyps, [ids[i] for i in rows], unit="char" if language == "zh" else "word")
-    pairs = [{"id": ids[i], "ref": ref, "hyp": hyp} for i, ref, hyp in zip(rows, refs, hyps, strict=True)]
+    refs, ids = [refs[i] for i in rows], [ids[i] for i in rows]
+    hyps = [normalize_text(text, language) for text in hypotheses]
+    decoding = _rate(score(refs, hyps, ids, unit="char" if language == "zh" else "word"))
+    if language == "zh":
+        decoding["pinyin"] = _pinyin_rate(refs, hyps, ids)
+    pairs = zip(ids, refs, hyps, strict=True)
+    return {**decoding, "utterances": [{"id": i, "ref": ref, "hyp": hyp} for i, ref, hyp in pairs]}
+
+
+def _pinyin_rate(refs: Sequence[str], hyps: Sequence[str], ids: Sequence[str]) -> dict | None:
+    """Count errors in toned pinyin, where homophones and traditional characters are right; None without pypinyin."""
+    try:
+        refs, hyps = ([pinyin_pieces(text) for text in texts] for texts in (refs, hyps))
+    except ConfigError as error:
+        logger.warning("no error rate in pinyin: %s", error)
+        return None
+    return _rate(score(refs, hyps, ids, unit="token"))
+
+
+def _rate(result: Score) -> dict:
     return {
         "name": result.name,
         "error_rate": round(result.error_rate, 2),
         "errors": result.num_errors,
         "units": result.num_ref,
-        "utterances": pairs,
     }
 
 
@@ -288,9 +307,10 @@ def format_report(report: dict) -> str:
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         lines.append(f"{name:<42}{shown:>12}")
     decoding = report["decoding"]
-    if decoding is not None:
-        name = f"{decoding['name']} of its own greedy transcripts, %"
-        lines.append(f"{name:<42}{decoding['error_rate']:>12}  ({decoding['errors']} / {decoding['units']})")
+    for unit, rate in (("", decoding), (" in pinyin", (decoding or {}).get("pinyin"))):
+        if rate is not None:
+            name = f"{rate['name']}{unit} of its own transcripts, %"
+            lines.append(f"{name:<42}{rate['error_rate']:>12}  ({rate['errors']} / {rate['units']})")
     share = report["statistics"].get("top_dim_share", 0.0)
     if share > 0.5 and teacher.get("normalization") == "none":
         lines += ["", f"one dimension holds {share:.0%} of the variance: consider --normalize-embeddings true"]

@@ -72,7 +72,7 @@ class WhisperTranscriber:
     def _language(self, prompt: list[int], encoded: Sequence) -> int:
         """Return the token of the language that is the most probable of all utterances together.
 
-        One word does not tell its language: of isolated Mandarin words Whisper base takes a third for Thai,
+        One word does not tell its language: of isolated Mandarin words Whisper base takes a fifth for Thai,
         Korean or Portuguese, and writes them down as such.
         """
         logits = torch.stack([self._step(prompt, x, None)[0][self.languages] for x in encoded])

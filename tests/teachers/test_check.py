@@ -18,6 +18,7 @@ from icefall_kd.teachers.check import (
     check_teacher,
     draw_sample,
     embedding_statistics,
+    format_report,
     neighbour_accuracy,
     run_check,
 )
@@ -91,6 +92,26 @@ def test_every_fault_is_found_by_its_check(fault, name):
     json.dumps(report, allow_nan=False)
 
 
+def test_transcripts_of_mandarin_are_told_in_characters_and_in_pinyin():
+    class Writer(FaultyTeacher):
+        def transcribe(self, waves):
+            return ["東南。", "Shū fu"][: len(waves)]
+
+    heard = sample()
+    heard.texts[:] = ["东南", "舒服", "。"]  # the last one holds nothing to compare with
+    report = check_teacher(Writer(), heard)
+    decoding = report["decoding"]
+    assert [(u["ref"], u["hyp"]) for u in decoding["utterances"]] == [("东南", "東南"), ("舒服", "SHŪFU")]
+    # One traditional character and five letters for two characters; d ong1 n an2 are right.
+    assert (decoding["name"], decoding["errors"], decoding["units"]) == ("CER", 6, 4)
+    assert (decoding["pinyin"]["name"], decoding["pinyin"]["errors"], decoding["pinyin"]["units"]) == ("TER", 5, 8)
+    assert "CER of its own" in format_report(report) and "TER in pinyin of its own" in format_report(report)
+    heard.texts[:] = ["A CAT", None, "?!"]
+    assert check_teacher(Writer(), heard)["decoding"]["name"] == "WER"
+    heard.texts[:] = ["?!", None, ""]
+    assert check_teacher(Writer(), heard)["decoding"] is None
+
+
 def test_neighbour_accuracy_is_chance_for_independent_frames():
     torch.manual_seed(1)
     assert abs(neighbour_accuracy([torch.randn(3000, 8), torch.randn(3000, 8)]) - 0.5) < 0.05
@@ -131,8 +152,11 @@ def test_the_sample_is_seeded_and_resampled(cuts):
     assert first.ids == again.ids and len(first.ids) == 3
     assert first.ids != other.ids or not torch.equal(first.waves[0], other.waves[0])
     assert all(len(w) == 16000 for w in draw_sample(cuts, 10, 0, 16000).waves)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match=r"no cut set .*none.jsonl"):
         draw_sample(cuts.with_name("none.jsonl"), 3, 1, 16000)
+    cuts.with_name("utt3.wav").write_bytes(b"RIFF no audio")
+    with pytest.raises(DataError, match=r"cut utt3 of .*audio cannot be read.*--check-seed"):
+        draw_sample(cuts, 6, 0, 16000)
 
 
 def test_the_report_is_written_even_when_a_check_fails(cuts, tmp_path, capsys):
