@@ -247,7 +247,8 @@ def _known(key: str, names: dict[str, Any], complaint: str, prefix: str) -> str:
 def _read_yaml(file: Path, options: dict[str, Option]) -> dict[str, Raw]:
     try:
         # BaseLoader leaves every scalar a string, so that a file and a flag go through the same conversion.
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        text = file.read_text(encoding="utf-8")
+        content, node = yaml.load(text, Loader=yaml.BaseLoader), yaml.compose(text, Loader=yaml.BaseLoader)
     except FileNotFoundError:
         raise ConfigError(f"--config {file} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -255,6 +256,11 @@ def _read_yaml(file: Path, options: dict[str, Option]) -> dict[str, Raw]:
     content = content or {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {file} holds a {type(content).__name__}; it must be a mapping of options")
+    # YAML itself takes the last of two equal keys without a word.
+    names = [str(key.value).replace("-", "_") for key, _ in node.value] if content else []
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"{file}: {', '.join(repeated)} is given more than once; keep one line of each")
     values = {}
     for key, value in content.items():
         name = _known(key, options, f"{file}: unknown option {key!r}", prefix="")

@@ -18,7 +18,7 @@ def _at_least(config: object, **minima: float) -> None:
     """Raise a ConfigError for the first field below its minimum."""
     for name, minimum in minima.items():
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # NaN is below everything
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {minimum}")
 
 
@@ -54,7 +54,8 @@ class DataConfig:
     """Drop the last, smaller batch of an epoch."""
 
     def __post_init__(self) -> None:
-        _at_least(self, valid_utts=1, max_duration=0.1, num_buckets=1, num_workers=0, min_utt_duration=0)
+        _at_least(self, valid_utts=1, max_duration=0.1, max_tokens=1)
+        _at_least(self, num_buckets=1, num_workers=0, min_utt_duration=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +294,7 @@ class OptimConfig:
     """AdamW only: largest gradient norm."""
 
     def __post_init__(self) -> None:
-        _at_least(self, base_lr=0, lr_batches=1, lr_epochs=0.1, lr_warmup_steps=0)
+        _at_least(self, base_lr=0, lr_batches=1, lr_epochs=0.1, lr_warmup_steps=0, weight_decay=0, grad_clip=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +338,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, num_epochs=1, accum_grad=1, log_interval=1, save_every_n=1, keep_last_k=1, average_period=1)
+        _at_least(self, max_steps=1, valid_interval=1, keep_epochs=1, max_skips=0, start_epoch=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,6 +380,11 @@ class DecodeConfig:
     """auto: the GPU when there is one."""
     num_threads: int | None = None
     """torch threads on a CPU."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0)
+        if not self.temperature > 0:
+            raise ConfigError(f"--temperature is {self.temperature}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,10 @@ Exit codes: 0 fine, 1 a bug, 2 usage or configuration, 3 numeric failure, 4 data
 This module imports nothing but the standard library.
 """
 
+import errno
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class KdError(ValueError):
@@ -35,13 +37,22 @@ class DataError(KdError):
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave the process with the exit code of its outcome.
 
-    A :class:`KdError` ends in its message alone; anything else is a bug and keeps its traceback.
+    A :class:`KdError` ends in its message alone, and so does a full disk (exit code 2); anything else is a bug and
+    keeps its traceback.
     """
     try:
         code = main()
     except KdError as error:
-        import logging  # here, since the check of a shell stage imports this module and must start quickly
-
-        logging.getLogger("icefall_kd").error("%s: %s", type(error).__name__, error)
-        sys.exit(error.exit_code)
+        _leave(f"{type(error).__name__}: {error}", error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave(f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run this again", 2)
     sys.exit(code or 0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    import logging  # here, since the check of a shell stage imports this module and must start quickly
+
+    logging.getLogger("icefall_kd").error("%s", message)
+    sys.exit(code)

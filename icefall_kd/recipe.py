@@ -13,8 +13,8 @@ from icefall_kd.config import DecodeConfig, TrainConfig
 from icefall_kd.data.datamodule import DataModule, cuts_path, decoding_batches
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
-from icefall_kd.errors import ConfigError
-from icefall_kd.results import part_name
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.results import parts_by_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import atomic_write
@@ -99,7 +99,7 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
         name: decoding_batches(
             cuts, tokenizer, max_duration=config.max_duration, features=_features_of(cuts)
         )
-        for name, cuts in ((part_name(p), part_cuts(config.manifest_dir, p)) for p in config.test_parts)
+        for name, cuts in ((n, part_cuts(config.manifest_dir, p)) for n, p in parts_by_name(config.test_parts).items())
     }
     return decode_parts(system, tokenizer, batches, config, files_used=used)
 
@@ -112,4 +112,8 @@ def part_cuts(manifest_dir: Path, part: str) -> CutSet:
     """Return the cuts of a part: a name in ``manifest_dir``, a cut set's path, or a folder with *.trans.txt."""
     if Path(part).is_dir():
         return cuts_from_folder(Path(part))
-    return CutSet.from_file(cuts_path(manifest_dir, part)).to_eager()
+    path = cuts_path(manifest_dir, part)
+    cuts = CutSet.from_file(path)  # None for an empty file
+    if not cuts:
+        raise DataError(f"{path} holds no cuts; prepare part {part} again")
+    return cuts.to_eager()

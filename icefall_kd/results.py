@@ -81,6 +81,7 @@ class Row:
     decoding: str
     """Suffix of the result files: checkpoint, averaging and search."""
     runs: list[Run]
+    """Those of the trainings that have this decoding."""
     results: dict[str, list[dict]] = field(default_factory=dict)
     """Results of each part, one a run that has it."""
 
@@ -169,6 +170,22 @@ def find_results(
 def part_name(part: str) -> str:
     """Return the name under which a part's results are recorded, be it given as a name or a path."""
     return Path(part).name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("cuts_")
+
+
+def parts_by_name(parts: Sequence[str]) -> dict[str, str]:
+    """Return the values of --test-parts by the names under which their results are recorded.
+
+    Raises:
+        ConfigError: two parts have one name, so that the results of one would replace those of the other.
+    """
+    found: dict[str, str] = {}
+    for part in parts:
+        if (other := found.setdefault(part_name(part), part)) != part:
+            raise ConfigError(
+                f"--test-parts {other} and {part} would both be recorded as {part_name(part)}; rename one of them, or "
+                "decode them into exp_dirs of their own"
+            )
+    return found
 
 
 def measure_labels(label_dir: Path) -> LabelStorage:
@@ -283,19 +300,19 @@ def build_rows(runs: Sequence[Run]) -> list[Row]:
     for run in runs:
         same = {k: v for k, v in run.config.items() if k not in _NOT_THE_EXPERIMENT}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    rows = []
+    by_group = []
     for group in groups.values():
         seeds = [run.seed for run in group]
         if len(set(seeds)) < len(seeds):
             folders = ", ".join(str(run.exp_dir) for run in group)
             raise ConfigError(f"{folders} are the same experiment with seeds {seeds}: give each seed once")
-        rows += _rows_of(group)
-    for name in {row.system for row in rows}:
-        namesakes = [row for row in rows if row.system == name]
-        if len({id(row.runs[0]) for row in namesakes}) > 1:
-            for row in namesakes:
-                row.system += f" ({row.runs[0].exp_dir.name})"
-    return rows
+        by_group.append(_rows_of(group))
+    names = [rows[0].system for rows in by_group]
+    for group, rows, name in zip(groups.values(), by_group, names, strict=True):
+        if names.count(name) > 1:
+            for row in rows:
+                row.system += f" ({group[0].exp_dir.name})"
+    return [row for rows in by_group for row in rows]
 
 
 def _rows_of(group: list[Run]) -> list[Row]:
@@ -304,10 +321,12 @@ def _rows_of(group: list[Run]) -> list[Row]:
     name = SYSTEM_NAMES.get(key, " ".join(key))
     by_decoding: dict[str, Row] = {}
     for run in group:
+        for suffix in dict.fromkeys(result["suffix"] for result in run.results):
+            by_decoding.setdefault(suffix, Row(name, suffix, [])).runs.append(run)
         for result in run.results:
-            row = by_decoding.setdefault(result["suffix"], Row(name, result["suffix"], group))
-            row.results.setdefault(result["part"], []).append(result)
-    return list(by_decoding.values()) or [Row(name, "not decoded", group)]
+            by_decoding[result["suffix"]].results.setdefault(result["part"], []).append(result)
+    rest = [run for run in group if not run.results]
+    return [*by_decoding.values(), *([Row(name, "not decoded", rest)] if rest else [])]
 
 
 def part_order(rows: Sequence[Row]) -> list[str]:

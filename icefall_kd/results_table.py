@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from icefall_kd.bootstrap import Interval
 from icefall_kd.errors import DataError
 from icefall_kd.results import Row, Run, part_order
 from icefall_kd.scoring import RATE_NAMES
@@ -21,7 +20,7 @@ def demo_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         parameters = "?" if row.parameters is None else f"{row.parameters:,}"
-        rates = [_percent(row.rate(part)) for part in parts]
+        rates = [_rate(row, part) for part in parts]
         cells.append([row.system, parameters, *row.label_texts(), *rates, _seconds(row)])
     if len({row.search for row in rows}) > 1:
         header.insert(1, "search")
@@ -44,8 +43,12 @@ def _rate_name(rows: Sequence[Row], part: str) -> str:
     return "/".join(RATE_NAMES[unit] for unit in sorted(units))
 
 
-def _percent(rate: Interval | None) -> str:
-    return "-" if rate is None else f"{rate.value:.2f} % ({rate.low:.2f} to {rate.high:.2f})"
+def _rate(row: Row, part: str) -> str:
+    rate, count = row.rate(part), len(row.results.get(part, []))
+    if rate is None:
+        return "-"
+    some = f", {count} of {len(row.runs)} seeds" if count < len(row.runs) else ""
+    return f"{rate.value:.2f} % ({rate.low:.2f} to {rate.high:.2f}){some}"
 
 
 def _seconds(row: Row) -> str:
@@ -75,7 +78,8 @@ def _training(run: Run) -> str:
         text += f", {s['audio_hours_per_hour']:.1f} hours of audio an hour"
     if s.get("peak_memory_gib") is not None:
         text += f", peak memory {s['peak_memory_gib']:.2f} GiB"
-    return text + f" on {s.get('device', 'an unknown device')}"
+    ranks = f"{s['world_size']} x " if s.get("world_size", 1) > 1 else ""
+    return text + f" on {ranks}{s.get('device', 'an unknown device')}"
 
 
 def _counts(r: dict) -> str:

@@ -63,9 +63,11 @@ def rescore(file: Path, config: ScoreConfig) -> None:
         if record is None:
             raise ConfigError(f"--results needs {record_file}, which decode.py writes")
         suffix = f"{record['suffix']}_unit-{config.unit}"
+        # A sweep must not take these for results in the unit of the decoding.
+        options = record.get("config", {}) | {"unit": config.unit}
         write_json(
             file.with_name(f"results-{new_name}.json"),
-            record | counts | {"suffix": suffix, "utterances": per_utterance(scored)},
+            record | counts | {"suffix": suffix, "config": options, "utterances": per_utterance(scored)},
         )
     interval = " 95% interval {:.2f} to {:.2f}".format(*counts["interval"]) if counts["interval"] else ""
     print(scored.line(name) + interval)

@@ -15,7 +15,7 @@ from pathlib import Path
 from icefall_kd.cli import config_to_dict, parse_config
 from icefall_kd.config import DecodeConfig
 from icefall_kd.errors import ConfigError, run_main
-from icefall_kd.results import find_results, part_name
+from icefall_kd.results import find_results, parts_by_name
 from icefall_kd.results_table import markdown_table, print_table
 from icefall_kd.runtime.files import write_text
 from icefall_kd.scoring import RATE_NAMES
@@ -60,7 +60,7 @@ def missing_files(config: DecodeConfig) -> list[str]:
     """Return the epoch files that this point of the grid needs and the exp_dir lacks."""
     start = config.epoch - config.avg
     if start < 0:
-        return [f"epoch-{start}.pt"]
+        return ["epochs before the first"]
     needed = {start, config.epoch} - {0} if config.use_averaged_model else range(start + 1, config.epoch + 1)
     return [f"epoch-{n}.pt" for n in sorted(needed) if not (config.exp_dir / f"epoch-{n}.pt").exists()]
 
@@ -130,7 +130,7 @@ def main() -> None:
     base = config.decode
     if base.epoch is not None or base.iter is not None:
         raise ConfigError("--epoch and --iter are chosen by --epochs; leave them out")
-    parts = {part_name(p): p for p in base.test_parts}
+    parts = parts_by_name(base.test_parts)
     sort_part = config.sort_part or next(iter(parts))
     if sort_part not in parts:
         raise ConfigError(f"--sort-part {sort_part} is none of --test-parts {', '.join(parts)}")

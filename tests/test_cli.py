@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -104,6 +106,8 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
         ("- a", "holds a list; it must be a mapping"),
         ("a: [", "cannot be read as YAML"),
         ("kind: [none]", "kind is none; it must be one none|mvq, not a list"),
+        ("steps: 1\nkind: mvq\nsteps: 2", "x.yaml: steps is given more than once; keep one line of each"),
+        ("max-duration: 1\nmax_duration: 2", "max_duration is given more than once"),
     ],
 )
 def test_errors_of_a_config_file_name_the_file(tmp_path, content, message):
@@ -177,6 +181,40 @@ def test_differences_are_named():
     assert diff_configs({"a": 1}, {"b": 2}) == ["a: 1 -> (absent)", "b: (absent) -> 2"]
     with pytest.raises(ConfigError, match=r"unknown option 'part'; did you mean parts\?"):
         config_from_dict(Command, {"part": 1})
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (config.TrainConfig, f"--{name} {value}")
+        for name, value in (
+            ("base-lr", "nan"), ("max-duration", "nan"), ("max-steps", 0), ("keep-epochs", 0), ("max-skips", -1),
+            ("valid-interval", 0), ("max-tokens", 0), ("start-epoch", 0), ("num-epochs", 0), ("accum-grad", 0),
+        )
+    ]
+    + [
+        (config.DecodeConfig, f"--{name} {value}")
+        for name, value in (
+            ("beam-size", 0), ("nbest", 0), ("avg", 0), ("epoch", 0), ("iter", -1), ("bootstrap", -1),
+            ("max-duration", 0), ("temperature", 0), ("temperature", "nan"),
+        )
+    ],
+)  # fmt: skip
+def test_impossible_numbers_are_refused_with_their_option(command, arguments):
+    with pytest.raises(ConfigError, match=f"{arguments.split()[0]} is .*; it must be"):
+        parse_config(command, arguments.split())
+
+
+def test_a_full_disk_is_no_bug(caplog):
+    def write(code):
+        raise OSError(code, os.strerror(code), "x.json")
+
+    with pytest.raises(SystemExit) as left:
+        run_main(lambda: write(errno.ENOSPC))
+    assert left.value.code == 2
+    assert "cannot write x.json: No space left on device; make room and run this again" in caplog.text
+    with pytest.raises(PermissionError):
+        run_main(lambda: write(errno.EACCES))
 
 
 def test_usage_errors_leave_with_exit_code_2():

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +117,17 @@ def test_runs_that_differ_in_the_seed_alone_are_pooled(tmp_path):
     assert cells[0][1:3] == ["epoch-2_avg-1", "1, 2, 3"]
 
 
+def test_seeds_that_were_not_decoded_are_not_claimed(tmp_path):
+    beam = result(suffix="beam", method="modified_beam_search")
+    found = {1: [result(), result("dev"), beam], 2: [result()], 3: []}
+    rows = build_rows([read_run(exp_dir(tmp_path / f"s{s}", results, seed=s)) for s, results in found.items()])
+    header, cells = full_table(rows)
+    seeds = {line[header.index("decoding")]: line[header.index("seeds")] for line in cells}
+    assert seeds == {"epoch-2_avg-1": "1, 2", "beam": "1", "not decoded": "3"}
+    dev, test = (cells[0][header.index(f"WER {part}")] for part in ("dev", "test"))
+    assert dev.endswith("), 1 of 2 seeds") and test.endswith(")")
+
+
 def test_the_same_seed_twice_is_refused(tmp_path):
     folders = [exp_dir(tmp_path / name, [result()]) for name in "ab"]
     with pytest.raises(ConfigError, match=r"seeds \[1, 1\]"):
@@ -190,10 +200,8 @@ def test_the_script_prints_and_writes_the_same_table_twice_without_torch(tmp_pat
     folders = [exp_dir(tmp_path / "none", [result("dev"), result()]), exp_dir(tmp_path / "l2", [result()], kd="l2")]
     out, data = tmp_path / "results" / "demo.md", tmp_path / "rows.json"
     args = ["--exp-dirs", ",".join(map(str, folders)), "--table", "demo", "--out", out, "--json", data]
-    begin = time.monotonic()
     first = run_script("results.py", *args)
     assert first.returncode == 0, first.stderr
-    assert time.monotonic() - begin < 10
     assert first.stdout in out.read_text()
     before = out.stat().st_mtime_ns
     second = run_script("results.py", *args)

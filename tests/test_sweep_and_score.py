@@ -95,6 +95,21 @@ def test_a_sweep_goes_on_where_it_stopped(exp, monkeypatch):
     assert calls == [(2, 1, ("dev",))]
 
 
+def test_a_sweep_does_not_take_results_that_were_scored_again_in_another_unit(exp, monkeypatch):
+    folder, calls = exp
+    args = ["--epochs", "1", "--avgs", "1"]
+    run_sweep(monkeypatch, folder, *args)
+    (file,) = (folder / "greedy_search").glob("results-*.json")
+    recogs = file.with_name(file.name.replace("results-", "recogs-").replace(".json", ".txt"))
+    write_recogs(recogs, score(["AB"], ["AX"], ["u"]))
+    rescoring.rescore(recogs, rescoring.ScoreConfig(recogs=[recogs], unit="char", results=True))
+    file.unlink()
+    calls.clear()
+    run_sweep(monkeypatch, folder, *args)
+    assert calls == [(1, 1, ("dev",))]
+    assert "CER" not in (folder / "greedy_search" / "sweep-dev.md").read_text()
+
+
 def test_averages_of_plain_checkpoints_need_each_file(exp):
     folder, _ = exp
     (folder / "epoch-2.pt").unlink()
@@ -102,7 +117,7 @@ def test_averages_of_plain_checkpoints_need_each_file(exp):
     assert sweep.missing_files(config) == []
     assert sweep.missing_files(dataclasses.replace(config, use_averaged_model=False)) == ["epoch-2.pt"]
     assert sweep.missing_files(dataclasses.replace(config, avg=3)) == []
-    assert sweep.missing_files(dataclasses.replace(config, avg=4)) == ["epoch--1.pt"]
+    assert sweep.missing_files(dataclasses.replace(config, avg=4)) == ["epochs before the first"]
 
 
 def test_epochs_are_ranges_and_numbers():

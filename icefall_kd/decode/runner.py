@@ -7,6 +7,7 @@ used, the options, the command and the git state.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -22,9 +23,10 @@ import torch
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
-from icefall_kd.data.batch import Batch
+from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.decode.base import Decoder, Hypothesis
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
 from icefall_kd.scoring import Score, per_utterance, score, summarize, write_errs, write_recogs, write_summary
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds of one input frame, for batches that do not state their durations.
 _FRAME_SHIFT = 0.01
+# Input frames that give the first encoder frame.
+_SHORTEST = next(t for t in itertools.count() if conv2d_subsampled_len(t) > 0)
 
 
 @dataclass
@@ -119,7 +123,7 @@ def decode_batches(system, decoder: Decoder, batches: Iterable[Batch], warm_up: 
     device = next(system.parameters()).device
     out = Decoded()
     for batch in batches:
-        batch = batch.to(device)
+        batch = _long_enough(batch).to(device)
         if warm_up:
             seconds = _run(system, decoder, batch, device)[1:]
             out.warm_up_seconds = sum(seconds)
@@ -133,6 +137,15 @@ def decode_batches(system, decoder: Decoder, batches: Iterable[Batch], warm_up: 
         out.nbest += nbest
         logger.info("%d utterances decoded", len(out.ids))
     return out
+
+
+def _long_enough(batch: Batch) -> Batch:
+    """Pad a batch of utterances that are all too short for an encoder frame; their lengths say so to the search."""
+    missing = _SHORTEST - batch.features.size(1) if batch.features is not None else 0
+    if missing <= 0:
+        return batch
+    padding = batch.features.new_full((len(batch), missing, batch.features.size(2)), LOG_EPS)
+    return dataclasses.replace(batch, features=torch.cat([batch.features, padding], dim=1))
 
 
 def _run(system, decoder: Decoder, batch: Batch, device: torch.device) -> tuple[list[list[Hypothesis]], float, float]:

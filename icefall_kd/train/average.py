@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def best_n(exp_dir: str | Path, n: int, metric: str = "valid_loss") -> list[Path
         scored.append((results[metric], epoch, path))
     if not 1 <= n <= len(scored):
         raise ConfigError(f"cannot take the best {n} of the {len(scored)} epoch files in {exp_dir}")
-    return [path for _, _, path in sorted(scored)[:n]]
+    # NaN compares with nothing; it is never among the best while there is a number.
+    return [path for _, _, path in sorted(scored, key=lambda x: (math.isnan(x[0]), x[0], x[1]))[:n]]
 
 
 def last_n(exp_dir: str | Path, n: int, kind: str = "epoch", end: int | None = None) -> list[Path]:

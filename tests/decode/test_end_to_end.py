@@ -1,6 +1,8 @@
 """The real decode on a folder of audio: checkpoint to table, and a sweep over its epochs."""
 
+import gzip
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from lhotse import CutSet, Recording, SupervisionSegment
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig, LoopConfig, ModelConfig, TrainConfig
+from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.recipe import decode
 from icefall_kd.results import build_rows, read_run
 from icefall_kd.results_table import full_table
@@ -62,6 +66,48 @@ def test_every_search_decodes_a_folder_of_audio(trained, method):
     ids, refs, _ = read_recogs(next((exp_dir / method).glob("recogs-speech-epoch-2*")))
     assert [" ".join(r) for r in refs] == list(TEXTS.values())
     assert len(ids) == 3
+
+
+def noise(file, **lengths):
+    """Write a cut set of noises of so many samples, with transcripts that no vocabulary holds; return its name."""
+    cuts = []
+    for name, samples in lengths.items():
+        audio = file.with_name(f"{name}.wav")
+        soundfile.write(audio, 0.1 * np.random.default_rng(0).standard_normal(samples), 16000)
+        cut = Recording.from_file(audio, recording_id=name).to_cut().with_id(name)
+        cut.supervisions = [SupervisionSegment(name, name, 0.0, cut.duration, text="ÉTÉ 中文 ONE")]
+        cuts.append(cut)
+    CutSet.from_cuts(cuts).to_file(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("method", ["greedy_search", "modified_beam_search", "ctc_greedy_search"])
+@pytest.mark.parametrize("max_duration", [0.1, 100.0], ids=["alone", "in a batch"])
+def test_utterances_without_an_encoder_frame_get_the_empty_hypothesis(trained, tmp_path, method, max_duration):
+    _, exp_dir = trained
+    part = noise(tmp_path / "cuts_short.jsonl.gz", long=16000, tiny=20, short=700)
+    config = DecodeConfig(
+        exp_dir=exp_dir, test_parts=[part], decoding_method=method, device="cpu", max_duration=max_duration
+    )
+    result = decode(config)["short"]
+    assert (result["num_utterances"], result["num_ref"]) == (3, 9)
+    _, refs, hyps = read_recogs(next((exp_dir / method).glob("recogs-short-*")))
+    assert refs == [["ÉTÉ", "中文", "ONE"]] * 3
+    assert hyps[1:] == [[], []]
+    lines = next((exp_dir / method).glob("nbest-short-*")).read_text().splitlines()
+    assert json.loads(lines[2])["nbest"] == [{"text": "", "tokens": [], "score": 0.0, "timestamps": []}]
+
+
+def test_parts_that_cannot_be_decoded_are_refused_before_any_is(trained, tmp_path):
+    audio, exp_dir = trained
+    options = {"exp_dir": exp_dir, "manifest_dir": tmp_path, "device": "cpu"}
+    other = str(tmp_path / "cuts_speech.jsonl.gz")
+    with pytest.raises(ConfigError, match=r"cuts_speech\.jsonl\.gz would both be recorded as speech"):
+        decode(DecodeConfig(test_parts=[str(audio), other], **options))
+    with gzip.open(tmp_path / "cuts_none.jsonl.gz", "wb"):
+        pass
+    with pytest.raises(DataError, match=r"cuts_none\.jsonl\.gz holds no cuts; prepare part none again"):
+        decode(DecodeConfig(test_parts=[str(audio), "none"], **options))
 
 
 def test_a_sweep_decodes_in_process_and_its_results_become_rows(trained, monkeypatch, capsys):

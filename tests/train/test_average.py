@@ -126,6 +126,13 @@ def test_best_n_by_metric(exp_dir):
         avg.best_n(exp_dir, 5)
 
 
+def test_a_metric_that_is_no_number_is_never_the_best(tmp_path):
+    for epoch, loss in ((1, float("nan")), (2, 5.0), (3, float("nan")), (4, 4.0)):
+        train = {"step": epoch, "valid": {"loss": loss}}
+        save_checkpoint(tmp_path / f"epoch-{epoch}.pt", {"model": {}, "train": train})
+    assert [p.name for p in avg.best_n(tmp_path, 3)] == ["epoch-4.pt", "epoch-2.pt", "epoch-1.pt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
