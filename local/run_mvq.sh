@@ -109,6 +109,7 @@ lang_dir() { # the tokenizer that the options name, or the one that there is
   case $token_kind:$vocab_size in
     char:* | pinyin:*) found=("$data_dir/lang_$token_kind") ;;
     *:?*) found=("$data_dir/lang_bpe_$vocab_size") ;;
+    bpe:) found=("$data_dir"/lang_bpe_*) ;;
   esac
   [[ ${#found[@]} == 1 && -d ${found[0]} ]] ||
     fail 2 "no single tokenizer among ${found[*]}; choose with --token-kind and --vocab-size"

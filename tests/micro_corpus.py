@@ -40,6 +40,46 @@ def write_part(folder: Path, part: str, durations, speeds=("1",), rate=RATE, fea
     return CutSet.from_cuts(cuts)
 
 
+def _write_noise(path: Path, seconds: float, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * RATE)), RATE)
+
+
+def write_librispeech(folder: Path, parts, num: int = 2) -> Path:
+    """Write ``LibriSpeech/<part>/<speaker>/<chapter>/``: ``num`` utterances of noise a part."""
+    for speaker, part in enumerate(parts, 1):
+        chapter = folder / "LibriSpeech" / part / str(speaker) / "7"
+        lines = ""
+        for i in range(num):
+            _write_noise(chapter / f"{speaker}-7-{i:04d}.flac", 0.6 + 0.1 * i, 100 * speaker + i)
+            lines += f"{speaker}-7-{i:04d} {WORDS[i % len(WORDS)].upper()}\n"
+        (chapter / f"{speaker}-7.trans.txt").write_text(lines)
+    return folder
+
+
+def write_trans(folder: Path, parts=("train", "dev"), num: int = 2) -> Path:
+    """Write a folder of audio with ``*.trans.txt`` files, as people have them."""
+    for k, part in enumerate(parts):
+        for i in range(num):
+            _write_noise(folder / part / f"{part}-{i}.wav", 0.6 + 0.1 * i, 100 * k + i)
+        lines = "".join(f"{part}-{i} {WORDS[i % len(WORDS)]}\n" for i in range(num))
+        (folder / part / "mine.trans.txt").write_text(lines)
+    return folder
+
+
+def write_aishell(folder: Path, parts=("train", "dev", "test"), num: int = 2) -> Path:
+    """Write ``data_aishell/{wav,transcript}``: ``num`` utterances of noise a part."""
+    lines = ""
+    for k, part in enumerate(parts):
+        for i in range(num):
+            utt = f"BAC009S000{k}W{i:04d}"
+            _write_noise(folder / "data_aishell/wav" / part / f"S000{k}" / f"{utt}.wav", 0.6 + 0.1 * i, 100 * k + i)
+            lines += f"{utt} {'而对 楼市 成交'[i % 3 * 3:][:2]}\n"
+    (folder / "data_aishell/transcript").mkdir()
+    (folder / "data_aishell/transcript/aishell_transcript_v0.8.txt").write_text(lines, encoding="utf-8")
+    return folder
+
+
 def write_corpus(folder: Path, num_train: int = 12, speeds=("1",)) -> Path:
     """Write parts train, dev and noise, and the tokenizer in ``lang_char``."""
     write_part(folder, "train", [0.6 + 0.1 * (i % 7) for i in range(num_train)], speeds, seed=1)

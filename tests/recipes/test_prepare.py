@@ -16,11 +16,6 @@ import soundfile
 from icefall_kd.data.manifests import read_cuts
 from icefall_kd.text.tokenizer import Tokenizer
 
-MICRO = (
-    "--train-speakers 3 --train-utts 4 --dev-speakers 1 --dev-utts 2 --test-speakers 1 --test-utts 2 "
-    "--snr 20,20 --reverb 0.05,0.1"
-)
-
 
 def command(repo, recipe, *options):
     script = repo / "egs" / recipe / "prepare.sh"
@@ -36,24 +31,11 @@ def run(repo, recipe, *options, code=0):
 
 
 @pytest.fixture(scope="module")
-def demo(repo, tmp_path_factory):
+def demo(repo, demo_corpus, tmp_path_factory):
     """A prepared demo corpus: its folder, the options that made it, and the log."""
-    pytest.importorskip("espeakng_loader")
-    root = tmp_path_factory.mktemp("prepare")
-    make = [sys.executable, str(repo / "local" / "prepare_demo.py"), "--out-dir", str(root / "demo"), *MICRO.split()]
-    subprocess.run(make, check=True, capture_output=True)
-    options = [
-        "--corpus",
-        "demo",
-        "--corpus-dir",
-        root / "demo",
-        "--data-dir",
-        root / "data",
-        "--nj",
-        30,
-        "--vocab-size",
-        60,
-    ]
+    root = tmp_path_factory.mktemp("a folder of data")  # with spaces
+    options = ["--corpus", "demo", "--corpus-dir", demo_corpus("en"), "--data-dir", root / "data"]
+    options += ["--nj", 30, "--vocab-size", 60]
     return root, options, run(repo, "librispeech", *options)
 
 
@@ -138,12 +120,9 @@ def test_any_folder_of_audio_with_transcripts_is_prepared(repo, tmp_path):
     assert Tokenizer.load(tmp_path / "data" / "lang_char").unit == "word"
 
 
-def test_the_mandarin_demo_is_made_and_prepared(repo, tmp_path):
-    pytest.importorskip("espeakng_loader")
+def test_the_mandarin_demo_is_made_and_prepared(repo, demo_corpus, tmp_path):
     pytest.importorskip("pypinyin")
-    make = [sys.executable, repo / "local" / "prepare_demo.py", "--out-dir", tmp_path / "demo", "--language", "zh"]
-    subprocess.run([*map(str, make), *MICRO.split()], check=True, capture_output=True)
-    options = ["--corpus", "demo", "--corpus-dir", tmp_path / "demo", "--data-dir", tmp_path / "data"]
+    options = ["--corpus", "demo", "--corpus-dir", demo_corpus("zh"), "--data-dir", tmp_path / "data"]
     run(repo, "aishell", *options, "--token-kind", "pinyin", "--features", "on_the_fly", "--stop-stage", 4)
     assert json.loads((tmp_path / "data" / "corpus.json").read_text())["language"] == "zh"
     cut = read_cuts(tmp_path / "data" / "manifests" / "cuts_train.jsonl.gz")[0]
@@ -157,6 +136,10 @@ def test_the_mandarin_demo_is_made_and_prepared(repo, tmp_path):
 def test_help_lists_options_and_stages(repo, recipe):
     text = run(repo, recipe, "--help")
     for word in ("--corpus-dir", "--parts", "--token-kind", "--max-reject-ratio", "corpus", "manifests", "validation"):
+        assert word in text
+    # The recipe's own examples and defaults.
+    example, token_kind = {"librispeech": ("960 h", "bpe"), "aishell": ("AISHELL-1", "char")}[recipe]
+    for word in (example, f"(default: '{recipe}')", f"(default: '{token_kind}')"):
         assert word in text
 
 

@@ -1,0 +1,117 @@
+"""What run_mvq.sh starts, and starts again: its real scripts, with a stand-in for Python that only writes outputs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent.parent
+# Notes the command, and writes what the real one would; the stage engine keeps its own Python.
+STAND_IN = r"""#!/bin/bash
+case "$*" in *stage_marker.py*) exec REAL "$@" ;; esac
+echo "${1##*/}" >> "$LOG"
+declare -A o
+words=("$@")
+for ((i = 1; i < ${#words[@]}; i++)); do [[ ${words[i]} != --* ]] || o[${words[i]}]=${words[i + 1]:-}; done
+data=${o[--data-dir]:-}
+write() { mkdir -p "$(dirname "$1")" && echo "$2" > "$1"; }
+case $1 in
+  *check_corpus.py | *check_teacher.py | *train_quantizer.py) write "${o[--out]}" x ;;
+  *make_manifests.py)
+    write "$data/corpus.json" x
+    for part in train dev; do write "$data/manifests/cuts_$part.jsonl.gz" x; done
+    ;;
+  *compute_features.py) write "$data/fbank/feature_extractor.json" x; cp "$data"/manifests/* "$data/fbank" ;;
+  *make_tokens.py)
+    kind=${o[--token-kind]}
+    [[ $kind != bpe ]] || kind=bpe_${o[--vocab-size]}
+    write "$data/lang_$kind/tokenizer.json" "$kind"
+    ;;
+  *validate_data.py) write "$data/validated_$(basename "${o[--lang-dir]}").json" x ;;
+  *extract_labels.py) write "${o[--label-dir]}/label_set.json" x ;;
+  *train.py) write "${o[--exp-dir]}/train_summary.json" x ;;
+  *decode.py) mkdir -p "${o[--exp-dir]}/${o[--decoding-method]}" ;;
+esac
+"""
+PREPARED = ["check_corpus.py", "make_manifests.py", "compute_features.py", "make_tokens.py", "validate_data.py"]
+LABELS = ["check_teacher.py", "train_quantizer.py", "extract_labels.py", "label_sets.py", "label_sets.py"]
+STUDENTS = ["train.py"] * 2 + ["decode.py"] * 2
+
+
+class Recipe:
+    """A copy of a recipe over a corpus that nobody reads."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "egs/librispeech"
+        for name in ("egs", "local", "icefall_kd"):
+            ignored = shutil.ignore_patterns("__pycache__", *(["data", "exp", "download"] if name == "egs" else []))
+            shutil.copytree(REPO / name, root / name, ignore=ignored)
+        stand_in = root / "bin/python3"
+        stand_in.parent.mkdir()
+        stand_in.write_text(STAND_IN.replace("REAL", sys.executable))
+        stand_in.chmod(0o755)
+        (self.folder / "decode.py").write_text('#!/bin/bash\nexec python3 decode.py "$@"\n')
+        (root / "corpus").mkdir()
+        (root / "teacher").mkdir()
+        (root / "teacher/model").write_text("one")
+        self.root, self.log = root, root / "log"
+        path = f"{stand_in.parent}:{os.environ['PATH']}"
+        self.env = {**os.environ, "PATH": path, "LOG": str(self.log), "VIRTUAL_ENV": "other"}
+        self.env.pop("PYTHON", None)
+
+    def run(self, *options: str, code: int = 0) -> tuple[list[str], str]:
+        """Return the names of what was started, and the log."""
+        self.log.write_text("")
+        line = ["bash", str(self.folder / "run_mvq.sh"), "--corpus", "trans", "--corpus-dir", str(self.root / "corpus")]
+        line += ["--teacher", str(self.root / "teacher"), "--num-shards", "1", "--decoding-methods", "greedy_search"]
+        done = subprocess.run([*line, *options], cwd=self.root, env=self.env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return self.log.read_text().split(), done.stderr
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    return Recipe(tmp_path / "a copy")
+
+
+def test_what_changed_runs_again_and_nothing_else(recipe):
+    results = ["results.py"]
+    assert recipe.run()[0] == [*PREPARED, *LABELS, *STUDENTS, *results]
+    assert recipe.run()[0] == results
+    # Other tokens: other students.
+    started, log = recipe.run("--token-kind", "char")
+    assert started == ["make_tokens.py", "validate_data.py", "train.py", "train.py", *results]
+    assert "input data/trans/lang_char/tokenizer.json is new" in log
+    same = ["--token-kind", "char"]
+    # Another test set: decoded again.  Another training set: all again.
+    fbank = recipe.folder / "data/trans/fbank"
+    (fbank / "cuts_dev.jsonl.gz").write_text("other")
+    assert recipe.run(*same, "--stage", "1")[0] == ["decode.py", "decode.py", *results]
+    (fbank / "cuts_train.jsonl.gz").write_text("other")
+    assert recipe.run(*same, "--stage", "1")[0] == [*LABELS, "train.py", "train.py", *results]
+    # Other weights in the teacher's folder: other labels.
+    (recipe.root / "teacher/model").write_text("two")
+    assert recipe.run(*same)[0][: len(LABELS)] == ["validate_data.py", *LABELS[:-1]]
+    # Options of prepare.sh that run_mvq.sh does not have itself.
+    log = recipe.run("--stop-stage", "0", "--prepare-args", "--max-reject-ratio 0.1")[1]
+    assert "option max_reject_ratio changed: '0.01' -> '0.1'" in log
+
+
+def test_forced_training_starts_afresh_and_keeps_the_old_one(recipe):
+    recipe.run("--systems", "none")
+    old = recipe.folder / "exp/trans/none-seed42/epoch-1.pt"
+    old.write_text("weights")
+    started, log = recipe.run("--systems", "none", "--stage", "4", "--stop-stage", "4", "--force")
+    assert started == ["train.py"] and "is moved to exp/trans/none-seed42.old" in log
+    assert not old.exists() and (recipe.folder / "exp/trans/none-seed42.old/epoch-1.pt").read_text() == "weights"
+
+
+def test_two_tokenizers_and_no_choice_stop_the_training(recipe):
+    recipe.run("--stop-stage", "0")
+    recipe.run("--stop-stage", "0", "--token-kind", "char")
+    assert "no single tokenizer among" in recipe.run("--stage", "1", code=2)[1]
+    chosen = ["--stage", "4", "--stop-stage", "4", "--token-kind", "bpe", "--systems", "none"]
+    assert recipe.run(*chosen)[0] == ["train.py"]
