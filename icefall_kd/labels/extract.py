@@ -69,11 +69,18 @@ class _Loaded:
 
 
 def set_info(config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, corpus: str) -> LabelSetInfo:
-    """Return the provenance of the label set that ``config`` describes."""
+    """Return the provenance of the label set that ``config`` describes.
+
+    Raises:
+        ConfigError: the quantizer is for embeddings of another size.
+        DataError: the quantizer was trained on another teacher, layer or normalisation.
+    """
     stated = dict(teacher.provenance())
     codes = config.kind == "codebook_indexes"
     if codes and quantizer.dim != teacher.dim:
         raise ConfigError(f"the quantizer is for embeddings of {quantizer.dim}, the teacher's have {teacher.dim}")
+    if codes:
+        quantizer.check_teacher(teacher.provenance())
     taken = {
         "teacher_sha256": stated.pop("weights_sha256"),
         "layer": stated.pop("layer"),

@@ -79,7 +79,7 @@ class LabelStore:
         self.path = Path(path)
         self.info = LabelSetInfo.load(self.path)
         self.info.check(expect or {}, str(self.path))
-        self._fingerprint, self._formula = self.info.fingerprint, self.info.formula
+        self._fingerprint = self.info.fingerprint
         self._files: list[Path] = []
         self._reset()
         if not partial:
@@ -238,15 +238,6 @@ class LabelStore:
         if other is not None:
             return f"Of the first one's recording the set has {str(other)!r}, wanted is {key!r}"
         return f"The set has nothing of recording {wanted.recording_id!r}: it may be of another corpus"
-
-    def check_frames(self, num_frames: int, num_samples: int, utterance: str) -> None:
-        """Raise a DataError unless ``num_frames`` labels belong to audio of ``num_samples`` at the teacher's rate."""
-        expected = self._formula.num_frames(num_samples)
-        if num_frames != expected:
-            raise DataError(
-                f"label set {self.path}: utterance {utterance} has {num_frames} label frames, the teacher's formula "
-                f"gives {expected} for its {num_samples} samples; the labels are of other audio (speed or cut)"
-            )
 
     def verify(self) -> list[str]:
         """Read every byte and return one line for each problem: damaged, foreign, missing shards, doubled keys."""

@@ -1,6 +1,6 @@
 """Utterances longer than a teacher's limit: overlapping windows on exact frame multiples, joined in the middle."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,20 +64,6 @@ def plan_windows(num_samples: int, max_samples: int, overlap_samples: int, formu
     return [
         Window(start, n, start // hop, bounds[i], bounds[i + 1])
         for i, (start, n) in enumerate(zip(starts, lengths, strict=True))
-    ]
-
-
-def find_rejects(ids: Iterable[str], num_samples: Iterable[int], teacher: Teacher) -> list[dict]:
-    """List the utterances that are too long for a teacher that does not window.
-
-    Returns:
-        One plain record an utterance: id, num_samples, max_samples and reason, as in a rejects file.
-    """
-    limit = teacher.max_samples
-    return [
-        {"id": i, "num_samples": n, "max_samples": limit, "reason": f"{n} samples, the teacher hears at most {limit}"}
-        for i, n in zip(ids, num_samples, strict=True)
-        if limit is not None and n > limit
     ]
 
 

@@ -340,3 +340,11 @@ def test_the_extraction_command(tmp_path, repo, cuts, monkeypatch, capsys):
     assert LabelStore(tmp_path / "set", expect={"layer": 2, "quantizer_sha256": toy_quantizer().sha256}).verify() == []
     with pytest.raises(ConfigError, match="--label-dir"):
         script_main(repo, "extract_labels", monkeypatch, "--cuts", "x", "--label-dirr", "y")
+
+
+def test_a_quantizer_of_another_layer_is_refused_with_both_values_and_nothing_written(tmp_path, cuts):
+    teacher, quantizer = ToyTeacher(), toy_quantizer()
+    quantizer.metadata["teacher"] = {**teacher.provenance(), "layer": teacher.layer + 1}
+    with pytest.raises(DataError, match=rf"layer is {teacher.layer + 1}, this one's is {teacher.layer}"):
+        extract_labels(config_for(cuts, tmp_path / "set"), teacher, quantizer)
+    assert not (tmp_path / "set").exists()

@@ -31,7 +31,6 @@ def test_round_trip(tmp_path, dtype):
         assert found.dtype == values.dtype and np.array_equal(found, values) and found.flags.writeable
         assert key in store and store.num_frames(key) == len(values)
         assert np.array_equal(store.get(key, 3, 9), values[3:9])
-        store.check_frames(len(values), store.num_samples(key), key)
     assert "rec0|0|1|1/1" not in store
     with pytest.raises(DataError, match="no labels for"):
         store.get("rec0|0|1|1/1")

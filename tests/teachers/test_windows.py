@@ -14,7 +14,7 @@ from icefall_kd.frames import (
     fbank_num_frames,
 )
 from icefall_kd.teachers.base import TeacherOutput
-from icefall_kd.teachers.windows import WindowedTeacher, find_rejects, plan_windows
+from icefall_kd.teachers.windows import WindowedTeacher, plan_windows
 
 
 class RampTeacher:
@@ -81,13 +81,6 @@ def test_windows_that_cannot_overlap_are_refused():
         plan_windows(10000, 6400, 6400, WHISPER_CONV)
     with pytest.raises(ConfigError, match="cannot overlap"):
         plan_windows(10000, 6400, 0, SSL_CONV)
-
-
-def test_rejects_name_the_long_utterances():
-    teacher = RampTeacher(WHISPER_CONV, 6400)
-    rejects = find_rejects(["a", "b"], [6400, 6401], teacher)
-    assert [r["id"] for r in rejects] == ["b"] and "6401" in rejects[0]["reason"]
-    assert find_rejects(["a"], [10**9], WindowedTeacher(teacher)) == []
 
 
 def test_the_fbank_formula_is_the_encoder_s_own_arithmetic():
