@@ -13,6 +13,7 @@ reported on dev.  The table of all result files goes into RESULTS.md.
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -202,6 +203,12 @@ def without_machine_paths(result: dict, config: RealConfig) -> dict:
     return json.loads(text)
 
 
+def write_result(path: Path, result: dict) -> None:
+    """Write a result file; every list of numbers or names stands on one line, since the counts are by utterance."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
+
+
 def finished(config: RealConfig, bed: str, system: str) -> dict[int, dict]:
     """Return the results of a system on a bed, by seed."""
     files = {seed: result_file(config, bed, system, seed) for run, seed in BEDS[bed].runs if run == system}
@@ -276,7 +283,7 @@ def main() -> None:
             if out.exists() or system not in config.systems or seed not in config.seeds:
                 continue
             exp_dir = run_one(config, bed, system, seed)
-            write_json(out, without_machine_paths(collect(exp_dir, bed, system, seed), config))
+            write_result(out, without_machine_paths(collect(exp_dir, bed, system, seed), config))
             if config.commit:
                 _run(["git", "add", out])
                 _run(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])

@@ -56,7 +56,9 @@ def test_runs_are_collected_compared_and_tabled(driver, tmp_path):
             assert result["last_step"].get("kd_codebook_acc", 0.1) == (0.25 if system == "mvq" else 0.1)
             assert str(tmp_path) not in str(result) and result["training"]["seconds"] == 60.0
             assert result["decodings"]["dev"]["greedy_search"]["utterances"]["sub"] == errors
-            write_json(driver.result_file(config, "barista", system, seed), result)
+            file = driver.result_file(config, "barista", system, seed)
+            driver.write_result(file, result)
+            assert read_json(file) == result and len(file.read_text().splitlines()) < 100
     driver.compare(config)
     found = read_json(tmp_path / "results" / "barista_mvq_vs_none_greedy_search.json")
     assert found["seeds"] == [1, 2] and found["probability_of_improvement"] == 1.0
