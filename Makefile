@@ -4,12 +4,14 @@
 # make env    the virtual environment that the others use (made by them when needed)
 # make clean  remove caches; data and experiments stay
 #
-# Variables: PYTHON=python3.12 (for a new environment), TESTS=tests/labels, DEMO_SHORT=1 (a shortened demo).
+# Variables: PYTHON=python3.12 (for a new environment), TESTS=tests/labels, TEST_JOBS=2 (test files at the same time),
+# DEMO_SHORT=1 (a shortened demo).
 
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?=
 TESTS ?=
+TEST_JOBS ?= 2
 DEMO_SHORT ?=
 export VENV PYTHON
 
@@ -24,7 +26,7 @@ demo: env
 	  ./run_mvq.sh --corpus demo $(if $(filter-out 0,$(DEMO_SHORT)),--short true)
 
 test: env
-	@$(VENV)/bin/python -m pytest -q $(TESTS)
+	@$(VENV)/bin/python -m pytest -q -n $(TEST_JOBS) --dist loadfile $(TESTS)
 
 lint: env
 	@code=0; $(VENV)/bin/ruff check . || code=1; \
