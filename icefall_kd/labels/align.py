@@ -1,7 +1,7 @@
 """Teacher frames to student frames: padding, joining, and refusing lengths that the formulas do not explain.
 
 All functions are pure.  A student frame of 40 ms takes the teacher frames ``ratio * t ... ratio * t + ratio - 1``
-(two of a 50 Hz teacher; Guo et al. 2022, arXiv 2211.00508, join successive frames in this way).
+(two of a 50 Hz teacher; the authors of MVQ-KD join successive frames in this way in their icefall recipe).
 """
 
 import math
