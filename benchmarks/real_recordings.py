@@ -53,6 +53,8 @@ class Bed:
     """Part that is decoded."""
     teacher_options: list[str] = field(default_factory=list)
     """Options of teacher and quantizer that differ from TEACHER."""
+    error_rates: bool = True
+    """Whether the bed's error rates say anything."""
 
 
 def both(seeds: list[int]) -> list[tuple[str, int]]:
@@ -89,6 +91,7 @@ BEDS = {
         [("mvq", 1)],
         part="test-other",
         teacher_options=[*SHORT_QUANTIZER, "--quantizer-utts", "80"],
+        error_rates=False,
     ),
 }
 
@@ -264,7 +267,7 @@ def _cells(config: RealConfig, bed: str, system: str, method: str, results: dict
         system,
         ", ".join(map(str, results)),
         method,
-        f"{RATE_NAMES[found[0]['unit']]} {rate} %",
+        f"{RATE_NAMES[found[0]['unit']]} {rate} %" if BEDS[bed].error_rates else "not reported",
         difference["difference"] + note,
         f"{100 * mean(accuracy):.1f} %" if accuracy else "-",
         f"{labels['file_bytes_per_hour']:,.0f}" if labels else "-",
