@@ -209,7 +209,7 @@ def without_machine_paths(result: dict, config: RealConfig) -> dict:
 def write_result(path: Path, result: dict) -> None:
     """Write a result file; every list of numbers or names stands on one line, since the counts are by utterance."""
     text = json.dumps(result, indent=1, ensure_ascii=False)
-    write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
+    write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
 
 
 def finished(config: RealConfig, bed: str, system: str) -> dict[int, dict]:
@@ -294,7 +294,8 @@ def main() -> None:
     text = table(config)
     print(text)
     if config.report is not None:
-        write_text(config.report, replace_block(config.report.read_text(encoding="utf-8"), "real", text))
+        before = config.report.read_text(encoding="utf-8") if config.report.exists() else ""
+        write_text(config.report, replace_block(before, "real", text))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def test_runs_are_collected_compared_and_tabled(driver, tmp_path):
             errors = rng.binomial(5, share, 40).tolist()
             write_exp_dir(exp_dir, "dev", errors, {"kd_codebook_acc": 0.25} if system == "mvq" else {})
             result = driver.without_machine_paths(driver.collect(exp_dir, "barista", system, seed), config)
+            result["note"] = "a [text  with  brackets] stays as it is"
             assert result["last_step"].get("kd_codebook_acc", 0.1) == (0.25 if system == "mvq" else 0.1)
             assert str(tmp_path) not in str(result) and result["training"]["seconds"] == 60.0
             assert result["decodings"]["dev"]["greedy_search"]["utterances"]["sub"] == errors
