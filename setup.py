@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["icefall_kd", "icefall_kd.*"]),
+    package_data={"icefall_kd.quantization": ["csrc/*.cpp"]},
     install_requires=[
         "torch>=2.6",
         "numpy",
@@ -23,6 +24,7 @@ setup(
         "urllib3",  # lhotse imports it without asking for it
         "scipy",  # lhotse resamples with it and does not ask for it
         "soundfile",
+        "ninja",  # torch builds the quantizer's C++ search with it, where there is a compiler
         "safetensors",
         "sentencepiece",
         "kaldialign",

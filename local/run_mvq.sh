@@ -135,7 +135,7 @@ stage_2_quantizer() { # Train the quantizer and report on it
   wants codebook_indexes || return 0
   begin --option teacher layer normalize_embeddings num_codebooks phase1_steps phase2_steps quantizer_utts \
     --input "${train_cuts[@]}" "${teacher_files[@]}" --output "$quantizer_dir/quantizer.safetensors" \
-    --code 'icefall_kd/quantization/*.py' 'icefall_kd/teachers/*.py' || return 0
+    --code 'icefall_kd/quantization/*.py' 'icefall_kd/quantization/csrc/*.cpp' 'icefall_kd/teachers/*.py' || return 0
   OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "$quantizer_dir/quantizer.safetensors" \
     --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
     --quantizer-utts "$quantizer_utts" "${teacher_options[@]}"

@@ -7,6 +7,7 @@ neighbouring codebooks are merged until one joint choice remains.  How many are 
 How it is computed is our design.  Half the squared error of a joint choice is, up to a constant of the
 frame, a sum of ``<c, c'>`` between chosen centers and of ``<x, c>``.  All ``<c, c'>`` stand in one Gram
 matrix and all ``<x, c>`` in one matrix product, so no round of the search touches the embedding dimension.
+On a CPU the rounds run in C++ where it can be compiled (:mod:`icefall_kd.quantization.native`), with equal codes.
 Scores below are half squared errors less a constant of the (frame, slot), which no ranking sees.
 """
 
@@ -15,6 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from icefall_kd.quantization import native
 
 
 def beam(codebook_size: int, codebooks: int) -> int:
@@ -187,6 +190,11 @@ def refine(tables: SearchTables, products: Tensor, codes: Tensor, rounds: int, c
     Returns:
         (N, Q) int64.
     """
+    num_codebooks, size = tables.shape
+    beams = [beam(size, 2**level) for level in range(num_codebooks.bit_length())]
+    refined = native.refine(tables.gram, products, codes, beams, rounds)
+    if refined is not None:
+        return refined
     codes = codes.clone()
     chunk = max(1, chunk_bytes // tables.bytes_per_frame())
     active = torch.arange(len(codes), device=codes.device)

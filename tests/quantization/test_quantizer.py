@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.quantization import search
+from icefall_kd.quantization import native, search
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.search import SearchTables, refine, refine_once
 from tests.quantization.reference import refine_reference
@@ -78,7 +78,16 @@ def test_one_search_equals_the_direct_form(num_codebooks, codebook_size):
     assert near_ties(quantizer, x, ours, expected) > 0.98
 
 
-def test_finished_frames_and_chunks_change_nothing():
+@pytest.fixture
+def pytorch_search(monkeypatch):
+    """Search in PyTorch even where the C++ kernel works."""
+    monkeypatch.setattr(native, "kernel", lambda: None)
+
+
+@pytest.mark.parametrize("kernel", ["native", "pytorch"])
+def test_finished_frames_and_chunks_change_nothing(kernel, request):
+    if kernel == "pytorch":
+        request.getfixturevalue("pytorch_search")
     quantizer = make(20, 8, 16)
     x = torch.randn(150, 20)
     tables = SearchTables(quantizer.scaled_centers())
@@ -91,7 +100,7 @@ def test_finished_frames_and_chunks_change_nothing():
     assert torch.equal(refine(tables, products, codes, 4, chunk_bytes=7 * tables.bytes_per_frame()), expected)
 
 
-def test_the_search_needs_the_products_alone_and_leaves_finished_frames(monkeypatch):
+def test_the_search_needs_the_products_alone_and_leaves_finished_frames(monkeypatch, pytorch_search):
     quantizer, searched = make(20, 8, 16), []
     x = torch.randn(300, 20)
     tables = SearchTables(quantizer.scaled_centers())
@@ -116,7 +125,7 @@ def test_the_search_needs_the_products_alone_and_leaves_finished_frames(monkeypa
 
 
 @pytest.mark.parametrize(("num_codebooks", "codebook_size"), [(4, 16), (4, 256)])
-def test_chunks_bound_the_memory_of_encoding(num_codebooks, codebook_size):
+def test_chunks_bound_the_memory_of_encoding(num_codebooks, codebook_size, pytorch_search):
     quantizer = make(8, num_codebooks, codebook_size)
     budget = 40 * quantizer.tables().bytes_per_frame()
     for frames in (80, 240):

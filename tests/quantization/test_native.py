@@ -1,0 +1,110 @@
+"""The C++ kernel of the refinement search gives the codes of the search in PyTorch, or says why it cannot."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from icefall_kd.quantization import native
+from icefall_kd.quantization.quantizer import Quantizer
+from icefall_kd.quantization.search import refine
+
+SIZES = [(1, 2), (1, 256), (2, 4), (2, 256), (4, 64), (8, 2), (16, 16), (8, 256), (32, 16), (16, 256)]
+
+
+@pytest.fixture(autouse=True)
+def forget_kernel():
+    yield
+    native.kernel.cache_clear()
+
+
+@pytest.fixture
+def kernel():
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    function = native.kernel()
+    assert function is not None
+    return function
+
+
+def both(monkeypatch, quantizer: Quantizer, x: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return refined codes of the kernel and of PyTorch, from random codes."""
+    tables = quantizer.tables()
+    products = tables.products(x)
+    codes = torch.randint(quantizer.codebook_size, (len(x), quantizer.num_codebooks))
+    before = codes.clone()
+    found = refine(tables, products, codes, rounds)
+    assert torch.equal(codes, before)
+    with monkeypatch.context() as context:
+        context.setattr(native, "kernel", lambda: None)
+        return found, refine(tables, products, codes, rounds)
+
+
+@pytest.mark.parametrize(("num_codebooks", "codebook_size"), SIZES)
+def test_codes_are_equal(kernel, monkeypatch, num_codebooks, codebook_size):
+    torch.manual_seed(num_codebooks)
+    quantizer = Quantizer(24, num_codebooks, codebook_size)
+    x = torch.randn(150, 24) * quantizer.centers.std().item() * num_codebooks**0.5
+    found, expected = both(monkeypatch, quantizer, x, 3)
+    assert torch.equal(found, expected)
+
+
+def test_product_codebooks(kernel, monkeypatch):
+    # Entries in rows and columns, as the second phase of training starts with.
+    torch.manual_seed(1)
+    quantizer = Quantizer(24, 16, 16).to_product()
+    found, expected = both(monkeypatch, quantizer, torch.randn(200, 24), 3)
+    assert torch.equal(found, expected)
+
+
+def test_equal_entries_do_no_harm(kernel, monkeypatch):
+    # Which of two equal candidates is kept is free, that as many as the beam are kept is not.
+    torch.manual_seed(2)
+    quantizer = Quantizer(8, 4, 256)
+    with torch.no_grad():
+        quantizer.centers[:, 128:] = quantizer.centers[:, :128]
+    x = torch.randn(1000, 8)
+    found, expected = both(monkeypatch, quantizer, x, 3)
+    errors = [(quantizer.decode(codes) - x).square().sum(dim=1).mean().item() for codes in (found, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+def test_threads_share_the_frames(kernel, monkeypatch):
+    torch.manual_seed(3)
+    quantizer, x = Quantizer(12, 4, 16), torch.randn(1000, 12)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append([quantizer.encode(part, 3) for part in (x, x[:1], x[:0], x[:129])])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("broken", ["compiler", "folder"])
+def test_without_a_compiler_pytorch_searches_and_says_so(broken, monkeypatch, tmp_path, caplog):
+    native.kernel.cache_clear()
+    folder = tmp_path / "extensions"
+    if broken == "compiler":
+        monkeypatch.setenv("CXX", "false")
+    else:
+        folder.write_text("a file, not a folder")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    torch.manual_seed(4)
+    quantizer, x = Quantizer(12, 4, 16), torch.randn(50, 12)
+    with caplog.at_level(logging.INFO, logger=native.__name__):
+        codes = [quantizer.encode(x, 2) for _ in range(2)]
+    assert torch.equal(*codes)
+    assert [r.message for r in caplog.records if "cannot be built" in r.message and "ninja" in r.message], caplog.text
+    assert sum("cannot be built" in r.message for r in caplog.records) == 1
+    assert broken == "folder" or list(folder.iterdir()) == []
+
+
+def test_the_environment_switches_it_off(monkeypatch):
+    native.kernel.cache_clear()
+    monkeypatch.setenv("ICEFALL_KD_NATIVE", "0")
+    assert native.kernel() is None
