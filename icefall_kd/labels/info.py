@@ -26,13 +26,13 @@ class LabelSetInfo:
     width: int
     """Values a frame: Q codes or C channels."""
     dim: int
-    """Channels C of the teacher's embeddings."""
+    """Channels C of the teacher's embeddings; 0: unknown (an imported set of codes)."""
     teacher: str
     """Family or name of the teacher, for people."""
     teacher_sha256: str
     """SHA-256 of the teacher's weights."""
-    layer: int
-    """Layer whose output was taken."""
+    layer: int | None
+    """Layer whose output was taken; None: unknown."""
     layer_convention: str
     """How layers are counted and what belongs to one."""
     normalization: str

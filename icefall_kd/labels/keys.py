@@ -118,6 +118,19 @@ def corpus_fingerprint(cuts: Iterable[Cut]) -> str:
     return corpus.hexdigest()
 
 
+def cut_text(cut: Cut) -> str:
+    """Return what is said in a cut."""
+    return " ".join(s.text or "" for s in cut.supervisions)
+
+
+def two_texts(key: str, first: tuple[str, str], second: tuple[str, str], where: object) -> DataError:
+    """Return the error of two cuts, each (id, text), of which the second stands in ``where``, with one label key."""
+    return DataError(
+        f"cuts {first[0]} and {second[0]} ({where}) have one label key {key!r}, and texts {first[1]!r} and "
+        f"{second[1]!r}: ids of recordings repeat between corpora; make a label set for each corpus"
+    )
+
+
 class CorpusFingerprint:
     """Collects :func:`corpus_fingerprint` during a pass over the cuts that is made anyway."""
 
@@ -126,8 +139,7 @@ class CorpusFingerprint:
 
     def add(self, key: str, cut: Cut) -> None:
         """Take in one cut with its label key."""
-        text = " ".join(s.text or "" for s in cut.supervisions)
-        self._digests.append(hashlib.sha256(f"{key}\0{text}".encode()).digest())
+        self._digests.append(hashlib.sha256(f"{key}\0{cut_text(cut)}".encode()).digest())
 
     def hexdigest(self) -> str:
         """Return the fingerprint of what was added so far."""

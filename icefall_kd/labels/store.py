@@ -5,6 +5,7 @@ A key's shard follows from its hash, so that opening a set reads headers only an
 shards that it touches.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
 from icefall_kd.labels.keys import key_hash, parse_key
 from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, hash_words, write_shard
 from icefall_kd.runtime.files import file_lock, write_json
+
+logger = logging.getLogger(__name__)
 
 _SHARD_NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
 _JOINED_AT_ONCE = 1 << 16
@@ -323,6 +326,22 @@ class ShardWriter:
         self.store, self.shard, self.num_shards = store, shard, num_shards
         self.path = store.path / shard_name(shard, num_shards)
         self.entries: list[LabelEntry] = []
+        if others := {n for _, n in find_shards(store.path)} - {num_shards}:
+            raise DataError(
+                f"label set {store.path} has shards of {max(others)}, --num-shards is {num_shards}; keep to one "
+                "division, give another --label-dir, or delete this one"
+            )
+
+    def is_finished(self, inputs: str) -> bool:
+        """Check by its header alone whether the shard is there already, of this set and of these ``inputs``."""
+        if not self.path.exists():
+            return False
+        try:
+            header = Shard(self.path).header
+        except DataError as error:
+            logger.warning("%s; it is made again", error)
+            return False
+        return (header.fingerprint, header.inputs) == (self.store.info.fingerprint, inputs)
 
     def add(self, key: str, values: np.ndarray, num_samples: int) -> None:
         """Add an utterance; a DataError when its frames are not what the formula gives, or it is of another shard."""
