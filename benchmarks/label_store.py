@@ -119,7 +119,25 @@ def joining(folder: Path, count: int) -> dict:
     return {"keys": count, "seconds": wall, "processor_seconds": cpu}
 
 
-STEPS = {"make": make, "open": opening, "read": reading, "join": joining}
+def naming(folder: Path, count: int) -> dict:
+    """Time the label keys of cuts, which a join asks for first: speed copies, stamped, as prepare makes them."""
+    from lhotse import MonoCut, Recording
+
+    from icefall_kd.labels.keys import label_key, speed_copy
+
+    cuts = []
+    for i, (key, samples) in enumerate(utterances(count, 12)):
+        recording = Recording(key.split("|")[0], [], 16000, samples, samples / 16000, channel_ids=[0])
+        cut = MonoCut(str(i), 0.0, recording.duration, 0, recording=recording)
+        cuts.append(speed_copy(cut, ("1", "0.9", "1.1")[i % 3]))
+    wall, cpu = time.perf_counter(), time.process_time()
+    for cut in cuts:
+        label_key(cut)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"cuts": count, "seconds_a_million": 1e6 * wall / count, "processor_seconds_a_million": 1e6 * cpu / count}
+
+
+STEPS = {"name": naming, "make": make, "open": opening, "read": reading, "join": joining}
 
 
 def step(name: str, arguments: list) -> None:
@@ -172,6 +190,7 @@ def main() -> None:
             for i, (count, seconds, shards) in enumerate([(200, 12.5, 1), (20_000, 5.0, 2), (20_000, 2.0, 2)])
         }
         measure("make", large, args.keys, 0, args.num_shards)
+        found["keys_of_cuts"] = measure("name", root, 20_000)
         found["join"] = measure("join", large, args.keys)
     print(json.dumps(found, indent=2))
     if args.out:

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 
 from lhotse.augmentation import AudioTransform
 from lhotse.cut import Cut, MixedCut, MonoCut, PaddingCut
@@ -60,6 +61,7 @@ class _View:
     speed: Fraction
 
 
+@lru_cache(maxsize=256)  # a corpus has three speeds, and a key asks several times
 def as_speed(speed: Fraction | str | float | int) -> Fraction:
     """Return ``speed`` as a reduced fraction; floats are read as their decimal digits (0.9 is 9/10)."""
     try:
@@ -275,6 +277,10 @@ def _follow_stamp(cut: MonoCut, view: _View, stamp: dict) -> ParsedKey:
         raise DataError(f"cut {cut.id}: its stamp {stamp} lacks {error}; make it with keys.stamp_source") from error
     of = stamp.get("of") or _assumed_view(view, recording_id, start, num_samples, speed, native_rate)
     of_speed, of_rate, of_start = as_speed(of["speed"]), int(of["sampling_rate"]), int(of["start"])
+    stamped = of["recording_id"], of_start, int(of["num_samples"]), of_rate, of_speed
+    as_it_is = view.recording_id, view.start, view.num_samples, view.sampling_rate, view.speed
+    if as_it_is == stamped and start >= 0 < num_samples:
+        return ParsedKey(recording_id, start, num_samples, speed)  # the cut is as it was stamped; most are
     if view.recording_id != of["recording_id"]:
         # The audio was written to a file of its own, which begins where the stamped cut began.
         of_speed, of_start = Fraction(1), 0
