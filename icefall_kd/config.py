@@ -275,6 +275,50 @@ class ExtractConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Import of codebook indexes that icefall published."""
+
+    indexes: list[Path]
+    """Published manifests (cuts with codebook_indexes, jsonl.gz), several as a,b."""
+    cuts: list[Path]
+    """Your own cut sets of the same utterances (cuts_*.jsonl.gz), several as a,b."""
+    label_dir: Path
+    """Folder of the label set."""
+    h5_dir: Path | None = None
+    """Folder of the .h5 archives; None: where the manifests say, else beside them."""
+    frames: Literal["floor", "hubert"] = "floor"
+    """Frames stored of n samples at 16 kHz: floor, n // 320, which is what the archives hold; hubert, what HuBERT's
+    convolutions give, which keeps the utterances of which an archive holds only so many."""
+    num_codebooks: int | None = None
+    """Codebooks that the archives must have; None: as many as they have."""
+    codebook_size: int = 256
+    """Entries of a codebook."""
+    num_shards: int = 1
+    """Into how many shards the set is divided; one is held in memory at a time."""
+    min_coverage: float = 1.0
+    """Least fraction of the utterances of cuts that must get labels."""
+    teacher: str = "unknown"
+    """Name of the teacher, for people."""
+    teacher_sha256: str = "unknown"
+    """SHA-256 of its weights."""
+    layer: int | None = None
+    """Layer whose output was quantized; None: unknown."""
+    layer_convention: str = "unknown"
+    """How the layer is counted, for instance 1-based."""
+    normalization: str = "unknown"
+    """Normalisation of audio and embeddings."""
+    dim: int = 0
+    """Channels of the teacher's embeddings; 0: unknown."""
+    quantizer_sha256: str = "unknown"
+    """SHA-256 of the quantizer's tensors."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, num_codebooks=1, codebook_size=2, num_shards=1, min_coverage=0, dim=0)
+        if self.codebook_size > 256:
+            raise ConfigError(f"--codebook-size is {self.codebook_size}; indexes are stored as bytes, so at most 256")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer and learning rate."""
 

@@ -87,6 +87,8 @@ class FrameFormula:
 
 # The convolution stack shared by wav2vec 2.0, HuBERT and WavLM: hop 320, receptive field 400.
 SSL_CONV = FrameFormula(kernels=(10, 3, 3, 3, 3, 2, 2), strides=(5, 2, 2, 2, 2, 2, 2))
+# icefall's published codebook indexes: floor(num_samples / 320), at times one more than HuBERT's convolutions give.
+ICEFALL_INDEXES = FrameFormula(kernels=(320,), strides=(320,))
 # Whisper: one output frame is 320 samples; frames that lie wholly in the padding are dropped.
 WHISPER_CONV = FrameFormula(kernels=(320,), strides=(320,), right_pad=True)
 # Our own encoders: log-mel frames of 25 ms every 10 ms centred by padding (see fbank_num_frames), then two un-padded

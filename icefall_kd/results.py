@@ -127,7 +127,7 @@ class Row:
         )
         total = sum(s.bytes_per_hour for s in labels)
         floats = sum(4.0 * s.frames * s.dim / s.hours for s in labels)
-        return kinds, f"{total:,.0f}", f"{100 * total / floats:.3g} %"
+        return kinds, f"{total:,.0f}", f"{100 * total / floats:.3g} %" if floats else "?"
 
 
 def read_run(exp_dir: Path, decoding_method: str | None = None, suffix: str | None = None) -> Run:

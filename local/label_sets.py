@@ -27,7 +27,8 @@ def print_info(path: Path) -> None:
         f"{cost['value_bytes']} bytes of labels = {cost['bytes_per_hour']:.0f} an hour, plus "
         f"{cost['container_bytes']} of container ({cost['overhead']:.2%})"
     )
-    print(f"float32 embeddings of {store.info.dim} would take {cost['ratio_to_float32']:.1f} times as much")
+    if store.info.dim:
+        print(f"float32 embeddings of {store.info.dim} would take {cost['ratio_to_float32']:.1f} times as much")
 
 
 def verify(paths: list[Path]) -> None:

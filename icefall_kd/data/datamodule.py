@@ -186,7 +186,7 @@ class CutBatches(Dataset):
     def _labels(store: LabelStore, cuts: list[Cut], keys: list[str], features: list[Tensor]) -> Labels:
         arrays = []
         for cut, key, x in zip(cuts, keys, features, strict=True):
-            array = store.get(key) if key in store else None
+            array = store.get(key, missing_ok=True)
             if array is not None:
                 encoder_len = conv2d_subsampled_len(len(x))
                 check_lengths(len(array), cut.num_samples, store.info.formula, encoder_len, cut.id, key)

@@ -25,9 +25,9 @@ from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.audio import clean_audio
 from icefall_kd.labels.info import LabelSetInfo
-from icefall_kd.labels.keys import CorpusFingerprint, key_hash, label_key, speech_track
+from icefall_kd.labels.keys import CorpusFingerprint, cut_text, key_hash, label_key, speech_track, two_texts
 from icefall_kd.labels.shard import LabelEntry, Shard, write_shard
-from icefall_kd.labels.store import LabelStore, ShardWriter, find_shards, shard_of
+from icefall_kd.labels.store import LabelStore, ShardWriter, shard_of
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint
 from icefall_kd.runtime.log import Progress
@@ -133,16 +133,11 @@ def extract_labels(
     items, corpus = _plan(config, teacher.sampling_rate)
     store = LabelStore.create(config.label_dir, set_info(config, teacher, quantizer, corpus))
     writer = store.writer(config.shard, config.num_shards)
-    if others := {n for _, n in find_shards(store.path)} - {config.num_shards}:
-        raise DataError(
-            f"label set {store.path} has shards of {max(others)}, --num-shards is {config.num_shards}; keep to one "
-            "division, give another --label-dir, or delete this one"
-        )
     inputs = fingerprint([i.key for i in items])
     work = _work_folder(config)
     work.mkdir(parents=True, exist_ok=True)
     with file_lock(work / ".lock"):
-        finished = _finished(writer, inputs)
+        finished = writer.is_finished(inputs)
         if finished:
             logger.info("%s is finished already", writer.path)
         else:
@@ -171,30 +166,10 @@ def _plan(config: ExtractConfig, sampling_rate: int) -> tuple[list[_Item], str]:
             if shard_of(key_hash(key), config.num_shards) == config.shard:
                 speech = speech_track(cut)
                 samples = round(speech.num_samples * sampling_rate / speech.sampling_rate)
-                first = items.setdefault(key, _Item(key, speech, samples))
-                if _text(first.cut) != _text(speech):
-                    raise DataError(
-                        f"cuts {first.cut.id} and {speech.id} ({path}) have one label key {key!r}, and texts "
-                        f"{_text(first.cut)!r} and {_text(speech)!r}: ids of recordings repeat between corpora; make a "
-                        "label set for each corpus"
-                    )
+                first = items.setdefault(key, _Item(key, speech, samples)).cut
+                if cut_text(first) != cut_text(speech):
+                    raise two_texts(key, (first.id, cut_text(first)), (speech.id, cut_text(speech)), path)
     return sorted(items.values(), key=lambda i: (i.num_samples, i.key)), corpus.hexdigest()
-
-
-def _text(cut: MonoCut) -> str:
-    return " ".join(s.text or "" for s in cut.supervisions)
-
-
-def _finished(writer: ShardWriter, inputs: str) -> bool:
-    """Check by its header alone whether a shard is there and is the wanted one."""
-    if not writer.path.exists():
-        return False
-    try:
-        header = Shard(writer.path).header
-    except DataError as error:
-        logger.warning("%s; it is extracted again", error)
-        return False
-    return (header.fingerprint, header.inputs) == (writer.store.info.fingerprint, inputs)
 
 
 def _report(path: Path, skipped: bool, began: float, sampling_rate: int) -> ExtractReport:

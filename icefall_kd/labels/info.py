@@ -9,7 +9,8 @@ from icefall_kd.frames import FrameFormula
 from icefall_kd.runtime.files import fingerprint, read_json
 
 INFO_NAME = "label_set.json"
-FORMAT_VERSION = 1
+# 2: keys in order and front-coded, 8 bytes of their hashes (1: offsets and whole hashes, twice as large).
+FORMAT_VERSION = 2
 # Recorded for people: the weights are known by their SHA-256, wherever they lie and whatever they are called.
 _NOT_IDENTITY = ("teacher", "origin")
 
@@ -25,13 +26,13 @@ class LabelSetInfo:
     width: int
     """Values a frame: Q codes or C channels."""
     dim: int
-    """Channels C of the teacher's embeddings."""
+    """Channels C of the teacher's embeddings; 0: unknown (an imported set of codes)."""
     teacher: str
     """Family or name of the teacher, for people."""
     teacher_sha256: str
     """SHA-256 of the teacher's weights."""
-    layer: int
-    """Layer whose output was taken."""
+    layer: int | None
+    """Layer whose output was taken; None: unknown."""
     layer_convention: str
     """How layers are counted and what belongs to one."""
     normalization: str
@@ -82,7 +83,10 @@ class LabelSetInfo:
         known = {f.name for f in fields(cls)}
         if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
             version = content.get("format_version") if isinstance(content, dict) else None
-            raise DataError(f"{file} has format version {version}, this version reads {FORMAT_VERSION}")
+            raise DataError(
+                f"{file} has format version {version}, this code reads {FORMAT_VERSION}; delete the folder, or give "
+                "another --label-dir, and extract the set again"
+            )
         if unknown := sorted(set(content) - known):
             raise DataError(f"{file} has unknown fields {unknown}")
         try:

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 
 from lhotse.augmentation import AudioTransform
 from lhotse.cut import Cut, MixedCut, MonoCut, PaddingCut
@@ -60,6 +61,7 @@ class _View:
     speed: Fraction
 
 
+@lru_cache(maxsize=256)  # a corpus has three speeds, and a key asks several times
 def as_speed(speed: Fraction | str | float | int) -> Fraction:
     """Return ``speed`` as a reduced fraction; floats are read as their decimal digits (0.9 is 9/10)."""
     try:
@@ -118,6 +120,19 @@ def corpus_fingerprint(cuts: Iterable[Cut]) -> str:
     return corpus.hexdigest()
 
 
+def cut_text(cut: Cut) -> str:
+    """Return what is said in a cut."""
+    return " ".join(s.text or "" for s in cut.supervisions)
+
+
+def two_texts(key: str, first: tuple[str, str], second: tuple[str, str], where: object) -> DataError:
+    """Return the error of two cuts, each (id, text), of which the second stands in ``where``, with one label key."""
+    return DataError(
+        f"cuts {first[0]} and {second[0]} ({where}) have one label key {key!r}, and texts {first[1]!r} and "
+        f"{second[1]!r}: ids of recordings repeat between corpora; make a label set for each corpus"
+    )
+
+
 class CorpusFingerprint:
     """Collects :func:`corpus_fingerprint` during a pass over the cuts that is made anyway."""
 
@@ -126,8 +141,7 @@ class CorpusFingerprint:
 
     def add(self, key: str, cut: Cut) -> None:
         """Take in one cut with its label key."""
-        text = " ".join(s.text or "" for s in cut.supervisions)
-        self._digests.append(hashlib.sha256(f"{key}\0{text}".encode()).digest())
+        self._digests.append(hashlib.sha256(f"{key}\0{cut_text(cut)}".encode()).digest())
 
     def hexdigest(self) -> str:
         """Return the fingerprint of what was added so far."""
@@ -263,6 +277,10 @@ def _follow_stamp(cut: MonoCut, view: _View, stamp: dict) -> ParsedKey:
         raise DataError(f"cut {cut.id}: its stamp {stamp} lacks {error}; make it with keys.stamp_source") from error
     of = stamp.get("of") or _assumed_view(view, recording_id, start, num_samples, speed, native_rate)
     of_speed, of_rate, of_start = as_speed(of["speed"]), int(of["sampling_rate"]), int(of["start"])
+    stamped = of["recording_id"], of_start, int(of["num_samples"]), of_rate, of_speed
+    as_it_is = view.recording_id, view.start, view.num_samples, view.sampling_rate, view.speed
+    if as_it_is == stamped and start >= 0 < num_samples:
+        return ParsedKey(recording_id, start, num_samples, speed)  # the cut is as it was stamped; most are
     if view.recording_id != of["recording_id"]:
         # The audio was written to a file of its own, which begins where the stamped cut began.
         of_speed, of_start = Fraction(1), 0

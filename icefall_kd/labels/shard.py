@@ -1,16 +1,21 @@
 """One shard of a label set: a safetensors file of a few long arrays, memory-mapped for reading (our design).
 
 One tensor an utterance would break the header limit of the format, so all labels of a shard lie in one array
-``values`` with ``offsets``; utterances are sorted by ``key_hashes``.  The file is written by hand rather than
-by the safetensors library because its arrays may be larger than memory and the bytes must be reproducible.
+``values``, utterance after utterance in the order of their keys; ``num_frames`` says how many rows each has.
+Beside it an utterance costs 16 bytes (half of its key's hash, frames, samples) and what its key does not share with
+the key before: 32 bytes in all for LibriSpeech.  The file is written by hand rather than by the safetensors library
+because its arrays may be larger than memory and the bytes must be reproducible (so no compressor, whose output
+depends on its version).
 """
 
 import hashlib
 import itertools
 import json
+import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +27,7 @@ from icefall_kd.labels.keys import key_hash
 from icefall_kd.runtime.files import atomic_path
 
 DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "float16": "F16", "float32": "F32"}
+_TYPES = {**{code: np.dtype(d).newbyteorder("<") for d, code in DTYPES.items()}, "U32": "<u4", "U64": "<u8"}
 _META = "icefall_kd"
 _NO_CHECKSUM = "0" * 64
 _MAX_HEADER = 16 * 2**20
@@ -66,9 +72,9 @@ def write_shard(path: Path, entries: Sequence[LabelEntry], header: ShardHeader, 
         header: identity of the shard; its checksum is filled in here.
         dtype, width: type and second dimension of all values.
     Raises:
-        DataError: two utterances share a key, or values of another type or width.
+        DataError: two utterances share a key, values of another type or width, a key with a line break.
     """
-    entries = sorted(entries, key=lambda e: key_hash(e.key))
+    entries = sorted(entries, key=lambda e: e.key)
     for a, b in itertools.pairwise(entries):
         if a.key == b.key:
             raise DataError(f"{path}: label key {a.key!r} occurs twice; keep one of its cuts")
@@ -77,25 +83,25 @@ def write_shard(path: Path, entries: Sequence[LabelEntry], header: ShardHeader, 
             raise DataError(
                 f"{path}: labels of {e.key!r} are {e.values.dtype} {e.values.shape}, the set holds {dtype} (T, {width})"
             )
+        if "\n" in e.key:
+            raise DataError(f"{path}: label key {e.key!r} has a line break; rename its recording")
     keys = [e.key.encode() for e in entries]
     num_frames = [len(e.values) for e in entries]
-    small = {
-        "offsets": np.concatenate([[0], np.cumsum(num_frames)]).astype("<i8"),
-        "key_offsets": np.concatenate([[0], np.cumsum([len(k) for k in keys])]).astype("<i8"),
-        "num_samples": np.array([e.num_samples for e in entries], dtype="<i8"),
+    hashes = hash_words(e.key for e in entries)[:, 0]
+    if len(np.unique(hashes)) < len(keys):
+        raise DataError(f"{path}: two label keys have one hash; rename a recording, or change --num-shards")
+    before = {
+        "key_hashes": hashes.astype("<u8"),
+        "num_frames": np.array(num_frames, "<u4"),
+        "num_samples": np.array([e.num_samples for e in entries], "<u4"),
     }
-    tail = {
-        "key_hashes": np.frombuffer(b"".join(key_hash(e.key) for e in entries), np.uint8).reshape(-1, 16),
-        "keys": np.frombuffer(b"".join(keys), np.uint8),
-    }
-    spec = {name: ("I64", a.shape, a.nbytes) for name, a in small.items()}
-    spec["values"] = (DTYPES[dtype], (sum(num_frames), width), sum(num_frames) * width * np.dtype(dtype).itemsize)
-    spec |= {name: ("U8", a.shape, a.nbytes) for name, a in tail.items()}
+    after = dict(zip(("key_shared", "key_rest"), _front_code(keys), strict=True))
+    spec = _layout(DTYPES[dtype], len(keys), sum(num_frames), width, len(after["key_rest"]))
     with atomic_path(path) as tmp:
         with open(tmp, "w+b") as stream:
             stream.write(_header_bytes(spec, header, _NO_CHECKSUM))
             digest = hashlib.sha256()
-            for block in _blocks(small, entries, tail):
+            for block in _blocks(before, entries, after):
                 digest.update(block)
                 stream.write(block)
             stream.seek(0)
@@ -105,25 +111,52 @@ def write_shard(path: Path, entries: Sequence[LabelEntry], header: ShardHeader, 
         Shard(tmp).verify()
 
 
-def _blocks(small: dict, entries: Sequence[LabelEntry], tail: dict) -> Iterator[memoryview]:
-    for array in small.values():
+def hash_words(keys: Iterable[str]) -> np.ndarray:
+    """Return the hashes of keys as (n, 2) uint64: a shard finds a key by the first word, the second chooses the shard.
+
+    Two keys of one shard with one first word are refused when it is written.  That an absent key passes for one of a
+    million keys that are there has a probability of 5e-14.
+    """
+    return np.frombuffer(b"".join(map(key_hash, keys)), ">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def _front_code(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return, of sorted keys, how many bytes each shares with the one before (n,), and the rests, a line each."""
+    shared = [0] * min(len(keys), 1)
+    for a, b in itertools.pairwise(keys):
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        shared.append(min(same, 255))
+    rest = b"".join(key[n:] + b"\n" for key, n in zip(keys, shared, strict=True))
+    return np.array(shared, np.uint8), np.frombuffer(rest, np.uint8)
+
+
+def _blocks(before: dict, entries: Sequence[LabelEntry], after: dict) -> Iterator[memoryview]:
+    for array in before.values():
         yield memoryview(array.tobytes())
     for entry in entries:
         yield memoryview(np.ascontiguousarray(entry.values).tobytes())
-    for array in tail.values():
+    for array in after.values():
         yield memoryview(array.tobytes())
 
 
-def _header_bytes(spec: dict, header: ShardHeader, checksum: str) -> bytes:
+def _layout(code: str, num_utterances: int, num_frames: int, width: int, key_bytes: int) -> dict[str, dict]:
+    """Return the safetensors description of every array of a shard whose values are of type ``code``, in order."""
+    n, tensors, position = num_utterances, {}, 0
+    arrays = {
+        "key_hashes": ("U64", [n]), "num_frames": ("U32", [n]), "num_samples": ("U32", [n]),
+        "values": (code, [num_frames, width]), "key_shared": ("U8", [n]), "key_rest": ("U8", [key_bytes]),
+    }  # fmt: skip
+    for name, (kind, shape) in arrays.items():
+        end = position + math.prod(shape) * np.dtype(_TYPES[kind]).itemsize
+        tensors[name] = {"dtype": kind, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    return tensors
+
+
+def _header_bytes(tensors: dict, header: ShardHeader, checksum: str) -> bytes:
     """Return the safetensors header; its length does not depend on the checksum."""
-    meta = {**vars(header), "checksum": checksum}
-    tensors, position = {}, 0
-    for name, (dtype, shape, size) in spec.items():
-        offsets = [position, position + size]
-        tensors[name] = {"dtype": dtype, "shape": list(map(int, shape)), "data_offsets": offsets}
-        position += size
-    text = json.dumps({"__metadata__": {_META: json.dumps(meta, sort_keys=True)}, **tensors}, separators=(",", ":"))
-    raw = text.encode()
+    meta = json.dumps({**vars(header), "checksum": checksum}, sort_keys=True)
+    raw = json.dumps({"__metadata__": {_META: meta}, **tensors}, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw
 
@@ -136,10 +169,10 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        with _opened(self.path) as stream:
+        with _opened_file(self.path) as stream:
             tensors, self._data_start = self._read_header(stream)
         self._spec = tensors
-        self._map: np.ndarray | None = None
+        self._arrays: dict[str, np.ndarray] | None = None
         width = self._spec["values"]["shape"][1]
         self.dtype = next(d for d, code in DTYPES.items() if code == self._spec["values"]["dtype"])
         self.width = width
@@ -169,97 +202,82 @@ class Shard:
 
     def _check_layout(self, tensors: dict) -> None:
         """Raise a ValueError unless every array is there with a consistent type, shape and place."""
-        n = tensors["num_samples"]["shape"][0]
-        expected = {"offsets": ("I64", [n + 1]), "key_offsets": ("I64", [n + 1]), "num_samples": ("I64", [n])}
-        frames, width = tensors["values"]["shape"]
-        expected["values"] = (tensors["values"]["dtype"], [frames, width])
-        expected |= {"key_hashes": ("U8", [n, 16]), "keys": ("U8", [tensors["keys"]["shape"][0]])}
-        if tensors["values"]["dtype"] not in DTYPES.values():
-            raise ValueError(f"values of type {tensors['values']['dtype']}")
-        sizes = {"I64": 8, "U8": 1, "I16": 2, "F16": 2, "I32": 4, "F32": 4}
-        position = 0
-        for name, (dtype, shape) in expected.items():
-            size = int(np.prod(shape, dtype=np.int64)) * sizes[dtype]
-            if tensors[name] != {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}:
+        values = tensors["values"]
+        if values["dtype"] not in DTYPES.values():
+            raise ValueError(f"values of type {values['dtype']}")
+        (n,), (key_bytes,) = tensors["num_samples"]["shape"], tensors["key_rest"]["shape"]
+        for name, wanted in _layout(values["dtype"], n, *values["shape"], key_bytes).items():
+            if tensors[name] != wanted:
                 raise ValueError(f"array {name!r} is described as {tensors[name]}")
-            position += size
 
     def _damaged(self, what: str) -> DataError:
         return DataError(f"label shard {self.path} is damaged: {what}; delete it and extract this shard again")
 
     def _open(self) -> None:
-        """Map the file; the few long arrays become views of it."""
-        self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
-        kinds = {"I64": "<i8", "U8": "u1", "I16": "<i2", "F16": "<f2", "I32": "<i4", "F32": "<f4"}
-        arrays = {}
-        raw = np.asarray(self._map)
+        """Map the file: the labels stay on the disk, 24 bytes an utterance are made in memory to find them."""
+        raw, arrays = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r")), {}
         for name, t in self._spec.items():
             start, end = (self._data_start + x for x in t["data_offsets"])
-            arrays[name] = raw[start:end].view(kinds[t["dtype"]]).reshape(t["shape"])
-        self._values, self._offsets = arrays["values"], arrays["offsets"]
-        self._hashes, self._arrays = arrays["key_hashes"], arrays
-        # The first 8 bytes as native integers: a binary search over them finds a key.
-        self._prefixes = np.ascontiguousarray(self._hashes[:, :8]).view(">u8").ravel().astype(np.uint64)
+            arrays[name] = raw[start:end].view(_TYPES[t["dtype"]]).reshape(t["shape"])
+        offsets = np.concatenate([[0], np.cumsum(arrays["num_frames"], dtype=np.int64)])
+        if offsets[-1] != self.num_frames:
+            raise self._damaged(f"its utterances have {offsets[-1]} frames, it holds {self.num_frames}")
+        order = np.argsort(arrays["key_hashes"], kind="stable")
+        self._sorted_hashes = arrays["key_hashes"][order].astype(np.uint64)
+        self._positions, self._values, self._arrays = order, arrays["values"], arrays
+        # One read asks for single numbers, which a memoryview gives several times faster than an array.
+        self._hash_view, self._order, self._offsets = map(memoryview, (self._sorted_hashes, order, offsets))
+
+    def _opened(self) -> dict[str, np.ndarray]:
+        if self._arrays is None:
+            self._open()
+        return self._arrays
 
     def find(self, hashed: bytes) -> int:
         """Return the position of a key by its hash, -1 when absent."""
-        if self._map is None:
-            self._open()
-        prefix = np.uint64(int.from_bytes(hashed[:8], "big"))
-        i = int(self._prefixes.searchsorted(prefix))
-        while i < self.num_utterances and self._prefixes[i] == prefix:
-            if self._hashes[i].tobytes() == hashed:
-                return i
-            i += 1
-        return -1
+        self._opened()
+        wanted = int.from_bytes(hashed[:8], "big")
+        i = bisect_left(self._hash_view, wanted)
+        return self._order[i] if i < self.num_utterances and self._hash_view[i] == wanted else -1
+
+    def find_all(self, words: np.ndarray) -> np.ndarray:
+        """Return the positions (n,) of keys by their first hash words (n,) uint64 (:func:`hash_words`), -1: absent."""
+        self._opened()
+        if self.num_utterances == 0:
+            return np.full(len(words), -1)
+        i = np.minimum(self._sorted_hashes.searchsorted(words), self.num_utterances - 1)
+        return np.where(self._sorted_hashes[i] == words, self._positions[i], -1)
 
     def values(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return a copy of frames ``start:stop`` of the utterance at position ``i``, (T_l, Q) or (T_l, C)."""
-        if self._map is None:
-            self._open()
-        begin, end = self._offsets[i], self._offsets[i + 1]
-        if start or stop is not None:
-            return self._values[begin:end][start:stop].copy()
-        return self._values[begin:end].copy()
+        labels = self.view(i)
+        return labels[start:stop].copy() if start or stop is not None else labels.copy()
 
     def view(self, i: int) -> np.ndarray:
         """Return the mapped labels of the utterance at position ``i`` without copying."""
-        if self._map is None:
-            self._open()
+        self._opened()
         return self._values[self._offsets[i] : self._offsets[i + 1]]
 
     def num_frames_of(self, i: int) -> int:
         """Return the frames of the utterance at position ``i``."""
-        if self._map is None:
-            self._open()
-        return int(self._offsets[i + 1] - self._offsets[i])
+        return int(self._opened()["num_frames"][i])
 
     def num_samples_of(self, i: int) -> int:
         """Return the samples of the utterance at position ``i``."""
-        if self._map is None:
-            self._open()
-        return int(self._arrays["num_samples"][i])
+        return int(self._opened()["num_samples"][i])
 
     @property
     def num_samples(self) -> int:
         """Samples of audio of all utterances."""
-        if self._map is None:
-            self._open()
-        return int(self._arrays["num_samples"].sum())
+        return int(self._opened()["num_samples"].sum(dtype=np.int64))
 
     def keys(self) -> Iterator[str]:
-        """Yield the keys in the order of their hashes."""
-        if self._map is None:
-            self._open()
-        blob, offsets = self._arrays["keys"].tobytes(), self._arrays["key_offsets"].tolist()
-        for begin, end in itertools.pairwise(offsets):
-            yield blob[begin:end].decode()
-
-    def hashes(self) -> np.ndarray:
-        """Return the sorted key hashes, (n, 16) uint8."""
-        if self._map is None:
-            self._open()
-        return self._hashes
+        """Yield the keys in order."""
+        arrays, key = self._opened(), b""
+        rests = arrays["key_rest"].tobytes().split(b"\n")[:-1]
+        for shared, rest in zip(arrays["key_shared"].tolist(), rests, strict=True):
+            key = key[:shared] + rest
+            yield key.decode()
 
     def entries(self) -> Iterator[LabelEntry]:
         """Yield all utterances, their values mapped and not copied."""
@@ -269,21 +287,20 @@ class Shard:
     def verify(self) -> None:
         """Read everything; a DataError names this file when the checksum or the order of keys is wrong."""
         digest = hashlib.sha256()
-        with _opened(self.path) as stream:
+        with _opened_file(self.path) as stream:
             stream.seek(self._data_start)
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
         if digest.hexdigest() != self.header.checksum:
             raise self._damaged(f"its checksum is {digest.hexdigest()}, its header says {self.header.checksum}")
-        previous = b""
-        for key, hashed in zip(self.keys(), self.hashes(), strict=True):
-            current = hashed.tobytes()
-            if current != key_hash(key) or current <= previous:
+        previous = ""
+        for key, word in zip(self.keys(), self._opened()["key_hashes"].tolist(), strict=True):
+            if word != int.from_bytes(key_hash(key)[:8], "big") or key <= previous:
                 raise self._damaged(f"key {key!r} is out of place")
-            previous = current
+            previous = key
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened_file(path: Path) -> IO[bytes]:
     try:
         return open(path, "rb")
     except FileNotFoundError:

@@ -5,10 +5,12 @@ A key's shard follows from its hash, so that opening a set reads headers only an
 shards that it touches.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,13 @@ import numpy as np
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
 from icefall_kd.labels.keys import key_hash, parse_key
-from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, write_shard
+from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, hash_words, write_shard
 from icefall_kd.runtime.files import file_lock, write_json
 
+logger = logging.getLogger(__name__)
+
 _SHARD_NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
+_JOINED_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -173,10 +178,16 @@ class LabelStore:
             raise DataError(f"label set {self.path} has no labels for {key!r}; join the set with the cuts to see why")
         return shard, i
 
-    def get(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return frames ``start:stop`` of an utterance, (T_l, Q) or (T_l, C); a DataError when it is absent."""
-        shard, i = self._require(key)
-        return shard.values(i, start, stop)
+    def get(
+        self, key: str, start: int = 0, stop: int | None = None, *, missing_ok: bool = False
+    ) -> np.ndarray | None:
+        """Return frames ``start:stop`` of an utterance, (T_l, Q) or (T_l, C).
+
+        Raises:
+            DataError: it is absent; with ``missing_ok`` the answer is None.
+        """
+        shard, i = self._locate(key) if missing_ok else self._require(key)
+        return shard.values(i, start, stop) if i >= 0 else None
 
     def __contains__(self, key: str) -> bool:
         return self._locate(key)[1] >= 0
@@ -195,7 +206,7 @@ class LabelStore:
         return sum(self.shard(k).num_utterances for k in range(self.num_shards))
 
     def keys(self) -> Iterator[str]:
-        """Yield all keys, shard by shard in the order of their hashes."""
+        """Yield all keys, shard by shard, in order."""
         for k in range(self.num_shards):
             yield from self.shard(k).keys()
 
@@ -208,19 +219,22 @@ class LabelStore:
         Raises:
             DataError: below ``min_coverage``; the message is the report with the first five missing keys.
         """
-        seen, missing, first = set(), 0, []
-        for key in keys:
-            hashed = key_hash(key)
-            if hashed in seen:
-                continue
-            seen.add(hashed)
-            if self.shard(shard_of(hashed, self.num_shards)).find(hashed) < 0:
-                missing += 1
-                if len(first) < 5:
-                    first.append(key)
-        matched = len(seen) - missing
-        report = JoinReport(matched, missing, len(self) - matched, tuple(first))
-        if not seen or matched < min_coverage * len(seen):
+        found = [np.zeros(self.shard(k).num_utterances, bool) for k in range(self.num_shards)]
+        missing: dict[str, None] = {}  # in the order of the keys, each once
+        keys = iter(keys)
+        while some := list(islice(keys, _JOINED_AT_ONCE)):
+            words = hash_words(some)
+            shards, places = words[:, 1] % np.uint64(self.num_shards), np.empty(len(some), np.int64)
+            for k in range(self.num_shards):
+                here = np.flatnonzero(shards == k)
+                places[here] = at = self.shard(k).find_all(words[here, 0])
+                found[k][at[at >= 0]] = True
+            missing.update(dict.fromkeys(some[i] for i in np.flatnonzero(places < 0).tolist()))
+        matched = sum(int(f.sum()) for f in found)
+        first = tuple(islice(missing, 5))
+        report = JoinReport(matched, len(missing), len(self) - matched, first)
+        asked = matched + len(missing)
+        if not asked or matched < min_coverage * asked:
             raise DataError(
                 f"label set {self.path} does not cover the cuts: {report}; --min-coverage is {min_coverage}. "
                 f"{self._nearest(first[0]) if first else 'There are no cuts'}. Extract labels of these cuts"
@@ -312,6 +326,22 @@ class ShardWriter:
         self.store, self.shard, self.num_shards = store, shard, num_shards
         self.path = store.path / shard_name(shard, num_shards)
         self.entries: list[LabelEntry] = []
+        if others := {n for _, n in find_shards(store.path)} - {num_shards}:
+            raise DataError(
+                f"label set {store.path} has shards of {max(others)}, --num-shards is {num_shards}; keep to one "
+                "division, give another --label-dir, or delete this one"
+            )
+
+    def is_finished(self, inputs: str) -> bool:
+        """Check by its header alone whether the shard is there already, of this set and of these ``inputs``."""
+        if not self.path.exists():
+            return False
+        try:
+            header = Shard(self.path).header
+        except DataError as error:
+            logger.warning("%s; it is made again", error)
+            return False
+        return (header.fingerprint, header.inputs) == (self.store.info.fingerprint, inputs)
 
     def add(self, key: str, values: np.ndarray, num_samples: int) -> None:
         """Add an utterance; a DataError when its frames are not what the formula gives, or it is of another shard."""

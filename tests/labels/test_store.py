@@ -13,8 +13,10 @@ from safetensors import safe_open
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import SSL_CONV, WHISPER_CONV
+from icefall_kd.labels import shard as shard_module
 from icefall_kd.labels.compat import check_label_compat, teacher_expectations
 from icefall_kd.labels.info import LabelSetInfo
+from icefall_kd.labels.keys import key_hash
 from icefall_kd.labels.merge import merge_label_sets
 from icefall_kd.labels.shard import LabelEntry, ShardHeader, write_shard
 from icefall_kd.labels.store import LabelStore, shard_name
@@ -37,14 +39,58 @@ def test_round_trip(tmp_path, dtype):
     assert store.verify() == []
 
 
-def test_shards_are_plain_safetensors_with_sorted_hashes(tmp_path):
+def test_shards_are_plain_safetensors_in_the_order_of_keys(tmp_path):
     truth, _ = fill(tmp_path, 20)
+    keys = sorted(truth)
     with safe_open(tmp_path / shard_name(0, 1), "np") as f:
-        hashes = [bytes(h) for h in f.get_tensor("key_hashes")]
-        assert hashes == sorted(hashes) and f.get_tensor("values").shape[1] == 8
-        assert len(f.get_tensor("offsets")) == 21
+        assert np.array_equal(f.get_tensor("values"), np.concatenate([truth[k] for k in keys]))
+        assert f.get_tensor("num_frames").tolist() == [len(truth[k]) for k in keys]
+        assert f.get_tensor("num_samples").tolist() == [int(k.split("|")[2]) for k in keys]
+        assert [h.to_bytes(8, "big") for h in f.get_tensor("key_hashes").tolist()] == [key_hash(k)[:8] for k in keys]
         assert json.loads(f.metadata()["icefall_kd"])["fingerprint"] == LabelSetInfo.load(tmp_path).fingerprint
     assert sum(map(len, truth.values())) == LabelStore(tmp_path).shard(0).num_frames
+
+
+def test_keys_of_any_spelling_come_back(tmp_path):
+    names = ["a", "ab", "a" * 300, "a" * 301, "a" * 299 + "é", "è", "é", "b|c", "", "中文", "中心"]
+    store, truth = LabelStore.create(tmp_path, toy_info()), {}
+    writer = store.writer(0, 1)
+    for i, name in enumerate(names):
+        truth[f"{name}|0|{400 + i}|1/1"] = np.full((1, 8), i, np.uint8)
+        writer.add(f"{name}|0|{400 + i}|1/1", np.full((1, 8), i, np.uint8), 400 + i)
+    writer.finish()
+    store = LabelStore(tmp_path)
+    assert list(store.keys()) == sorted(truth) and store.verify() == []
+    assert all(np.array_equal(store.get(key), values) for key, values in truth.items())
+    assert store.get("none|0|400|1/1", missing_ok=True) is None
+
+
+def test_keys_that_the_file_cannot_tell_apart_are_refused(tmp_path, monkeypatch):
+    writer = LabelStore.create(tmp_path, toy_info()).writer(0, 1)
+    writer.add("a\nb|0|400|1/1", np.zeros((1, 8), np.uint8), 400)
+    with pytest.raises(DataError, match="line break"):
+        writer.finish()
+    writer.entries = [LabelEntry(k, np.zeros((1, 8), np.uint8), 400) for k in ("a|0|400|1/1", "b|0|400|1/1")]
+    monkeypatch.setattr(shard_module, "key_hash", lambda key: b"12345678" + key_hash(key)[8:])
+    with pytest.raises(DataError, match="one hash"):
+        writer.finish()
+
+
+def test_a_set_of_the_first_format_is_refused_with_the_remedy(tmp_path):
+    fill(tmp_path, 2)
+    file = tmp_path / "label_set.json"
+    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(DataError, match=r"format version 1, this code reads 2.*another --label-dir"):
+        LabelStore(tmp_path)
+
+
+def test_the_container_costs_less_than_one_per_cent_of_the_codes_of_read_speech(tmp_path):
+    writer = LabelStore.create(tmp_path, toy_info()).writer(0, 1)
+    for i, samples in enumerate(np.random.default_rng(1).integers(96_000, 288_000, 200).tolist()):  # 12 s on average
+        values = np.zeros((SSL_CONV.num_frames(samples), 8), np.uint8)
+        writer.add(f"{100 + i // 40}-{1000 + i // 20}-{i % 20:04d}|0|{samples}|1/1", values, samples)
+    writer.finish()
+    assert LabelStore(tmp_path).storage_report()["overhead"] < 0.01
 
 
 def test_an_empty_shard_is_sound(tmp_path):
