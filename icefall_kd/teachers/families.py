@@ -31,6 +31,7 @@ LOADERS: dict[str, Callable[[Located, TeacherConfig, Precision], Teacher]] = {
     "hubert": _speech_ssl,
     "wavlm": _speech_ssl,
     "wav2vec2": _speech_ssl,
+    "data2vec-audio": _speech_ssl,
 }
 
 

@@ -86,7 +86,7 @@ def whisper_model(folder: Path) -> nn.Module:
 
 
 def speech_ssl_model(folder: Path) -> nn.Module:
-    """Return a float32 HuBERT, WavLM or wav2vec 2.0 model, without any task's head.
+    """Return a float32 HuBERT, WavLM, wav2vec 2.0 or data2vec model, without any task's head.
 
     SDPA attention is asked for where the family has it; both attention kernels are exact.
     """
@@ -94,7 +94,7 @@ def speech_ssl_model(folder: Path) -> nn.Module:
 
 
 def ctc_model(folder: Path) -> nn.Module:
-    """Return a float32 HuBERT, WavLM or wav2vec 2.0 model with its CTC head."""
+    """Return a float32 HuBERT, WavLM, wav2vec 2.0 or data2vec model with its CTC head."""
     return _transformers().AutoModelForCTC.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
