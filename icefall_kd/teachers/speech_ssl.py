@@ -1,6 +1,8 @@
 """HuBERT, WavLM, wav2vec 2.0 and data2vec as teachers: 50 frames a second.
 
-Papers: arXiv 2106.07447, 2110.13900, 2006.11477, 2202.03555 (its audio model).  What makes an utterance's embeddings independent of its batch:
+Papers: arXiv 2106.07447, 2110.13900, 2006.11477, 2202.03555 (its audio model).
+
+What makes an utterance's embeddings independent of its batch:
 
 * every utterance is normalised over its own samples, before padding;
 * the convolutions are un-padded, so the frame count is exact and valid frames see valid samples only;
@@ -23,6 +25,7 @@ from icefall_kd.frames import FrameFormula
 from icefall_kd.runtime.files import read_json
 from icefall_kd.teachers import hf
 from icefall_kd.teachers.pretrained import Precision, PretrainedTeacher, pick_layer
+from icefall_kd.teachers.state_dicts import read_state_dict
 from icefall_kd.teachers.transcribe import CtcTranscriber, can_transcribe
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec-audio")
@@ -126,6 +129,17 @@ class SpeechSslTeacher(PretrainedTeacher):
         teacher = cls(model, normalize_audio=normalize, **kwargs)
         teacher.folder = folder
         return teacher
+
+    @classmethod
+    def from_state_dict(cls, path: Path, *, identity: dict, **kwargs) -> "SpeechSslTeacher":
+        """Load from a state dict of fairseq or torchaudio; other arguments as in the constructor.
+
+        What the tensors do not tell (teachers/state_dicts.py) is part of the provenance.
+        """
+        found = read_state_dict(path)
+        model = hf.speech_ssl_from_tensors(found.model_type, found.config, found.tensors, path)
+        identity = {**identity, "state_dict_of": found.origin, "conventions": found.conventions}
+        return cls(model, normalize_audio=found.do_normalize, identity=identity, **kwargs)
 
     def transcribe(self, waves: Sequence[Tensor]) -> list[str] | None:
         """Return greedy CTC transcripts of (S_i,) waveforms, or None when the model has no CTC head."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
@@ -96,6 +98,48 @@ def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
             "update the code"
         )
     return checkpoint
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a file that another toolkit wrote, to the CPU.
+
+    Args:
+        path: ``.safetensors``, or what torch saved: a state dict, or a dict that holds one as ``model`` or
+            ``state_dict``.  Entries that are no tensors are left out.
+    Raises:
+        DataError: the file is missing or damaged, or holds no tensors.
+        ConfigError: it holds objects of other classes, which would have to be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # as in load_checkpoint
+        if "Unsupported" in str(error) and not isinstance(error, SafetensorError):
+            raise ConfigError(
+                f"{path} holds more than tensors ({_foreign_class(error)}), and unpickling it would run its code. "
+                "Where fairseq is installed, and only if you trust the file, save its tensors alone: python3 -c "
+                f"\"import torch as t; t.save(t.load('{path.name}', map_location='cpu', weights_only=False)['model'], "
+                f"'{path.stem}_tensors.pt')\", and name that file"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} is damaged and cannot be read ({reason})") from error
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise DataError(f"{path} holds a {type(content).__name__} without tensors; a state dict is wanted")
+    return tensors
+
+
+def _foreign_class(error: Exception) -> str:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found.group(1) if found else "objects of other classes"
 
 
 def list_checkpoints(exp_dir: str | Path, kind: str) -> dict[int, Path]:

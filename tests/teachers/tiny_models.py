@@ -28,13 +28,11 @@ def ssl_model(family: str, *, feat_extract_norm: str, stable: bool, num_layers: 
     if family == "data2vec-audio":  # knows neither choice; three convolutions of 12 frames
         norms, positions = {}, {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 12}
     config = config_class(
-        hidden_size=32,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
         intermediate_size=48,
         num_conv_pos_embedding_groups=4,
         initializer_range=0.2,
-        **{**CONV, **norms, **positions, **options},
+        **{"hidden_size": 32, "num_attention_heads": 4, **CONV, **norms, **positions, **options},
     )
     return model_class(config).eval()
 
