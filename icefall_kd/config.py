@@ -5,7 +5,7 @@ command line and in YAML all fields are flat, since a field name occurs once amo
 Precedence: defaults < ``--config conf/x.yaml`` < flags.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -272,6 +272,53 @@ class ExtractConfig:
             raise ConfigError(f"--shard is {self.shard}; with --num-shards {self.num_shards} it runs from 0")
         if self.part_utterances < 1 or self.extract_max_duration <= 0 or self.load_workers < 1:
             raise ConfigError("--part-utterances, --extract-max-duration and --load-workers must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig(TeacherConfig):
+    """Which teacher, which layers, and how it is run."""
+
+    layer: list[int] = field(default_factory=lambda: [-1])
+    """Transformer blocks whose outputs are taken, 1-based, several as 6,12; -1: the last block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractLayersConfig(ExtractConfig):
+    """What to extract, from which cuts, into which label sets: one for each layer."""
+
+    label_dir: list[Path]
+    """Folder of the label set of each layer, several as a,b."""
+    quantizer: list[Path] = field(default_factory=list)
+    """Quantizer file of each layer; needed for codebook_indexes."""
+    teacher: LayersConfig = LayersConfig()
+
+    def __post_init__(self) -> None:
+        self.each()  # the checks of each label set
+
+    def each(self) -> list[ExtractConfig]:
+        """Return the configuration of every label set.
+
+        Raises:
+            ConfigError: layers, label sets and quantizers are not equally many, or one label set is named twice.
+        """
+        layers, codes = self.teacher.layer, self.kind == "codebook_indexes"
+        quantizers = self.quantizer if self.quantizer or codes else [None] * len(layers)
+        if not len(layers) == len(self.label_dir) == len(quantizers) or not layers:
+            raise ConfigError(
+                f"--layer names {len(layers)} layers, --label-dir {len(self.label_dir)} folders, --quantizer "
+                f"{len(self.quantizer)} files; give one of each for every label set (a,b), no quantizers for embeddings"
+            )
+        if len(set(self.label_dir)) < len(self.label_dir):
+            raise ConfigError(f"--label-dir names one folder twice: {', '.join(map(str, self.label_dir))}")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        teacher = {f.name: getattr(self.teacher, f.name) for f in fields(self.teacher)}
+        return [
+            ExtractConfig(
+                **values
+                | {"label_dir": folder, "quantizer": quantizer, "teacher": TeacherConfig(**teacher | {"layer": layer})}
+            )
+            for layer, folder, quantizer in zip(layers, self.label_dir, quantizers, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,10 @@ class ExperimentTeacher(PretrainedTeacher):
         """Return plain data that identifies the labels of this teacher, the feature extractor included."""
         return {**super().provenance(), "feature_extractor": self.extractor.info()}
 
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
+
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         rows = [i for i, t in enumerate(frames) if t > 0]
         if not rows:

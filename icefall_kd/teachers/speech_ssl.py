@@ -56,6 +56,11 @@ class SpeechSslTeacher(PretrainedTeacher):
     """The output of one transformer block of a HuBERT, WavLM, wav2vec 2.0 or data2vec model."""
 
     folder: Path | None = None
+    layer_elsewhere = (
+        "transformers: hidden_states[L], where version 4 normalises the last one of pre-norm models; fairseq: "
+        "layer_results[L-1][0], or output_layer=L; torchaudio: extract_features()[0][L-1]; WavLM's own code: "
+        "layer_results[L][0]"
+    )
 
     def __init__(
         self,
@@ -152,6 +157,10 @@ class SpeechSslTeacher(PretrainedTeacher):
             lens = torch.tensor([len(wave)], device=self.device)
             texts.append(transcriber.transcribe(normalize_audio(audio, lens) if self.normalize_audio else audio))
         return texts
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.model.encoder.layers
 
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         groups: dict[int, list[int]] = defaultdict(list)

@@ -93,6 +93,27 @@ def test_layers_are_block_outputs_before_any_final_norm(family, stable):
         assert ("never applied" in teacher.provenance()["layer_convention"]) == stable
 
 
+@pytest.mark.parametrize(("family", "stable"), [(f, s) for f, n, s in VARIANTS if n == "layer"])
+def test_one_pass_gives_several_layers_which_are_hidden_states(family, stable):
+    reference = ssl_model(family, feat_extract_norm="layer", stable=stable)
+    wave = waves((8000,))[0]
+    with torch.no_grad():
+        hidden = reference(
+            normalize_audio(wave[None], torch.tensor([8000])), output_hidden_states=True
+        ).hidden_states
+    assert len(hidden) == 4  # the first is the input of block 1
+    teacher = make(reference)
+    assert teacher.tap([1, 3, 2]) == ["layer1", "embeddings", "layer2"]
+    out = teacher.extract(Batch.from_audio([wave, wave[:3000]]))
+    for layer, name in ((1, "layer1"), (2, "layer2"), (3, "embeddings")):
+        count = teacher.num_frames(8000)
+        assert (out.arrays[name][0, :count] - hidden[layer][0]).abs().max() <= 1e-5 * hidden[layer].abs().max()
+        assert out.lens[name].tolist() == [count, teacher.num_frames(3000)]
+        assert not out.arrays[name][1, teacher.num_frames(3000) :].any()
+    with pytest.raises(ConfigError, match="cut there, has blocks 1 to 3"):
+        teacher.tap([4])
+
+
 def test_a_position_batch_norm_keeps_the_equality():
     model = ssl_model("hubert", feat_extract_norm="layer", stable=False, conv_pos_batch_norm=True)
     with torch.no_grad():
