@@ -195,8 +195,8 @@ class TeacherConfig:
     """Which teacher, which layer, and how it is run."""
 
     teacher: str = "whisper-tiny.en"
-    """Hub id, local folder (transformers or CTranslate2 Whisper), an exp_dir of ours, or the name of a
-    pip-supplied model (whisper-tiny.en, whisper-base)."""
+    """Hub id, local folder (transformers or CTranslate2 Whisper), state dict of fairseq or torchaudio, an exp_dir of
+    ours, FILE.py:CLASS, or the name of a pip-supplied model (whisper-tiny.en, whisper-base)."""
     layer: int = -1
     """Transformer block whose output is taken, 1-based; -1: the last block."""
     normalize_embeddings: bool = False
@@ -382,6 +382,8 @@ class LoopConfig:
     """Run the memory-worst batches once, with all losses, before step one."""
     start_epoch: int = 1
     """Kept for icefall users: training resumes by itself from the newest checkpoint of exp-dir."""
+    init_from: Path | None = None
+    """Another exp_dir: parameters of the same name and shape start from its newest (averaged) ones."""
 
     def __post_init__(self) -> None:
         _at_least(self, num_epochs=1, accum_grad=1, log_interval=1, save_every_n=1, keep_last_k=1, average_period=1)

@@ -4,6 +4,7 @@ A checkpoint is one dict of tensors and plain containers, so that ``weights_only
 model, model_avg, optimizer, scheduler, grad_scaler, train (counters), config, tokenizer_hash, format_version.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -249,6 +250,11 @@ class LoadReport:
     mismatched: list[str] = field(default_factory=list)
     """Entries of another shape, with both shapes."""
 
+    def lines(self) -> list[str]:
+        """Return the number of loaded entries, and a line for every other one."""
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched))
+        return [f"loaded {len(self.loaded)} tensors", *(f"{kind}: {name}" for kind, names in kinds for name in names)]
+
     def __str__(self) -> str:
         parts = [f"loaded {len(self.loaded)} tensors"]
         for title, names in (
@@ -288,3 +294,13 @@ def load_model(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = T
         raise ConfigError(f"the weights of {source or 'the checkpoint'} do not fit the model: {report}")
     model.load_state_dict(matching, strict=False)
     return report
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Return a SHA-256 over names, shapes, types and values of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
