@@ -5,7 +5,7 @@ command line and in YAML all fields are flat, since a field name occurs once amo
 Precedence: defaults < ``--config conf/x.yaml`` < flags.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -195,8 +195,8 @@ class TeacherConfig:
     """Which teacher, which layer, and how it is run."""
 
     teacher: str = "whisper-tiny.en"
-    """Hub id, local folder (transformers or CTranslate2 Whisper), an exp_dir of ours, or the name of a
-    pip-supplied model (whisper-tiny.en, whisper-base)."""
+    """Hub id, local folder (transformers or CTranslate2 Whisper), state dict of fairseq or torchaudio, an exp_dir of
+    ours, FILE.py:CLASS, or the name of a pip-supplied model (whisper-tiny.en, whisper-base)."""
     layer: int = -1
     """Transformer block whose output is taken, 1-based; -1: the last block."""
     normalize_embeddings: bool = False
@@ -272,6 +272,53 @@ class ExtractConfig:
             raise ConfigError(f"--shard is {self.shard}; with --num-shards {self.num_shards} it runs from 0")
         if self.part_utterances < 1 or self.extract_max_duration <= 0 or self.load_workers < 1:
             raise ConfigError("--part-utterances, --extract-max-duration and --load-workers must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig(TeacherConfig):
+    """Which teacher, which layers, and how it is run."""
+
+    layer: list[int] = field(default_factory=lambda: [-1])
+    """Transformer blocks whose outputs are taken, 1-based, several as 6,12; -1: the last block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractLayersConfig(ExtractConfig):
+    """What to extract, from which cuts, into which label sets: one for each layer."""
+
+    label_dir: list[Path]
+    """Folder of the label set of each layer, several as a,b."""
+    quantizer: list[Path] = field(default_factory=list)
+    """Quantizer file of each layer; needed for codebook_indexes."""
+    teacher: LayersConfig = LayersConfig()
+
+    def __post_init__(self) -> None:
+        self.each()  # the checks of each label set
+
+    def each(self) -> list[ExtractConfig]:
+        """Return the configuration of every label set.
+
+        Raises:
+            ConfigError: layers, label sets and quantizers are not equally many, or one label set is named twice.
+        """
+        layers, codes = self.teacher.layer, self.kind == "codebook_indexes"
+        quantizers = self.quantizer if self.quantizer or codes else [None] * len(layers)
+        if not len(layers) == len(self.label_dir) == len(quantizers) or not layers:
+            raise ConfigError(
+                f"--layer names {len(layers)} layers, --label-dir {len(self.label_dir)} folders, --quantizer "
+                f"{len(self.quantizer)} files; give one of each for every label set (a,b), no quantizers for embeddings"
+            )
+        if len(set(self.label_dir)) < len(self.label_dir):
+            raise ConfigError(f"--label-dir names one folder twice: {', '.join(map(str, self.label_dir))}")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        teacher = {f.name: getattr(self.teacher, f.name) for f in fields(self.teacher)}
+        return [
+            ExtractConfig(
+                **values
+                | {"label_dir": folder, "quantizer": quantizer, "teacher": TeacherConfig(**teacher | {"layer": layer})}
+            )
+            for layer, folder, quantizer in zip(layers, self.label_dir, quantizers, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +426,8 @@ class LoopConfig:
     """Run the memory-worst batches once, with all losses, before step one."""
     start_epoch: int = 1
     """Kept for icefall users: training resumes by itself from the newest checkpoint of exp-dir."""
+    init_from: Path | None = None
+    """Another exp_dir: parameters of the same name and shape start from its newest (averaged) ones."""
 
     def __post_init__(self) -> None:
         _at_least(self, num_epochs=1, accum_grad=1, log_interval=1, save_every_n=1, keep_last_k=1, average_period=1)

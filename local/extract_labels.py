@@ -1,31 +1,33 @@
 #!/usr/bin/env python3
 """Extract one shard of teacher labels; a finished shard is skipped, a killed one goes on where it was.
 
+Several layers (--layer 6,12) make a label set each (--label-dir a,b --quantizer qa,qb), in one pass of the teacher.
+
     local/extract_labels.py --cuts data/fbank/cuts_train.jsonl.gz --label-dir data/labels/whisper \\
         --teacher whisper-tiny.en --quantizer exp/quantizer/quantizer.safetensors --shard 0 --num-shards 4
 """
 
 from icefall_kd.cli import parse_config
-from icefall_kd.config import ExtractConfig
+from icefall_kd.config import ExtractLayersConfig
 from icefall_kd.errors import run_main
 from icefall_kd.runtime.log import format_seconds, setup_logging
 
 
 def main() -> None:
     setup_logging()
-    config = parse_config(ExtractConfig, description=__doc__)
+    config = parse_config(ExtractLayersConfig, description=__doc__)
     # Imported late, so that --help and usage errors answer at once.
     import torch
 
-    from icefall_kd.labels.extract import extract_labels
+    from icefall_kd.labels.extract import extract_layers
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    report = extract_labels(config)
-    state = "was finished" if report.skipped else f"took {format_seconds(report.seconds)}"
-    print(
-        f"{report.path}: {report.utterances} utterances, {report.hours:.3f} h, {report.rejected} rejected, {state}",
-    )
+    for report in extract_layers(config.each()):
+        state = "was finished" if report.skipped else f"took {format_seconds(report.seconds)}"
+        print(
+            f"{report.path}: {report.utterances} utterances, {report.hours:.3f} h, {report.rejected} rejected, {state}",
+        )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ data_dir=                  # Prepared data; empty: data/CORPUS
 exp_dir=                   # Experiments; empty: exp/CORPUS
 systems="none mvq"         # Students: none, mvq, l1, l2
 seeds=42                   # Seeds, with spaces: one training of each system a seed
-teacher=whisper-tiny.en    # Hub id, folder, exp_dir, whisper-tiny.en or whisper-base
-layer=-1                   # Teacher block, from 1; -1: the last
+teacher=whisper-tiny.en    # Hub id, folder, state dict, exp_dir, FILE.py:CLASS, whisper-tiny.en or whisper-base
+layer=-1                   # Teacher block, from 1; -1: the last; several as 6,12: a quantizer and label set each
 normalize_embeddings=false # LayerNorm of the embeddings before the quantizer
 num_codebooks=8            # Bytes a teacher frame
 phase1_steps=10000         # Quantizer steps with 2N codebooks of 16 entries
@@ -80,22 +80,37 @@ fi
 
 marker_dir=$exp_dir/.done
 kind=fbank
-teacher_tag=${teacher##*/}-layer${layer/-1/last}
-[[ $normalize_embeddings == false ]] || teacher_tag+=-normalized
-quantizer_dir=$exp_dir/quantizer-$teacher_tag-q$num_codebooks
-codes_dir=$exp_dir/labels/$teacher_tag-q$num_codebooks
-embeddings_dir=$exp_dir/labels/$teacher_tag-embeddings
-teacher_options=(--teacher "$teacher" --layer "$layer" --normalize-embeddings "$normalize_embeddings")
-# What the teacher is: a folder counts by its files, a name by the SHA-256 that is pinned or stored with the labels.
+IFS=, read -r -a layers <<< "$layer"
+reports=() quantizers=() codes_dirs=() embeddings_dirs=() # one for each layer
+for one_layer in "${layers[@]}"; do
+  teacher_tag=${teacher##*/}-layer${one_layer/-1/last}
+  teacher_tag=${teacher_tag//:/-}
+  [[ $normalize_embeddings == false ]] || teacher_tag+=-normalized
+  reports+=("$exp_dir/teacher-$teacher_tag.json")
+  quantizers+=("$exp_dir/quantizer-$teacher_tag-q$num_codebooks/quantizer.safetensors")
+  codes_dirs+=("$exp_dir/labels/$teacher_tag-q$num_codebooks")
+  embeddings_dirs+=("$exp_dir/labels/$teacher_tag-embeddings")
+done
+teacher_options=(--teacher "$teacher" --normalize-embeddings "$normalize_embeddings")
+# What the teacher is: folders and files count by content, a name by the SHA-256 that is pinned or stored with labels.
 teacher_files=()
-[[ ! -d $teacher ]] || teacher_files=("$teacher")
+teacher_file=$teacher
+[[ $teacher != *.py:* ]] || teacher_file=${teacher%:*}
+for file in "$teacher_file" "${teacher_file%.*}.json"; do # the second: options of a state dict
+  [[ ! -e $file ]] || teacher_files+=("$file")
+done
 IFS=, read -r -a train_cuts <<< "$train_parts"
 IFS=, read -r -a test_cuts <<< "$test_parts"
 train_cuts=("${train_cuts[@]/#/$data_dir/$kind/cuts_}")
 train_cuts=("${train_cuts[@]/%/.jsonl.gz}")
 test_cuts=("${test_cuts[@]/#/$data_dir/$kind/cuts_}")
 test_cuts=("${test_cuts[@]/%/.jsonl.gz}")
-cuts_list=$(IFS=,; echo "${train_cuts[*]}")
+
+commas() { # commas WORD ...: the words with commas between them
+  local IFS=,
+  echo "$*"
+}
+cuts_list=$(commas "${train_cuts[@]}")
 
 wants() { # wants KIND: does one of the systems need labels of this kind
   case $1 in
@@ -124,61 +139,78 @@ stage_0_data() { # Prepare the corpus (its stages have markers of their own)
 }
 
 stage_1_teacher() { # Check the teacher on a few utterances
+  local i
   wants codebook_indexes || wants embeddings || return 0
-  begin --option teacher layer normalize_embeddings --input "${train_cuts[@]}" "${teacher_files[@]}" \
-    --output "$exp_dir/teacher-$teacher_tag.json" --code 'icefall_kd/teachers/*.py' || return 0
-  OMP_NUM_THREADS=$nj python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "$exp_dir/teacher-$teacher_tag.json" \
-    "${teacher_options[@]}"
+  for i in "${!layers[@]}"; do
+    begin --name "layer${layers[i]}" --option teacher "layer=${layers[i]}" normalize_embeddings \
+      --input "${train_cuts[@]}" "${teacher_files[@]}" --output "${reports[i]}" \
+      --code 'icefall_kd/teachers/*.py' || continue
+    OMP_NUM_THREADS=$nj python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "${reports[i]}" \
+      --layer "${layers[i]}" "${teacher_options[@]}"
+    finish
+  done
 }
 
-stage_2_quantizer() { # Train the quantizer and report on it
+stage_2_quantizer() { # Train the quantizer of each layer and report on it
+  local i
   wants codebook_indexes || return 0
-  begin --option teacher layer normalize_embeddings num_codebooks phase1_steps phase2_steps quantizer_utts \
-    --input "${train_cuts[@]}" "${teacher_files[@]}" --output "$quantizer_dir/quantizer.safetensors" \
-    --code 'icefall_kd/quantization/*.py' 'icefall_kd/quantization/csrc/*.cpp' 'icefall_kd/teachers/*.py' || return 0
-  OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "$quantizer_dir/quantizer.safetensors" \
-    --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
-    --quantizer-utts "$quantizer_utts" "${teacher_options[@]}"
+  for i in "${!layers[@]}"; do
+    begin --name "layer${layers[i]}" --option teacher "layer=${layers[i]}" normalize_embeddings num_codebooks \
+      phase1_steps phase2_steps quantizer_utts --input "${train_cuts[@]}" "${teacher_files[@]}" \
+      --output "${quantizers[i]}" --code 'icefall_kd/quantization/*.py' 'icefall_kd/quantization/csrc/*.cpp' \
+      'icefall_kd/teachers/*.py' || continue
+    OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "${quantizers[i]}" \
+      --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
+      --quantizer-utts "$quantizer_utts" --layer "${layers[i]}" "${teacher_options[@]}"
+    finish
+  done
 }
 
-extract() { # extract KIND DIR [OPTION ...]: all shards of a label set, then a check of every byte
-  local label_kind=$1 dir=$2 inputs=("${train_cuts[@]}" "${teacher_files[@]}")
-  shift 2
-  [[ $label_kind == embeddings ]] || inputs+=("$quantizer_dir/quantizer.safetensors")
+extract() { # extract KIND DIR ...: all shards of the label sets of all layers, then a check of every byte
+  local label_kind=$1 dir inputs=("${train_cuts[@]}" "${teacher_files[@]}") with_quantizers=()
+  shift
+  if [[ $label_kind == codebook_indexes ]]; then
+    inputs+=("${quantizers[@]}")
+    with_quantizers=(--quantizer "$(commas "${quantizers[@]}")")
+  fi
   begin --name "$label_kind" --option teacher layer normalize_embeddings num_shards --input "${inputs[@]}" \
-    --output "$dir/label_set.json" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
-  run_cmd --log "$dir/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
-    python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$dir" --kind "$label_kind" \
-    --shard JOB --num-shards "$num_shards" "${teacher_options[@]}" "$@"
-  python3 ../../local/label_sets.py verify "$dir"
-  python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}"
+    --output "${@/%//label_set.json}" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
+  run_cmd --log "$1/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
+    python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$(commas "$@")" --kind "$label_kind" \
+    --shard JOB --num-shards "$num_shards" --layer "$layer" "${teacher_options[@]}" "${with_quantizers[@]}"
+  python3 ../../local/label_sets.py verify "$@"
+  for dir in "$@"; do
+    python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}"
+  done
   finish
 }
 
 stage_3_labels() { # Extract and verify the teacher's labels
   if wants codebook_indexes; then
-    extract codebook_indexes "$codes_dir" --quantizer "$quantizer_dir/quantizer.safetensors"
+    extract codebook_indexes "${codes_dirs[@]}"
   fi
   if wants embeddings; then
-    extract embeddings "$embeddings_dir"
+    extract embeddings "${embeddings_dirs[@]}"
   fi
 }
 
 stage_4_train() { # Train every student
-  local system seed dir launch=(python3) labels lang
+  local system seed dir launch=(python3) labels label_dirs lang
   lang=$(lang_dir)
   ((num_gpus <= 1)) || launch=(torchrun --standalone --nproc-per-node "$num_gpus")
   for seed in $seeds; do
     for system in $systems; do
       dir=$exp_dir/$system-seed$seed
-      labels=()
+      label_dirs=()
       case $system in
-        mvq) labels=(--label-dir "$codes_dir") ;;
-        l1 | l2) labels=(--label-dir "$embeddings_dir") ;;
+        mvq) label_dirs=("${codes_dirs[@]}") ;;
+        l1 | l2) label_dirs=("${embeddings_dirs[@]}") ;;
       esac
+      labels=()
+      [[ $system == none ]] || labels=(--label-dir "$(commas "${label_dirs[@]}")")
       # No --code: an edited line of the library does not throw a week of training away.
       begin --name "$system-seed$seed" --option train_args train_parts valid_parts --input "$config" \
-        "${train_cuts[@]}" "$lang/tokenizer.json" "${labels[@]:1}" --output "$dir/train_summary.json" || continue
+        "${train_cuts[@]}" "$lang/tokenizer.json" "${label_dirs[@]}" --output "$dir/train_summary.json" || continue
       if [[ $force == true && -e $dir ]]; then # train.py would go on with it, or find it finished
         log "the training in $dir is moved to $dir.old"
         rm -rf "$dir.old"

@@ -3,15 +3,18 @@
 Which shard an utterance belongs to follows from its key; within a shard, utterances are ordered by duration and
 cut into parts.  A part is written when it is done and is not done again after a kill.  Batches never cross a
 part, so that a resumed run computes exactly what an uninterrupted one does.
+
+Several layers of a teacher go to a label set each, from one pass of the teacher over the audio.
 """
 
+import contextlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +35,7 @@ from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint
 from icefall_kd.runtime.log import Progress
 from icefall_kd.teachers import build_teacher
-from icefall_kd.teachers.base import Teacher, TeacherOutput
+from icefall_kd.teachers.base import Teacher, TeacherOutput, tap
 from icefall_kd.teachers.windows import WindowedTeacher
 
 logger = logging.getLogger(__name__)
@@ -68,19 +71,23 @@ class _Loaded:
     reason: str = ""
 
 
-def set_info(config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, corpus: str) -> LabelSetInfo:
-    """Return the provenance of the label set that ``config`` describes.
+def set_info(
+    config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, corpus: str, layer: int | None = None
+) -> LabelSetInfo:
+    """Return the provenance of the label set that ``config`` describes, of the teacher's own or another layer.
 
     Raises:
         ConfigError: the quantizer is for embeddings of another size.
         DataError: the quantizer was trained on another teacher, layer or normalisation.
     """
     stated = dict(teacher.provenance())
+    if layer is not None:
+        stated["layer"] = layer
     codes = config.kind == "codebook_indexes"
     if codes and quantizer.dim != teacher.dim:
         raise ConfigError(f"the quantizer is for embeddings of {quantizer.dim}, the teacher's have {teacher.dim}")
     if codes:
-        quantizer.check_teacher(teacher.provenance())
+        quantizer.check_teacher(stated)
     taken = {
         "teacher_sha256": stated.pop("weights_sha256"),
         "layer": stated.pop("layer"),
@@ -90,7 +97,7 @@ def set_info(config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | Non
         "device": stated.pop("device"),
     }
     stated.pop("frame_formula", None)
-    origin = {name: stated.pop(name) for name in ("source", "versions") if name in stated}
+    origin = {name: stated.pop(name) for name in ("source", "versions", "layer_elsewhere") if name in stated}
     return LabelSetInfo(
         kind=config.kind,
         dtype="uint8" if codes else config.embeddings_dtype,
@@ -124,28 +131,52 @@ def extract_labels(
             two utterances with one label key, a teacher whose frame counts are not its formula's, more rejected
             utterances than allowed.
     """
-    began = time.monotonic()
-    teacher = teacher if teacher is not None else build_teacher(config.teacher)
-    if teacher.max_samples is not None and config.teacher.long_utterances == "window":
+    return extract_layers([config], teacher, [quantizer])[0]
+
+
+def extract_layers(
+    configs: Sequence[ExtractConfig],
+    teacher: Teacher | None = None,
+    quantizers: Sequence[Quantizer | None] | None = None,
+) -> list[ExtractReport]:
+    """Extract one shard of several label sets, each of a layer of one teacher, which runs once a batch.
+
+    Args:
+        configs: what to extract; they differ in layer, label_dir, quantizer and kind alone.
+        teacher: built from the configurations when not given; its layer is the last of them.
+        quantizers: one for each configuration, built from it where None.
+    Raises:
+        DataError: as :func:`extract_labels`.
+        ConfigError: the teacher gives one layer only, or has no such layer.
+    """
+    began, first = time.monotonic(), configs[0]
+    layers = [config.teacher.layer for config in configs]
+    teacher = teacher if teacher is not None else build_teacher(replace(first.teacher, layer=_last(layers)))
+    if teacher.max_samples is not None and first.teacher.long_utterances == "window":
         teacher = WindowedTeacher(teacher)
-    if quantizer is None and config.quantizer is not None:
-        quantizer = Quantizer.load(config.quantizer)
-    items, corpus = _plan(config, teacher.sampling_rate)
-    store = LabelStore.create(config.label_dir, set_info(config, teacher, quantizer, corpus))
-    writer = store.writer(config.shard, config.num_shards)
+    arrays = tap(teacher, layers) if len(set(layers)) > 1 else ["embeddings"] * len(configs)
+    items, corpus = _plan(first, teacher.sampling_rate)
     inputs = fingerprint([i.key for i in items])
-    work = _work_folder(config)
-    work.mkdir(parents=True, exist_ok=True)
-    with file_lock(work / ".lock"):
-        finished = writer.is_finished(inputs)
-        if finished:
-            logger.info("%s is finished already", writer.path)
-        else:
-            job = _Extraction(config, teacher, quantizer, store, work)
-            job.run(items)
-            job.finish(writer, inputs, len(items))
-    shutil.rmtree(work, ignore_errors=True)
-    return _report(writer.path, finished, began, teacher.sampling_rate)
+    targets = [
+        _Target.create(config, teacher, quantizer, corpus, array)
+        for config, quantizer, array in zip(configs, quantizers or [None] * len(configs), arrays, strict=True)
+    ]
+    with contextlib.ExitStack() as locks:
+        for target in sorted(targets, key=lambda t: t.work):  # in one order, so that two runs cannot block each other
+            target.work.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(file_lock(target.work / ".lock"))
+        todo = [target for target in targets if not target.is_finished(inputs)]
+        if todo:
+            _Extraction(first, teacher, todo).run(items)
+        for target in todo:
+            target.finish(inputs, len(items))
+    for target in targets:
+        shutil.rmtree(target.work, ignore_errors=True)
+    return [_report(t.writer.path, t not in todo, began, teacher.sampling_rate) for t in targets]
+
+
+def _last(layers: Sequence[int]) -> int:
+    return -1 if -1 in layers else max(layers)
 
 
 def _work_folder(config: ExtractConfig) -> Path:
@@ -180,62 +211,142 @@ def _report(path: Path, skipped: bool, began: float, sampling_rate: int) -> Extr
     )
 
 
-class _Extraction:
-    """The work on one shard."""
+@dataclass(eq=False)
+class _Target:
+    """The shard of one label set, and the array of the teacher that it is made from."""
 
-    def __init__(
-        self, config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, store: LabelStore, work: Path
-    ) -> None:
-        self.config, self.teacher, self.store, self.work = config, teacher, store, work
-        self.quantizer = quantizer.eval() if config.kind == "codebook_indexes" else None
-        self.parts: list[Path] = []
+    config: ExtractConfig
+    array: str
+    quantizer: Quantizer | None
+    store: LabelStore
+    writer: ShardWriter
+    """Of the whole shard."""
+    parts: list[Path] = field(default_factory=list)
+    part_writer: ShardWriter | None = None
+    """Of the latest part."""
+    rejects: list[dict] = field(default_factory=list)
+    """Utterances of the latest part without labels."""
+
+    @classmethod
+    def create(
+        cls, config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, corpus: str, array: str
+    ) -> "_Target":
+        if quantizer is None and config.quantizer is not None:
+            quantizer = Quantizer.load(config.quantizer)
+        layer = int(array.removeprefix("layer")) if array != "embeddings" else None
+        store = LabelStore.create(config.label_dir, set_info(config, teacher, quantizer, corpus, layer))
+        writer = store.writer(config.shard, config.num_shards)
+        return cls(config, array, quantizer.eval() if config.kind == "codebook_indexes" else None, store, writer)
+
+    @property
+    def work(self) -> Path:
+        """Folder of the parts."""
+        return _work_folder(self.config)
+
+    def is_finished(self, inputs: str) -> bool:
+        finished = self.writer.is_finished(inputs)
+        if finished:
+            logger.info("%s is finished already", self.writer.path)
+        return finished
+
+    def begin_part(self, number: int, inputs: str) -> bool:
+        """Return whether a part has yet to be made."""
+        self.parts.append(self.work / f"part-{number:05d}.safetensors")
+        self.part_writer, self.rejects = self.store.writer(self.config.shard, self.config.num_shards), []
+        return not self.writer.is_finished(inputs, self.parts[-1])
+
+    def reject(self, item: _Item, reason: str) -> None:
+        """Note an utterance that has no labels."""
+        logger.warning("rejected %s (%s) of %s: %s", item.cut.id, item.key, self.store.path, reason)
+        self.rejects.append({"key": item.key, "id": item.cut.id, "reason": reason})
+
+    def add(self, group: Sequence[_Loaded], embeddings: Sequence[Tensor]) -> int:
+        """Label a batch from its embeddings [(T_l, C)]; return the bytes of its labels."""
+        kept: list[tuple[_Loaded, Tensor]] = []
+        for x, values in zip(group, embeddings, strict=True):
+            if bool(torch.isfinite(values).all()):
+                kept.append((x, values))
+            else:
+                self.reject(x.item, "the teacher's embeddings are not finite")
+        labels = self._values([values for _, values in kept]) if kept else []
+        for (x, _), values in zip(kept, labels, strict=True):
+            self.part_writer.add(x.item.key, values, len(x.wave))
+        return sum(values.nbytes for values in labels)
+
+    def _values(self, embeddings: Sequence[Tensor]) -> list[np.ndarray]:
+        """Turn embeddings [(T_l, C)] into what is stored."""
+        lens = [len(e) for e in embeddings]
+        joined = torch.cat(list(embeddings))
+        if self.quantizer is not None:
+            self.quantizer.to(joined.device)
+            flat = self.quantizer.encode(joined, refine_iters=self.config.refine_iters).cpu().numpy()
+        else:
+            if self.config.embeddings_dtype == "float16" and float(joined.abs().max()) > _FLOAT16_MAX:
+                raise DataError(
+                    f"an embedding reaches {float(joined.abs().max()):.4g}, float16 holds {_FLOAT16_MAX}; "
+                    "choose --embeddings-dtype float32 or --normalize-embeddings true"
+                )
+            flat = joined.cpu().numpy().astype(self.config.embeddings_dtype)
+        return np.split(flat, np.cumsum(lens)[:-1])
+
+    def end_part(self, inputs: str) -> None:
+        """Write the part."""
+        writer, info = self.part_writer, self.store.info
+        write_shard(self.parts[-1], writer.entries, writer.header(inputs, self.rejects), info.dtype, info.width)
+
+    def finish(self, inputs: str, num_items: int) -> None:
+        """Put the parts together into the shard, unless too many utterances were rejected."""
+        parts = [Shard(p) for p in self.parts]
+        for part in parts:
+            part.verify()
+        rejects = sorted((r for part in parts for r in part.header.rejects), key=lambda r: r["key"])
+        file = _rejects_file(self.config)
+        with atomic_write(file, "w") as stream:
+            stream.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
+        if len(rejects) > self.config.max_reject_ratio * num_items:
+            for part in parts:
+                if part.header.rejects:
+                    part.path.unlink()  # tried again by the next run
+            raise DataError(
+                f"{len(rejects)} of {num_items} utterances were rejected, more than --max-reject-ratio "
+                f"{self.config.max_reject_ratio}; first: {rejects[0]['id']}: {rejects[0]['reason']} (all: {file})"
+            )
+        self.writer.entries = [LabelEntry(e.key, e.values, e.num_samples) for part in parts for e in part.entries()]
+        self.writer.finish(inputs, rejects)
+
+
+class _Extraction:
+    """The work on one shard: audio through the teacher, once, to all label sets that need it."""
+
+    def __init__(self, config: ExtractConfig, teacher: Teacher, targets: Sequence[_Target]) -> None:
+        self.config, self.teacher, self.targets = config, teacher, targets
         self.samples_done = self.bytes_done = 0
 
     def run(self, items: Sequence[_Item]) -> None:
-        """Write all parts of the shard that are not there yet."""
+        """Write all parts of the shards that are not there yet."""
         size = self.config.part_utterances
         groups = [items[i : i + size] for i in range(0, len(items), size)]
         progress = Progress(len(items), "utterances", name=f"shard {self.config.shard} of {self.config.num_shards}")
         with ThreadPoolExecutor(self.config.load_workers) as pool:
             for number, group in enumerate(groups):
-                path = self.work / f"part-{number:05d}.safetensors"
-                self.parts.append(path)
                 inputs = fingerprint([self.config.extract_max_duration, [i.key for i in group]])
-                if path.exists() and self._same(path, inputs):
+                targets = [t for t in self.targets if t.begin_part(number, inputs)]
+                if not targets:
                     progress.total -= len(group)
                     continue
-                self._write_part(path, group, inputs, pool, progress)
+                for loaded in self._load_ahead(group, pool):
+                    self._label_batch(loaded, targets)
+                    self._report(progress, len(loaded))
+                for target in targets:
+                    target.end_part(inputs)
 
-    def _same(self, path: Path, inputs: str) -> bool:
-        try:
-            header = Shard(path).header
-        except DataError as error:
-            logger.warning("%s; this part is extracted again", error)
-            return False
-        return (header.fingerprint, header.inputs) == (self.store.info.fingerprint, inputs)
-
-    def _write_part(
-        self, path: Path, items: Sequence[_Item], inputs: str, pool: ThreadPoolExecutor, progress: Progress
-    ) -> None:
-        writer = self.store.writer(self.config.shard, self.config.num_shards)
-        rejects: list[dict] = []
-        for loaded in self._load_ahead(items, pool):
-            for item, values, num_samples, reason in self._label_batch(loaded):
-                if values is None:
-                    logger.warning("rejected %s (%s): %s", item.cut.id, item.key, reason)
-                    rejects.append({"key": item.key, "id": item.cut.id, "reason": reason})
-                else:
-                    writer.add(item.key, values, num_samples)
-                    self.samples_done += num_samples
-                    self.bytes_done += values.nbytes
-            hours = self.samples_done / self.teacher.sampling_rate / 3600
-            progress.update(
-                len(loaded),
-                hours_per_hour=hours / max(progress.elapsed / 3600, 1e-9),
-                bytes_per_hour=self.bytes_done / max(hours, 1e-9),
-            )
-        info = self.store.info
-        write_shard(path, writer.entries, writer.header(inputs, rejects), info.dtype, info.width)
+    def _report(self, progress: Progress, num_items: int) -> None:
+        hours = self.samples_done / self.teacher.sampling_rate / 3600
+        progress.update(
+            num_items,
+            hours_per_hour=hours / max(progress.elapsed / 3600, 1e-9),
+            bytes_per_hour=self.bytes_done / max(hours, 1e-9),
+        )
 
     def _load_ahead(self, items: Sequence[_Item], pool: ThreadPoolExecutor) -> Iterator[list[_Loaded]]:
         """Yield batches of loaded audio; the next one is being read meanwhile."""
@@ -266,27 +377,22 @@ class _Extraction:
         return _Loaded(item, wave)
 
     @torch.no_grad()
-    def _label_batch(self, loaded: Sequence[_Loaded]) -> Iterator[tuple[_Item, np.ndarray | None, int, str]]:
-        """Yield (item, labels or None, samples, reason of a rejection) of one batch."""
-        yield from ((x.item, None, 0, x.reason) for x in loaded if x.wave is None)
+    def _label_batch(self, loaded: Sequence[_Loaded], targets: Sequence[_Target]) -> None:
+        for x in loaded:
+            if x.wave is None:
+                for target in targets:
+                    target.reject(x.item, x.reason)
         group = [x for x in loaded if x.wave is not None]
         if not group:
             return
-        batch = Batch.from_audio([x.wave for x in group], [x.item.cut.id for x in group])
-        output = self.teacher.extract(batch)
-        embeddings = self._checked(output, group)
-        finite = [bool(torch.isfinite(e).all()) for e in embeddings]
-        kept = [e for e, ok in zip(embeddings, finite, strict=True) if ok]
-        labels = iter(self._values(kept) if kept else [])
-        for x, ok in zip(group, finite, strict=True):
-            if ok:
-                yield x.item, next(labels), len(x.wave), ""
-            else:
-                yield x.item, None, len(x.wave), "the teacher's embeddings are not finite"
+        output = self.teacher.extract(Batch.from_audio([x.wave for x in group], [x.item.cut.id for x in group]))
+        for target in targets:
+            self.bytes_done += target.add(group, self._checked(output, target.array, group))
+        self.samples_done += sum(len(x.wave) for x in group)
 
-    def _checked(self, output: TeacherOutput, group: Sequence[_Loaded]) -> list[Tensor]:
+    def _checked(self, output: TeacherOutput, array: str, group: Sequence[_Loaded]) -> list[Tensor]:
         """Return the valid embeddings of each utterance; their number must be the formula's."""
-        lens = output.lens["embeddings"].tolist()
+        lens = output.lens[array].tolist()
         for x, found in zip(group, lens, strict=True):
             expected = self.teacher.num_frames(len(x.wave))
             if found != expected:
@@ -294,40 +400,4 @@ class _Extraction:
                     f"teacher gave {found} frames for {x.item.cut.id} ({len(x.wave)} samples), its num_frames says "
                     f"{expected}; extract() and num_frames() of the teacher must agree"
                 )
-        return [e[:t] for e, t in zip(output.arrays["embeddings"], lens, strict=True)]
-
-    def _values(self, embeddings: Sequence[Tensor]) -> list[np.ndarray]:
-        """Turn embeddings [(T_l, C)] into what is stored."""
-        lens = [len(e) for e in embeddings]
-        joined = torch.cat(list(embeddings))
-        if self.quantizer is not None:
-            self.quantizer.to(joined.device)
-            flat = self.quantizer.encode(joined, refine_iters=self.config.refine_iters).cpu().numpy()
-        else:
-            if self.config.embeddings_dtype == "float16" and float(joined.abs().max()) > _FLOAT16_MAX:
-                raise DataError(
-                    f"an embedding reaches {float(joined.abs().max()):.4g}, float16 holds {_FLOAT16_MAX}; "
-                    "choose --embeddings-dtype float32 or --normalize-embeddings true"
-                )
-            flat = joined.cpu().numpy().astype(self.config.embeddings_dtype)
-        return np.split(flat, np.cumsum(lens)[:-1])
-
-    def finish(self, writer: ShardWriter, inputs: str, num_items: int) -> None:
-        """Put the parts together into the shard, unless too many utterances were rejected."""
-        parts = [Shard(p) for p in self.parts]
-        for part in parts:
-            part.verify()
-        rejects = sorted((r for part in parts for r in part.header.rejects), key=lambda r: r["key"])
-        file = _rejects_file(self.config)
-        with atomic_write(file, "w") as stream:
-            stream.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
-        if len(rejects) > self.config.max_reject_ratio * num_items:
-            for part in parts:
-                if part.header.rejects:
-                    part.path.unlink()  # tried again by the next run
-            raise DataError(
-                f"{len(rejects)} of {num_items} utterances were rejected, more than --max-reject-ratio "
-                f"{self.config.max_reject_ratio}; first: {rejects[0]['id']}: {rejects[0]['reason']} (all: {file})"
-            )
-        writer.entries = [LabelEntry(e.key, e.values, e.num_samples) for part in parts for e in part.entries()]
-        writer.finish(inputs, rejects)
+        return [e[:t] for e, t in zip(output.arrays[array], lens, strict=True)]

@@ -62,7 +62,8 @@ class LabelSetInfo:
     extra: dict = field(default_factory=dict)
     """Whatever else the teacher states about itself; part of the identity."""
     origin: dict = field(default_factory=dict)
-    """Where the weights were found and which library versions ran; no part of the identity."""
+    """Where the weights were found, which library versions ran, and what other code calls the layer; no part of the
+    identity."""
     format_version: int = FORMAT_VERSION
 
     @property

@@ -332,12 +332,13 @@ class ShardWriter:
                 "division, give another --label-dir, or delete this one"
             )
 
-    def is_finished(self, inputs: str) -> bool:
-        """Check by its header alone whether the shard is there already, of this set and of these ``inputs``."""
-        if not self.path.exists():
+    def is_finished(self, inputs: str, path: Path | None = None) -> bool:
+        """Check by its header alone whether the shard, or a part of it at ``path``, is of this set and ``inputs``."""
+        path = path or self.path
+        if not path.exists():
             return False
         try:
-            header = Shard(self.path).header
+            header = Shard(path).header
         except DataError as error:
             logger.warning("%s; it is made again", error)
             return False

@@ -27,7 +27,10 @@ from icefall_kd.runtime.files import atomic_write
 SCALE_SPEED = 10.0
 FORMAT = "icefall_kd quantizer 1"
 # What of a teacher's provenance decides which embeddings it gives; its device and precision do not.
-TEACHER_FIELDS = ("weights_sha256", "layer", "layer_convention", "input_normalization", "normalization")
+TEACHER_FIELDS = (
+    *("weights_sha256", "layer", "layer_convention", "input_normalization", "normalization"),
+    *("conventions", "code_sha256"),  # of a state dict without a configuration, of a teacher of one's own
+)
 
 
 @dataclass(frozen=True)

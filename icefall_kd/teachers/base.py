@@ -1,11 +1,13 @@
 """The Teacher protocol: what a teacher model owes to extraction, quantizer and student."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from icefall_kd.data.batch import Batch
+from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FrameFormula
 
 
@@ -14,7 +16,7 @@ class TeacherOutput:
     """Named arrays of a batch, each with its lengths."""
 
     arrays: dict[str, Tensor]
-    """For instance {"embeddings": (N, T, C) float32}; padding frames are 0."""
+    """For instance {"embeddings": (N, T, C) float32}; padding frames are 0.  Further layers: see :func:`tap`."""
     lens: dict[str, Tensor]
     """The valid frames of each array, (N,) int64, equal to ``num_frames(audio_lens)`` exactly."""
 
@@ -48,3 +50,20 @@ class Teacher(Protocol):
         """Return plain data that identifies the teacher: family, weights_sha256, layer, layer_convention,
         normalization, frame_formula, device, dtype, library versions."""
         ...
+
+
+def tap(teacher: Teacher, layers: Sequence[int]) -> list[str]:
+    """Make one pass of a teacher give several layers, and return the array of ``TeacherOutput`` that holds each.
+
+    Args:
+        teacher: it was built for the last of the layers; a teacher can do it that has a method ``tap`` like this.
+        layers: 1-based blocks; -1 is the teacher's own.
+    Raises:
+        ConfigError: the teacher gives one layer only, or has no such layer.
+    """
+    if not hasattr(teacher, "tap"):
+        raise ConfigError(
+            f"a {type(teacher).__name__} gives one layer in a pass, --layer asks for {', '.join(map(str, layers))}; "
+            "extract each in a run of its own"
+        )
+    return teacher.tap(layers)

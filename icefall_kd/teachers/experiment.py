@@ -1,7 +1,5 @@
 """Any trained exp_dir of ours as a teacher: one layer of its encoder, 25 frames a second."""
 
-import hashlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +15,8 @@ from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import FBANK_CONV2D, fbank_num_frames
 from icefall_kd.models.conformer import Conformer
 from icefall_kd.teachers.pretrained import Precision, PretrainedTeacher, pick_layer
-from icefall_kd.train.average import load_for_decoding
-from icefall_kd.train.checkpoint import load_model
-
-log = logging.getLogger(__name__)
+from icefall_kd.train.average import load_trained
+from icefall_kd.train.checkpoint import load_model, state_sha256
 
 ENCODER_PREFIX = "model.encoder."
 
@@ -73,11 +69,7 @@ class ExperimentTeacher(PretrainedTeacher):
             ConfigError: If the training has no encoder of the known kind.
             DataError: If there is no readable checkpoint.
         """
-        try:
-            state, saved, used = load_for_decoding(exp_dir)
-        except ConfigError as error:
-            log.warning("teacher %s: %s; the newest parameters are taken as they are", exp_dir, error)
-            state, saved, used = load_for_decoding(exp_dir, use_averaged_model=False)
+        state, saved, used = load_trained(exp_dir)
         encoder_state = {k.removeprefix(ENCODER_PREFIX): v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
         if not encoder_state:
             raise ConfigError(f"teacher {exp_dir}: no parameters named {ENCODER_PREFIX}*; this training has no encoder")
@@ -90,6 +82,10 @@ class ExperimentTeacher(PretrainedTeacher):
     def provenance(self) -> dict:
         """Return plain data that identifies the labels of this teacher, the feature extractor included."""
         return {**super().provenance(), "feature_extractor": self.extractor.info()}
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
 
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         rows = [i for i, t in enumerate(frames) if t > 0]
@@ -106,13 +102,3 @@ class ExperimentTeacher(PretrainedTeacher):
         padded = pad_sequence(features, batch_first=True, padding_value=LOG_EPS).to(self.device)
         with self.precision.autocast():
             yield rows, self.encoder(padded, x_lens).encoder_out
-
-
-def state_sha256(state: dict[str, Tensor]) -> str:
-    """Return a SHA-256 over names, shapes, types and values of a state dict."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

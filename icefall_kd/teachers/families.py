@@ -7,10 +7,11 @@ from icefall_kd.config import TeacherConfig
 from icefall_kd.errors import ConfigError
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import read_json
-from icefall_kd.teachers import ctranslate2
+from icefall_kd.teachers import ctranslate2, own
 from icefall_kd.teachers.base import Teacher
 from icefall_kd.teachers.locate import Located, locate
 from icefall_kd.teachers.pretrained import Precision
+from icefall_kd.teachers.state_dicts import SUFFIXES
 from icefall_kd.teachers.windows import WindowedTeacher
 
 
@@ -26,11 +27,19 @@ def _speech_ssl(found: Located, cfg: TeacherConfig, precision: Precision) -> Tea
     return SpeechSslTeacher.load(found.folder, **_options(found, cfg, precision))
 
 
+def _state_dict(found: Located, cfg: TeacherConfig, precision: Precision) -> Teacher:
+    from icefall_kd.teachers.speech_ssl import SpeechSslTeacher
+
+    return SpeechSslTeacher.from_state_dict(found.folder, **_options(found, cfg, precision))
+
+
 LOADERS: dict[str, Callable[[Located, TeacherConfig, Precision], Teacher]] = {
     "whisper": _whisper,
     "hubert": _speech_ssl,
     "wavlm": _speech_ssl,
     "wav2vec2": _speech_ssl,
+    "data2vec-audio": _speech_ssl,
+    "state_dict": _state_dict,
 }
 
 
@@ -44,11 +53,15 @@ def _options(found: Located, cfg: TeacherConfig, precision: Precision) -> dict:
 
 
 def family_of(folder: Path) -> str:
-    """Return the family of a model folder.
+    """Return the family of a model folder; "state_dict" for a file of tensors.
 
     Raises:
         ConfigError: If it is none of the known ones.
     """
+    if folder.is_file():
+        if folder.suffix in SUFFIXES:
+            return "state_dict"
+        raise ConfigError(f"{folder} is no folder; files of tensors end in {', '.join(SUFFIXES)}")
     if ctranslate2.is_whisper_folder(folder):
         return "whisper"
     config = read_json(folder / "config.json")
@@ -72,8 +85,11 @@ def build(cfg: TeacherConfig) -> Teacher:
         return ExperimentTeacher.load(
             Path(cfg.teacher), layer=cfg.layer, normalize_embeddings=cfg.normalize_embeddings, precision=precision
         )
-    found = locate(cfg.teacher)
-    teacher = LOADERS[family_of(found.folder)](found, cfg, precision)
+    if own.is_own(cfg.teacher):
+        teacher: Teacher = own.load(cfg)
+    else:
+        found = locate(cfg.teacher)
+        teacher = LOADERS[family_of(found.folder)](found, cfg, precision)
     if teacher.max_samples is not None and cfg.long_utterances == "window":
         return WindowedTeacher(teacher)
     return teacher

@@ -1,6 +1,7 @@
 """The one module that imports transformers: builds the pre-trained modules that teachers run."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,36 @@ def whisper_model(folder: Path) -> nn.Module:
 
 
 def speech_ssl_model(folder: Path) -> nn.Module:
-    """Return a float32 HuBERT, WavLM or wav2vec 2.0 model, without any task's head.
+    """Return a float32 HuBERT, WavLM, wav2vec 2.0 or data2vec model, without any task's head.
 
     SDPA attention is asked for where the family has it; both attention kernels are exact.
     """
     return _transformers().AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
+def speech_ssl_from_tensors(
+    model_type: str, options: dict[str, Any], state: dict[str, Tensor], path: Path
+) -> nn.Module:
+    """Return a float32 model of the given configuration and weights.
+
+    Args:
+        model_type: transformers' name of the family.
+        options: of its configuration.
+        state: all weights, by transformers' names.
+        path: their file, for messages.
+    Raises:
+        DataError: names or shapes of the weights are not those of the configuration.
+    """
+    transformers = _transformers()
+    # Without masking in training there is no embedding of masked frames.
+    config = transformers.AutoConfig.for_model(model_type, **options, mask_time_prob=0.0, mask_feature_prob=0.0)
+    model = _empty(transformers.AutoModel.from_config, config)
+    _assign(model, state, path)
+    return model
+
+
 def ctc_model(folder: Path) -> nn.Module:
-    """Return a float32 HuBERT, WavLM or wav2vec 2.0 model with its CTC head."""
+    """Return a float32 HuBERT, WavLM, wav2vec 2.0 or data2vec model with its CTC head."""
     return _transformers().AutoModelForCTC.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
@@ -111,7 +133,7 @@ def tokenizer(folder: Path) -> Any:
 _WHISPER_TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
 
 
-def _empty(cls: type, config: Any) -> nn.Module:
+def _empty(cls: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     """Build a module without spending time on initial values."""
     with torch.device("meta"):
         return cls(config).eval()
@@ -119,11 +141,14 @@ def _empty(cls: type, config: Any) -> nn.Module:
 
 def _assign(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    for name, tensor in state.items():
-        if expected.get(name) != tuple(tensor.shape):
-            raise DataError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the model wants {expected.get(name)}")
-    missing = sorted(set(expected) - set(state))
-    if missing:
-        raise DataError(f"{folder}: no weights for {missing[:5]} ({len(missing)} in all)")
+    found = {name: tuple(x.shape) for name, x in state.items()}
+    problems = [f"no weights for {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [
+        f"{name} has shape {shape}, the model wants {expected.get(name)}"
+        for name, shape in found.items()
+        if expected.get(name) != shape
+    ]
+    if problems:
+        raise DataError(f"{folder} does not fit its model: {'; '.join(problems)}")
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)

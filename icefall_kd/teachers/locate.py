@@ -55,14 +55,14 @@ NAMED_MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """A model folder on this machine."""
+    """A model on this machine."""
 
     name: str
     """What the user called it."""
     folder: Path
-    """Folder of configuration and weights."""
+    """Folder of configuration and weights, or the file of a state dict."""
     source: str
-    """Where it came from: folder, hub or pip, with the version."""
+    """Where it came from: folder, file, hub or pip, with the version."""
     weights_sha256: str
     """SHA-256 of the weights file; of the list of the files' sums when there are several."""
 
@@ -75,7 +75,7 @@ class Located:
 def locate(name: str) -> Located:
     """Find the files of a teacher.
 
-    Tried in this order: a folder of that path; the folder of that name under ``$ICEFALL_KD_MODELS``; the hub
+    Tried in this order: a folder or file of that path; the one of that name under ``$ICEFALL_KD_MODELS``; the hub
     (first its cache on this machine; the network only when ``HF_HUB_OFFLINE`` is not set and the hub answers
     within a few seconds); for a short name the pip package.
 
@@ -89,7 +89,9 @@ def locate(name: str) -> Located:
     for folder in _local_candidates(name, attempts):
         if folder.is_dir():
             return Located(name=name, folder=folder, source="folder", weights_sha256=weights_sha256(folder))
-        attempts.append(f"no folder {folder}")
+        if folder.is_file():
+            return Located(name=name, folder=folder, source="file", weights_sha256=sha256_file(folder))
+        attempts.append(f"no folder or file {folder}")
     named = NAMED_MODELS.get(name)
     hub_id = named.hub_id if named else name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):

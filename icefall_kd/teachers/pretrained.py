@@ -1,11 +1,12 @@
 """What all our teachers share: choice of the layer, precision, finish of the embeddings, provenance."""
 
 import importlib.metadata
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icefall_kd.data.batch import Batch
@@ -57,11 +58,13 @@ def pick_layer(layer: int, num_layers: int, name: str = "the teacher") -> int:
 class PretrainedTeacher:
     """Base of the teachers that take one layer's output of a frozen model.
 
-    A subclass sets ``family``, ``layer_convention`` and implements :meth:`_forward`.
+    A subclass sets ``family``, ``layer_convention`` and implements :meth:`_forward` and :attr:`_blocks`.
     """
 
     family: str
     layer_convention: str
+    layer_elsewhere = ""
+    """What other code calls the layer's output; for people, no part of a label set's identity."""
     input_normalization = "none"
     sampling_rate = 16000
 
@@ -90,6 +93,7 @@ class PretrainedTeacher:
         self.dim, self.layer = dim, layer
         self.frame_formula, self.max_samples = frame_formula, max_samples
         self.normalize_embeddings, self.precision, self.identity = normalize_embeddings, precision, identity
+        self._arrays = {layer: "embeddings"}
 
     @property
     def device(self) -> torch.device:
@@ -123,13 +127,45 @@ class PretrainedTeacher:
         audio_lens = torch.tensor(num_samples, device=self.device)
         audio = audio * (torch.arange(audio.shape[1], device=self.device) < audio_lens[:, None])
         lens = torch.tensor(frames, dtype=torch.int64, device=self.device)
-        embeddings = audio.new_zeros(len(frames), max(frames, default=0), self.dim)
-        for rows, values in self._forward(audio, num_samples, frames):
-            width = min(values.shape[1], embeddings.shape[1])
-            embeddings[rows, :width] = self._normalize(values[:, :width].float())
-        valid = torch.arange(embeddings.shape[1], device=self.device) < lens[:, None]
-        embeddings.masked_fill_(~valid[:, :, None], 0.0)
-        return TeacherOutput(arrays={"embeddings": embeddings}, lens={"embeddings": lens})
+        shape = (len(frames), max(frames, default=0), self.dim)
+        arrays = {name: audio.new_zeros(shape) for name in self._arrays.values()}
+        with self._kept_outputs() as kept:
+            for rows, last in self._forward(audio, num_samples, frames):
+                for layer, name in self._arrays.items():
+                    values = last if layer == self.layer else kept[layer]
+                    width = min(values.shape[1], shape[1])
+                    arrays[name][rows, :width] = self._normalize(values[:, :width].float())
+        padding = torch.arange(shape[1], device=self.device) >= lens[:, None]
+        for array in arrays.values():
+            array.masked_fill_(padding[:, :, None], 0.0)
+        return TeacherOutput(arrays=arrays, lens=dict.fromkeys(arrays, lens))
+
+    def tap(self, layers: Sequence[int]) -> list[str]:
+        """Make one pass give several layers, up to this teacher's own; see :func:`icefall_kd.teachers.base.tap`."""
+        layers = [pick_layer(n, self.layer, f"teacher {self.identity.get('teacher')}, cut there,") for n in layers]
+        self._arrays |= {n: f"layer{n}" for n in layers if n != self.layer}
+        return [self._arrays[n] for n in layers]
+
+    @contextmanager
+    def _kept_outputs(self) -> Iterator[dict[int, Tensor]]:
+        """Yield where the outputs (n, T, C) of the other layers are found after a forward pass."""
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int, output) -> None:
+            kept[layer] = output if isinstance(output, Tensor) else output[0]
+
+        others = [n for n in self._arrays if n != self.layer]
+        hooks = [self._blocks[n - 1].register_forward_hook(lambda _, __, out, n=n: keep(n, out)) for n in others]
+        try:
+            yield kept
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def _blocks(self) -> Sequence[nn.Module]:
+        """The blocks below the teacher's own at least; a block's output, or the first of its outputs, is (n, T, C)."""
+        raise NotImplementedError
 
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]):
         """Yield (rows, (n, T, C)) until all rows with frames are served; frames beyond a row's are dropped."""
@@ -145,6 +181,7 @@ class PretrainedTeacher:
             **self.identity,
             "layer": self.layer,
             "layer_convention": self.layer_convention,
+            **({"layer_elsewhere": self.layer_elsewhere} if self.layer_elsewhere else {}),
             "input_normalization": self.input_normalization,
             "normalization": "layer_norm_without_parameters" if self.normalize_embeddings else "none",
             "dim": self.dim,

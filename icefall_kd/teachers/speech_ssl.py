@@ -1,10 +1,13 @@
-"""HuBERT, WavLM and wav2vec 2.0 as teachers (arXiv 2106.07447, 2110.13900, 2006.11477): 50 frames a second.
+"""HuBERT, WavLM, wav2vec 2.0 and data2vec as teachers: 50 frames a second.
+
+Papers: arXiv 2106.07447, 2110.13900, 2006.11477, 2202.03555 (its audio model).
 
 What makes an utterance's embeddings independent of its batch:
 
 * every utterance is normalised over its own samples, before padding;
 * the convolutions are un-padded, so the frame count is exact and valid frames see valid samples only;
-* padding frames are zeroed before the positional convolution and masked in the attention;
+* padding frames are zeroed before the positional convolution and masked in the attention; data2vec stacks several
+  positional convolutions, and a LayerNorm between them fills the padding again, so they are zeroed before each;
 * models whose first convolution has a GroupNorm over time (``feat_extract_norm: group``) or whose positional
   convolution has a BatchNorm would see the padding all the same: they run on utterances of equal length only.
 """
@@ -22,9 +25,10 @@ from icefall_kd.frames import FrameFormula
 from icefall_kd.runtime.files import read_json
 from icefall_kd.teachers import hf
 from icefall_kd.teachers.pretrained import Precision, PretrainedTeacher, pick_layer
+from icefall_kd.teachers.state_dicts import read_state_dict
 from icefall_kd.teachers.transcribe import CtcTranscriber, can_transcribe
 
-FAMILIES = ("hubert", "wavlm", "wav2vec2")
+FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec-audio")
 
 
 def normalize_audio(audio: Tensor, audio_lens: Tensor) -> Tensor:
@@ -43,10 +47,20 @@ def normalize_audio(audio: Tensor, audio_lens: Tensor) -> Tensor:
     return (centred / (variance + 1e-7).sqrt()).float()
 
 
+def _feature_norm(config) -> str:
+    """Return "group" or "layer": data2vec always has LayerNorm in its convolutions, and no option for it."""
+    return getattr(config, "feat_extract_norm", "layer")
+
+
 class SpeechSslTeacher(PretrainedTeacher):
-    """The output of one transformer block of a HuBERT, WavLM or wav2vec 2.0 model."""
+    """The output of one transformer block of a HuBERT, WavLM, wav2vec 2.0 or data2vec model."""
 
     folder: Path | None = None
+    layer_elsewhere = (
+        "transformers: hidden_states[L], where version 4 normalises the last one of pre-norm models; fairseq: "
+        "layer_results[L-1][0], or output_layer=L; torchaudio: extract_features()[0][L-1]; WavLM's own code: "
+        "layer_results[L][0]"
+    )
 
     def __init__(
         self,
@@ -61,7 +75,8 @@ class SpeechSslTeacher(PretrainedTeacher):
         """Keep the blocks up to ``layer`` of ``model``.
 
         Args:
-            model: A transformers ``HubertModel``, ``WavLMModel`` or ``Wav2Vec2Model``; it is cut after the block.
+            model: A transformers ``HubertModel``, ``WavLMModel``, ``Wav2Vec2Model`` or ``Data2VecAudioModel``; it is
+                cut after the block.
             layer: 1-based block; -1: the last.
             normalize_audio: Zero mean and unit variance per utterance, as the model was trained.
             normalize_embeddings: Apply LayerNorm without parameters to every frame.
@@ -87,7 +102,7 @@ class SpeechSslTeacher(PretrainedTeacher):
         self.normalize_audio = normalize_audio
         self.input_normalization = "zero mean, unit variance per utterance" if normalize_audio else "none"
         model.encoder.layers = model.encoder.layers[:layer]
-        if config.do_stable_layer_norm:
+        if getattr(config, "do_stable_layer_norm", False):  # data2vec has no such choice
             # This norm follows the last block only; without it the last layer means what the others mean.
             model.encoder.layer_norm = nn.Identity()
             self.layer_convention = (
@@ -99,8 +114,11 @@ class SpeechSslTeacher(PretrainedTeacher):
                 "output of block L, 1-based = hidden_states[L]: after the LayerNorm that closes a post-norm block"
             )
         model.adapter = None
-        self.equal_lengths_only = config.feat_extract_norm == "group" or getattr(config, "conv_pos_batch_norm", False)
+        self.equal_lengths_only = _feature_norm(config) == "group" or getattr(config, "conv_pos_batch_norm", False)
         self.model = model.eval().requires_grad_(False).to(precision.device)
+        self._valid: Tensor | None = None
+        for conv in getattr(model.encoder.pos_conv_embed, "layers", [])[1:]:
+            conv.register_forward_pre_hook(lambda _, args: (args[0] * self._valid[:, None, : args[0].shape[2]],))
 
     @classmethod
     def load(cls, folder: Path, **kwargs) -> "SpeechSslTeacher":
@@ -111,11 +129,22 @@ class SpeechSslTeacher(PretrainedTeacher):
         """
         model = hf.speech_ssl_model(folder)
         path = folder / "preprocessor_config.json"
-        by_norm = model.config.feat_extract_norm == "layer"
+        by_norm = _feature_norm(model.config) == "layer"
         normalize = bool(read_json(path).get("do_normalize", by_norm)) if path.is_file() else by_norm
         teacher = cls(model, normalize_audio=normalize, **kwargs)
         teacher.folder = folder
         return teacher
+
+    @classmethod
+    def from_state_dict(cls, path: Path, *, identity: dict, **kwargs) -> "SpeechSslTeacher":
+        """Load from a state dict of fairseq or torchaudio; other arguments as in the constructor.
+
+        What the tensors do not tell (teachers/state_dicts.py) is part of the provenance.
+        """
+        found = read_state_dict(path)
+        model = hf.speech_ssl_from_tensors(found.model_type, found.config, found.tensors, path)
+        identity = {**identity, "state_dict_of": found.origin, "conventions": found.conventions}
+        return cls(model, normalize_audio=found.do_normalize, identity=identity, **kwargs)
 
     def transcribe(self, waves: Sequence[Tensor]) -> list[str] | None:
         """Return greedy CTC transcripts of (S_i,) waveforms, or None when the model has no CTC head."""
@@ -129,6 +158,10 @@ class SpeechSslTeacher(PretrainedTeacher):
             texts.append(transcriber.transcribe(normalize_audio(audio, lens) if self.normalize_audio else audio))
         return texts
 
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.model.encoder.layers
+
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         groups: dict[int, list[int]] = defaultdict(list)
         for row, (samples, count) in enumerate(zip(num_samples, frames, strict=True)):
@@ -139,6 +172,8 @@ class SpeechSslTeacher(PretrainedTeacher):
             waves = audio[rows, : int(lens.max())]
             if self.normalize_audio:
                 waves = normalize_audio(waves, lens)
+            counts = torch.tensor([frames[i] for i in rows], device=audio.device)
+            self._valid = torch.arange(int(counts.max()), device=audio.device) < counts[:, None]
             mask = (torch.arange(waves.shape[1], device=audio.device) < lens[:, None]).long()
             with self.precision.autocast(), warnings.catch_warnings():
                 # WavLM mixes a boolean padding mask with a float position bias; torch warns and does the right thing.

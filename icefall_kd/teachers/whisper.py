@@ -51,6 +51,7 @@ class WhisperTeacher(PretrainedTeacher):
     layer_convention = (
         "output of encoder block L, 1-based: the residual stream before the final LayerNorm, which is never applied"
     )
+    layer_elsewhere = "transformers: the encoder's hidden_states[L], but the last one has the final LayerNorm applied"
     folder: Path | None = None
     input_normalization = "log-mel limited to 8 below the utterance's maximum, padded with zeros to 30 s"
 
@@ -110,6 +111,10 @@ class WhisperTeacher(PretrainedTeacher):
             return None
         transcriber = WhisperTranscriber(self.folder, self.device)
         return transcriber.transcribe([log_mel(w[None].to(self.device), self.filters) for w in waves])
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
 
     def _forward(self, audio: Tensor, num_samples: list[int], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         rows = [i for i, t in enumerate(frames) if t > 0]

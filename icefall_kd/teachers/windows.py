@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FrameFormula
-from icefall_kd.teachers.base import Teacher, TeacherOutput
+from icefall_kd.teachers.base import Teacher, TeacherOutput, tap
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class WindowedTeacher:
     def num_frames(self, num_samples: int) -> int:
         """Return the exact number of frames of an utterance of any length."""
         return self.teacher.num_frames(num_samples)
+
+    def tap(self, layers: Sequence[int]) -> list[str]:
+        """Make one pass give several layers of the wrapped teacher."""
+        return tap(self.teacher, layers)
 
     def provenance(self) -> dict:
         """Return the wrapped teacher's provenance and the windows."""

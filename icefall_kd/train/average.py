@@ -219,6 +219,18 @@ def load_for_decoding(
     return state_dict, config, used
 
 
+def load_trained(exp_dir: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Return the newest weights of a training, averaged over its last epoch where it kept averages.
+
+    Returns and raises as :func:`load_for_decoding`.
+    """
+    try:
+        return load_for_decoding(exp_dir)
+    except ConfigError as error:
+        logger.warning("%s: %s; the newest parameters are taken as they are", exp_dir, error)
+        return load_for_decoding(exp_dir, use_averaged_model=False)
+
+
 def _config(path: Path, tokenizer_hash: str | None) -> dict[str, Any]:
     """Return the configuration in a checkpoint, unless it was trained with another tokenizer."""
     checkpoint = load_checkpoint(path, mmap=True, verify=False)

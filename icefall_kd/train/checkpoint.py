@@ -4,6 +4,7 @@ A checkpoint is one dict of tensors and plain containers, so that ``weights_only
 model, model_avg, optimizer, scheduler, grad_scaler, train (counters), config, tokenizer_hash, format_version.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
@@ -96,6 +99,48 @@ def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
             "update the code"
         )
     return checkpoint
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a file that another toolkit wrote, to the CPU.
+
+    Args:
+        path: ``.safetensors``, or what torch saved: a state dict, or a dict that holds one as ``model`` or
+            ``state_dict``.  Entries that are no tensors are left out.
+    Raises:
+        DataError: the file is missing or damaged, or holds no tensors.
+        ConfigError: it holds objects of other classes, which would have to be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # as in load_checkpoint
+        if "Unsupported" in str(error) and not isinstance(error, SafetensorError):
+            raise ConfigError(
+                f"{path} holds more than tensors ({_foreign_class(error)}), and unpickling it would run its code. "
+                "Where fairseq is installed, and only if you trust the file, save its tensors alone: python3 -c "
+                f"\"import torch as t; t.save(t.load('{path.name}', map_location='cpu', weights_only=False)['model'], "
+                f"'{path.stem}_tensors.pt')\", and name that file"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} is damaged and cannot be read ({reason})") from error
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise DataError(f"{path} holds a {type(content).__name__} without tensors; a state dict is wanted")
+    return tensors
+
+
+def _foreign_class(error: Exception) -> str:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found.group(1) if found else "objects of other classes"
 
 
 def list_checkpoints(exp_dir: str | Path, kind: str) -> dict[int, Path]:
@@ -205,6 +250,11 @@ class LoadReport:
     mismatched: list[str] = field(default_factory=list)
     """Entries of another shape, with both shapes."""
 
+    def lines(self) -> list[str]:
+        """Return the number of loaded entries, and a line for every other one."""
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.mismatched))
+        return [f"loaded {len(self.loaded)} tensors", *(f"{kind}: {name}" for kind, names in kinds for name in names)]
+
     def __str__(self) -> str:
         parts = [f"loaded {len(self.loaded)} tensors"]
         for title, names in (
@@ -244,3 +294,13 @@ def load_model(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = T
         raise ConfigError(f"the weights of {source or 'the checkpoint'} do not fit the model: {report}")
     model.load_state_dict(matching, strict=False)
     return report
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Return a SHA-256 over names, shapes, types and values of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -29,7 +29,7 @@ from icefall_kd.train import guards
 from icefall_kd.train.average import RunningAverage
 from icefall_kd.train.metrics import Tracker, finite_only
 from icefall_kd.train.progress import TrainProgress
-from icefall_kd.train.state import TrainState, refuse_changed_config, refuse_changed_data, write_config
+from icefall_kd.train.state import TrainState, initialise, refuse_changed_config, refuse_changed_data, write_config
 from icefall_kd.train.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -175,8 +175,11 @@ class _Trainer:
                 "leave it out: a training resumes by itself from the newest checkpoint"
             )
         if found is None:
+            self._initialise()
             return
         path, saved = found
+        if self.loop.init_from is not None:
+            logger.info("--init-from %s is not used: the training goes on from %s", self.loop.init_from, path)
         ckpt.check_tokenizer(saved, self.tokenizer_hash, path)
         refuse_changed_config(saved["config"], config_to_dict(self.config), path)
         state = TrainState.from_dict(saved["train"])
@@ -201,6 +204,14 @@ class _Trainer:
             self.epoch_tracker.load_state_dict(state.epoch_sums)
         logger.info("continuing from %s: epoch %d, batch %d, step %d", path, state.epoch, state.batch, state.step)
 
+    def _initialise(self) -> None:
+        """Start from the parameters of another training, where the options name one."""
+        if self.loop.init_from is None:
+            return
+        self.state.init = initialise(self.system, self.loop.init_from)
+        if self.average is not None:
+            self.average = RunningAverage(self.system, self.loop.average_period)
+
     def _start(self, on_start: Callable[[], None] | None) -> None:
         # Nobody writes before every rank has read.
         dist.barrier()
@@ -209,7 +220,7 @@ class _Trainer:
             # Of a shorter training that is continued; the file says that the training is complete.
             (self.exp_dir / "train_summary.json").unlink(missing_ok=True)
             ckpt.remove_leftovers(self.exp_dir)
-            write_config(self.exp_dir, self.config, self.state.step)
+            write_config(self.exp_dir, self.config, self.state.step, self.state.init)
             self.progress.open(self.exp_dir, self.state.step)
             if on_start is not None:
                 on_start()
@@ -344,6 +355,7 @@ class _Trainer:
             "finished": finished,
             "epochs": state.epoch - 1,
             "steps": state.step,
+            "init_from": state.init.get("exp_dir"),
             "skipped_steps": state.skipped,
             "train_loss": train_loss,
             "valid": state.valid,

@@ -12,6 +12,9 @@ from icefall_kd.config import TrainConfig
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import read_json, write_json
+from icefall_kd.systems.base import System
+from icefall_kd.train.average import load_trained
+from icefall_kd.train.checkpoint import load_model, state_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +22,8 @@ logger = logging.getLogger(__name__)
 # what they point to is compared by content.
 MAY_CHANGE = frozenset(
     "exp_dir num_epochs max_steps device num_threads log_interval valid_interval save_every_n keep_last_k keep_epochs "
-    "max_skips oom_scan start_epoch manifest_dir lang_dir label_dir valid_parts valid_utts num_workers".split()
+    "max_skips oom_scan start_epoch init_from manifest_dir lang_dir label_dir valid_parts valid_utts "
+    "num_workers".split()
 )
 
 
@@ -58,6 +62,8 @@ class TrainState:
     """Loss sums of the epoch in progress."""
     running_sums: dict[str, list[float]] = field(default_factory=dict)
     """Decayed loss sums of the log's tot_loss."""
+    init: dict[str, Any] = field(default_factory=dict)
+    """Where the first parameters came from (--init-from); empty: they were drawn."""
     data: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the training data."""
 
@@ -104,8 +110,41 @@ def refuse_changed_data(old: dict[str, Any], new: dict[str, Any], path: Path) ->
         )
 
 
-def write_config(exp_dir: Path, config: TrainConfig, step: int) -> None:
-    """Write exp_dir/config.json: resolved options, command, git state, versions, seed, and the earlier commands."""
+def initialise(system: System, exp_dir: Path) -> dict[str, Any]:
+    """Give ``system`` the parameters of another training that have its names and shapes.
+
+    Every tensor that is not loaded is logged.
+
+    Returns:
+        What is recorded of it: exp_dir, the files, their SHA-256, and how many tensors were loaded or not.
+    Raises:
+        ConfigError: the folder holds no training, or nothing matches.
+        DataError: a checkpoint is damaged.
+    """
+    if not exp_dir.is_dir():
+        raise ConfigError(f"--init-from {exp_dir} does not exist; name the exp_dir of a training")
+    weights, _, used = load_trained(exp_dir)
+    report = load_model(system, weights, strict=False)
+    if not report.loaded:
+        raise ConfigError(
+            f"--init-from {exp_dir} ({used}): no tensor has a name and shape of this model ({report}); name the "
+            "training of a model that shares some, or leave it out"
+        )
+    for line in report.lines():
+        logger.info("--init-from %s: %s", exp_dir, line)
+    counts = {name: len(getattr(report, name)) for name in ("loaded", "missing", "unexpected", "mismatched")}
+    return {"exp_dir": str(exp_dir), "weights": used, "weights_sha256": state_sha256(weights), **counts}
+
+
+def write_config(exp_dir: Path, config: TrainConfig, step: int, init: dict[str, Any] | None = None) -> None:
+    """Write exp_dir/config.json: resolved options, command, git state, versions, seed, and the earlier commands.
+
+    Args:
+        exp_dir: folder of the training.
+        config: all options.
+        step: where this run begins.
+        init: what :func:`initialise` returned when the training began; None: its parameters were drawn.
+    """
     file = exp_dir / "config.json"
     runs = read_json(file).get("runs", []) if file.exists() else []
     run = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "from_step": step, "environment": environment()}
@@ -114,6 +153,7 @@ def write_config(exp_dir: Path, config: TrainConfig, step: int) -> None:
         {
             "config": config_to_dict(config),
             "seed": config.loop.seed,
+            "init": init or {},
             "command": run["command"],
             "environment": run["environment"],
             "runs": [*runs, run],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from micro_corpus import write_aishell, write_librispeech, write_part, write_trans
+from own_teacher import write_own_teacher
 
 from icefall_kd.data.corpora import TABLE
 
@@ -62,6 +63,7 @@ class Checkout:
             "/my/recordings": write_trans(root / "my recordings"),
             "/corpora/aishell": write_aishell(root / "corpora/aishell"),
             "NAME...": "whisper-base",
+            "my_teacher.py:MyTeacher": write_own_teacher(root),
         }  # fmt: skip
         self.env = {**env, "ICEFALL_KD_MODELS": str(root / "models"), "CUDA_VISIBLE_DEVICES": ""}
         for name in ("whisper-tiny.en", "whisper-base"):

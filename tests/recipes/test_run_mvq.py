@@ -31,8 +31,12 @@ case $1 in
     write "$data/lang_$kind/tokenizer.json" "$kind"
     ;;
   *validate_data.py) write "$data/validated_$(basename "${o[--lang-dir]}").json" x ;;
-  *extract_labels.py) write "${o[--label-dir]}/label_set.json" x ;;
-  *train.py) write "${o[--exp-dir]}/train_summary.json" x ;;
+  *extract_labels.py)
+    IFS=, read -r -a sets <<< "${o[--label-dir]}"
+    for set in "${sets[@]}"; do write "$set/label_set.json" x; done
+    echo "$* " >> "$LOG.words"
+    ;;
+  *train.py) echo "$* " >> "$LOG.words"; write "${o[--exp-dir]}/train_summary.json" x ;;
   *decode.py) mkdir -p "${o[--exp-dir]}/${o[--decoding-method]}" ;;
 esac
 """
@@ -98,6 +102,24 @@ def test_what_changed_runs_again_and_nothing_else(recipe):
     # Options of prepare.sh that run_mvq.sh does not have itself.
     log = recipe.run("--stop-stage", "0", "--prepare-args", "--max-reject-ratio 0.1")[1]
     assert "option max_reject_ratio changed: '0.01' -> '0.1'" in log
+
+
+def test_several_layers_have_a_quantizer_and_a_label_set_each_and_one_extraction(recipe):
+    (recipe.root / "my_teacher.py").write_text("one")
+    options = ["--teacher", str(recipe.root / "my_teacher.py:Mine"), "--layer", "6,12", "--systems", "mvq"]
+    labels = [*LABELS[:1] * 2, *LABELS[1:2] * 2, "extract_labels.py", *["label_sets.py"] * 3]
+    started = recipe.run(*options)[0]
+    assert started == [*PREPARED, *labels, "train.py", "decode.py", "results.py"]
+    extraction, training = Path(f"{recipe.log}.words").read_text().splitlines()
+    sets = ",".join(f"exp/trans/labels/my_teacher.py-Mine-layer{n}-q8" for n in (6, 12))
+    files = ",".join(f"exp/trans/quantizer-my_teacher.py-Mine-layer{n}-q8/quantizer.safetensors" for n in (6, 12))
+    assert f"--label-dir {sets} " in extraction and f"--label-dir {sets} " in training
+    assert " --layer 6,12 " in extraction and f"--quantizer {files} " in extraction
+    # One layer more: what the others need is there; the code of the teacher counts.
+    options[3] = "6,12,18"
+    assert recipe.run(*options)[0][:4] == [*LABELS[:4]]
+    (recipe.root / "my_teacher.py").write_text("two")
+    assert recipe.run(*options)[0][:3] == ["check_teacher.py"] * 3
 
 
 def test_forced_training_starts_afresh_and_keeps_the_old_one(recipe):

@@ -23,7 +23,7 @@ from icefall_kd.config import (
 from icefall_kd.data.batch import Batch, Labels
 from icefall_kd.data.datamodule import DataModule
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.labels.extract import extract_labels
+from icefall_kd.labels.extract import extract_labels, extract_layers
 from icefall_kd.labels.keys import label_key
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.quantization.quantizer import Quantizer
@@ -31,6 +31,7 @@ from icefall_kd.systems import build_system
 from icefall_kd.systems.mvq import warmup_scales
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.guards import parameters_without_gradient
+from tests.teachers.tiny_models import ssl_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "labels"))
 from label_toys import ToyTeacher
@@ -261,6 +262,32 @@ def test_several_label_sets_have_layers_and_scales_of_their_own(corpus, tmp_path
     # One value serves both sets; the default is the middle layer.
     shared = build(make_config("mvq", label_dir=label_dir, kd_scale=[0.2]))
     assert [(t.layer, t.scale) for t in shared.targets] == [(2, 0.2), (2, 0.2)]
+
+
+def test_two_layers_of_two_teachers_distil_at_once(corpus, tmp_path):
+    cuts, label_dir = [corpus / "manifests" / "cuts_train.jsonl.gz"], []
+    for family, layers in (("hubert", [1, 3]), ("data2vec-audio", [2, 3])):
+        torch.manual_seed(4)
+        ssl_model(family, feat_extract_norm="layer", stable=False).save_pretrained(tmp_path / family)
+        configs = [
+            ExtractConfig(
+                cuts=cuts,
+                label_dir=tmp_path / f"{family}-{layer}",
+                quantizer=tmp_path / "of no file",
+                refine_iters=1,
+                teacher=TeacherConfig(teacher=str(tmp_path / family), layer=layer),
+            )
+            for layer in layers
+        ]
+        extract_layers(configs, quantizers=[Quantizer(32, 4, 16) for _ in layers])
+        label_dir += [config.label_dir for config in configs]
+    system = build(make_config("mvq", label_dir=label_dir, kd_layer=[1, 2, 3, 4], kd_scale=[0.4, 0.3, 0.2, 0.1]))
+    terms = fixed_dropout(system, batches_of(corpus, system)[0])
+    scales = {name: term.scale for name, term in terms.terms.items() if name.endswith("codebook_loss")}
+    assert scales == dict(zip([f"kd{i}_codebook_loss" for i in range(4)], [0.4, 0.3, 0.2, 0.1], strict=True))
+    assert len({float(terms.terms[name].value.detach()) for name in scales}) == 4
+    terms.total.backward()
+    assert parameters_without_gradient(system) == []
 
 
 @pytest.mark.parametrize(("kd", "options", "reason"), [

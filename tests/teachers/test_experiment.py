@@ -56,6 +56,9 @@ def test_an_exp_dir_is_a_teacher_with_exact_frames(exp_dir):
     features = teacher.extractor.extract(audio[0])
     with torch.no_grad():
         taps = model.encoder.eval()(features[None], torch.tensor([len(features)]), taps=(2,)).taps
+    both = teacher_of(folder, layer=3)
+    assert both.tap([2, -1]) == ["layer2", "embeddings"]
+    assert torch.equal(both.extract(Batch.from_audio(audio)).arrays["layer2"], whole.arrays["embeddings"])
     assert (taps[2][0] - whole.arrays["embeddings"][0, : expected[0]]).abs().max() < 1e-5
 
 

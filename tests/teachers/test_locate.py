@@ -112,7 +112,7 @@ def test_a_failed_download_falls_back_to_the_package_or_is_named(packages, tmp_p
 
 
 def test_an_unknown_teacher_names_every_attempt():
-    with pytest.raises(ConfigError, match=r"no folder nobody/nothing.*not in the hub's cache.*HF_HUB_OFFLINE is set"):
+    with pytest.raises(ConfigError, match=r"no folder or file nobody/nothing.*the hub's cache.*HF_HUB_OFFLINE is set"):
         locate.locate("nobody/nothing")
     with pytest.raises(ConfigError, match=r"whisper-tiny\.en, whisper-base"):
         locate.locate("whisper-huge")

@@ -13,6 +13,11 @@ from tests.teachers.tiny_models import ssl_model
 CPU = Precision(device=torch.device("cpu"))
 IDENTITY = {"teacher": "tiny", "source": "random", "weights_sha256": "0"}
 LENGTHS = (6000, 399, 16001, 400, 16000, 9999, 6000, 0, 15700)
+# (family, norm of the convolutions, pre-norm blocks); data2vec has neither choice.
+VARIANTS = [
+    *((family, n, s) for family in ("hubert", "wavlm", "wav2vec2") for n in ("group", "layer") for s in (False, True)),
+    ("data2vec-audio", "layer", False),
+]
 
 
 def make(model, **options) -> SpeechSslTeacher:
@@ -23,9 +28,7 @@ def waves(lengths=LENGTHS):
     return [0.3 * torch.randn(n) + 0.05 for n in lengths]
 
 
-@pytest.mark.parametrize("stable", [False, True], ids=["post_norm", "pre_norm"])
-@pytest.mark.parametrize("norm", ["group", "layer"])
-@pytest.mark.parametrize("family", ["hubert", "wavlm", "wav2vec2"])
+@pytest.mark.parametrize(("family", "norm", "stable"), VARIANTS)
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw_audio", "normalized_audio"])
 def test_alone_equals_in_a_padded_batch(family, norm, stable, normalize):
     teacher = make(ssl_model(family, feat_extract_norm=norm, stable=stable), normalize_audio=normalize)
@@ -55,8 +58,17 @@ def test_padding_would_change_a_group_norm_model_run_naively():
     assert (naive - alone).abs().max() > 1e-3 * alone.abs().max()
 
 
-@pytest.mark.parametrize("stable", [False, True], ids=["post_norm", "pre_norm"])
-@pytest.mark.parametrize("family", ["hubert", "wavlm", "wav2vec2"])
+def test_padding_would_enter_the_positional_convolutions_of_data2vec():
+    teacher = make(ssl_model("data2vec-audio", feat_extract_norm="layer", stable=False))
+    audio = waves((6000, 16000))
+    alone = teacher.extract(Batch.from_audio(audio[:1])).arrays["embeddings"]
+    for conv in teacher.model.encoder.pos_conv_embed.layers:
+        conv._forward_pre_hooks.clear()
+    naive = teacher.extract(Batch.from_audio(audio)).arrays["embeddings"][:1, : alone.shape[1]]
+    assert (naive - alone).abs().max() > 1e-3 * alone.abs().max()
+
+
+@pytest.mark.parametrize(("family", "stable"), [(f, s) for f, n, s in VARIANTS if n == "layer"])
 def test_layers_are_block_outputs_before_any_final_norm(family, stable):
     reference = ssl_model(family, feat_extract_norm="layer", stable=stable)
     state = reference.state_dict()
@@ -79,6 +91,27 @@ def test_layers_are_block_outputs_before_any_final_norm(family, stable):
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert len(teacher.model.encoder.layers) == teacher.layer == (3 if layer == -1 else layer)
         assert ("never applied" in teacher.provenance()["layer_convention"]) == stable
+
+
+@pytest.mark.parametrize(("family", "stable"), [(f, s) for f, n, s in VARIANTS if n == "layer"])
+def test_one_pass_gives_several_layers_which_are_hidden_states(family, stable):
+    reference = ssl_model(family, feat_extract_norm="layer", stable=stable)
+    wave = waves((8000,))[0]
+    with torch.no_grad():
+        hidden = reference(
+            normalize_audio(wave[None], torch.tensor([8000])), output_hidden_states=True
+        ).hidden_states
+    assert len(hidden) == 4  # the first is the input of block 1
+    teacher = make(reference)
+    assert teacher.tap([1, 3, 2]) == ["layer1", "embeddings", "layer2"]
+    out = teacher.extract(Batch.from_audio([wave, wave[:3000]]))
+    for layer, name in ((1, "layer1"), (2, "layer2"), (3, "embeddings")):
+        count = teacher.num_frames(8000)
+        assert (out.arrays[name][0, :count] - hidden[layer][0]).abs().max() <= 1e-5 * hidden[layer].abs().max()
+        assert out.lens[name].tolist() == [count, teacher.num_frames(3000)]
+        assert not out.arrays[name][1, teacher.num_frames(3000) :].any()
+    with pytest.raises(ConfigError, match="cut there, has blocks 1 to 3"):
+        teacher.tap([4])
 
 
 def test_a_position_batch_norm_keeps_the_equality():

@@ -55,6 +55,20 @@ def test_a_layer_is_the_block_output_before_the_final_norm(tmp_path, layer):
     assert "before the final LayerNorm" in teacher.provenance()["layer_convention"]
 
 
+def test_one_pass_gives_several_layers(tmp_path):
+    folder = write_ct2(tmp_path, whisper_model())
+    several = WhisperTeacher.load(folder, precision=CPU, identity=IDENTITY, windows_per_forward=2)
+    waves = [0.1 * torch.randn(n) for n in (5000, 300, 9000)]
+    names = several.tap([1, 2, 3])
+    out = several.extract(Batch.from_audio(waves))
+    for layer, name in zip((1, 2, 3), names, strict=True):
+        alone = WhisperTeacher.load(folder, layer=layer, precision=CPU, identity=IDENTITY)
+        expected = alone.extract(Batch.from_audio(waves))
+        assert torch.equal(out.lens[name], expected.lens["embeddings"])
+        expected = expected.arrays["embeddings"]
+        assert (out.arrays[name] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def check_alone_equals_batch(teacher, waves):
     whole = teacher.extract(Batch.from_audio(waves))
     embeddings, lens = whole.arrays["embeddings"], whole.lens["embeddings"]

@@ -11,30 +11,28 @@ CONV = {
     "conv_dim": (16,) * 7,
     "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
     "conv_stride": (5, 2, 2, 2, 2, 2, 2),
-    "num_feat_extract_layers": 7,
 }
 CLASSES = {
     "hubert": (transformers.HubertConfig, transformers.HubertModel),
     "wavlm": (transformers.WavLMConfig, transformers.WavLMModel),
     "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),
+    "data2vec-audio": (transformers.Data2VecAudioConfig, transformers.Data2VecAudioModel),
 }
 
 
 def ssl_model(family: str, *, feat_extract_norm: str, stable: bool, num_layers: int = 3, **options):
     """Return a random model whose activations are far from degenerate."""
     config_class, model_class = CLASSES[family]
+    norms = {"feat_extract_norm": feat_extract_norm, "do_stable_layer_norm": stable}
+    positions = {"num_conv_pos_embeddings": 16}
+    if family == "data2vec-audio":  # knows neither choice; three convolutions of 12 frames
+        norms, positions = {}, {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 12}
     config = config_class(
-        hidden_size=32,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
         intermediate_size=48,
-        num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
-        feat_extract_norm=feat_extract_norm,
-        do_stable_layer_norm=stable,
         initializer_range=0.2,
-        **CONV,
-        **options,
+        **{"hidden_size": 32, "num_attention_heads": 4, **CONV, **norms, **positions, **options},
     )
     return model_class(config).eval()
 
