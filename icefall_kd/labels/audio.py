@@ -8,7 +8,8 @@ from torch import Tensor
 
 from icefall_kd.errors import DataError
 
-_UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
+# What reading a recording (or stored features) raises when the file is missing or damaged.
+UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
 
 
 def clean_audio(cut: MonoCut, sampling_rate: int) -> Tensor:
@@ -21,7 +22,7 @@ def clean_audio(cut: MonoCut, sampling_rate: int) -> Tensor:
         if cut.sampling_rate != sampling_rate:
             cut = cut.resample(sampling_rate)
         wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         # The message of lhotse spans many lines, and the last one says what happened.
         lines = str(error).strip().splitlines() or [""]
         raise DataError(f"audio cannot be read: {type(error).__name__}: {lines[-1]}") from error

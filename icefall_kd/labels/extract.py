@@ -29,7 +29,7 @@ from icefall_kd.labels.keys import CorpusFingerprint, key_hash, label_key, speec
 from icefall_kd.labels.shard import LabelEntry, Shard, write_shard
 from icefall_kd.labels.store import LabelStore, ShardWriter, find_shards, shard_of
 from icefall_kd.quantization.quantizer import Quantizer
-from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint
+from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint, remove_leftovers
 from icefall_kd.runtime.log import Progress
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher, TeacherOutput
@@ -142,6 +142,7 @@ def extract_labels(
     work = _work_folder(config)
     work.mkdir(parents=True, exist_ok=True)
     with file_lock(work / ".lock"):
+        remove_leftovers(store.path, writer.path.name)
         finished = _finished(writer, inputs)
         if finished:
             logger.info("%s is finished already", writer.path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import TMP_PREFIX, atomic_path, atomic_write
+from icefall_kd.runtime.files import atomic_path, atomic_write
 
 FORMAT_VERSION = 1
 _PLAIN = (str, int, float, bool, bytes, type(None))
@@ -51,16 +51,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     plain = _plain_copy({**checkpoint, "format_version": FORMAT_VERSION}, "")
     try:
         with atomic_write(path, "wb") as f:
-            torch.save(plain, f)
-    except (OSError, RuntimeError) as error:
-        # torch turns an OSError of the stream into a RuntimeError of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise ConfigError(
-            f"cannot write {path}: {cause.strerror or cause}; what was saved before is intact. Make room (smaller "
-            "--keep-last-k and --keep-epochs need less) and run the same command again"
-        ) from error
+            try:
+                torch.save(plain, f)
+            except RuntimeError as error:
+                # torch turns an OSError of the stream into an error of its own.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+    except ConfigError as error:
+        raise ConfigError(f"{error} (smaller --keep-last-k and --keep-epochs need less room)") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; what was saved before is intact") from error
 
 
 def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
@@ -162,24 +163,6 @@ def copy_as(source: str | Path, name: str) -> Path:
         except OSError:
             shutil.copyfile(source, temporary)
     return target
-
-
-def remove_leftovers(exp_dir: str | Path) -> None:
-    """Delete the half-written .pt files that killed processes left in ``exp_dir``."""
-    for path in Path(exp_dir).glob(f"{TMP_PREFIX}*.pt"):
-        pid = path.name.removeprefix(TMP_PREFIX).partition("-")[0]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
-            path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def check_tokenizer(checkpoint: dict[str, Any], tokenizer_hash: str, path: str | Path) -> None:

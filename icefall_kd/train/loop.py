@@ -22,7 +22,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
-from icefall_kd.runtime.files import write_json
+from icefall_kd.runtime.files import remove_leftovers, write_json
 from icefall_kd.systems.base import System
 from icefall_kd.train import checkpoint as ckpt
 from icefall_kd.train import guards
@@ -208,7 +208,7 @@ class _Trainer:
             self.exp_dir.mkdir(parents=True, exist_ok=True)
             # Of a shorter training that is continued; the file says that the training is complete.
             (self.exp_dir / "train_summary.json").unlink(missing_ok=True)
-            ckpt.remove_leftovers(self.exp_dir)
+            remove_leftovers(self.exp_dir, "*.pt")
             write_config(self.exp_dir, self.config, self.state.step)
             self.progress.open(self.exp_dir, self.state.step)
             if on_start is not None:
