@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,15 @@ def load_newest(exp_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return best
 
 
-def remove_old(exp_dir: str | Path, kind: str, keep: int | None) -> list[Path]:
-    """Delete all but the ``keep`` highest-numbered files of ``kind`` and return what was deleted."""
+def remove_old(exp_dir: str | Path, kind: str, keep: int | None, spare: Collection[int] = ()) -> list[Path]:
+    """Delete all but the ``keep`` highest-numbered files of ``kind`` and those numbered in ``spare``.
+
+    Returns:
+        What was deleted; nothing when ``keep`` is None.
+    """
     if keep is None:
         return []
-    old = list(list_checkpoints(exp_dir, kind).values())[:-keep]
+    old = [path for number, path in list(list_checkpoints(exp_dir, kind).items())[:-keep] if number not in spare]
     for path in old:
         path.unlink(missing_ok=True)
     return old
