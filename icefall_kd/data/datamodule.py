@@ -26,6 +26,7 @@ from icefall_kd.data.batch import LOG_EPS, Batch, Labels
 from icefall_kd.data.features import FbankExtractor
 from icefall_kd.data.filters import check_cuts, filter_cuts
 from icefall_kd.data.loader import Loader, audio_of, features_of
+from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.labels.align import check_lengths, collate_codes, collate_embeddings
@@ -57,14 +58,10 @@ def cuts_path(manifest_dir: Path, part: str) -> Path:
 
 
 def load_cuts(manifest_dir: Path, parts: Iterable[str]) -> CutSet:
-    """Return the cuts of all parts, in memory and in order; DataError when a part is missing or empty."""
+    """Return the cuts of all parts, in memory and in order; DataError when a part is missing, damaged or empty."""
     cuts: list[Cut] = []
     for part in parts:
-        path = cuts_path(manifest_dir, part)
-        some = list(CutSet.from_file(path))
-        if not some:
-            raise DataError(f"{path} holds no cuts")
-        cuts += some
+        cuts += iterate_cuts(cuts_path(manifest_dir, part))
     return CutSet.from_cuts(cuts)
 
 

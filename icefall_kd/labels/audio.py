@@ -1,5 +1,7 @@
 """The clean audio of a cut as teachers hear it (our design)."""
 
+import os
+
 import numpy as np
 import torch
 from lhotse.audio import AudioLoadingError, DurationMismatchError
@@ -8,6 +10,9 @@ from torch import Tensor
 
 from icefall_kd.errors import DataError
 
+# Lhotse fills up to half a second of missing audio with a mirror image of what is there, and a file that was cut off
+# would get labels and features of that.  25 ms, its earlier default, are more than any resampling rounds.
+os.environ.setdefault("LHOTSE_AUDIO_DURATION_MISMATCH_TOLERANCE", "0.025")
 # What reading a recording (or stored features) raises when the file is missing or damaged.
 UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
 

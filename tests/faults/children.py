@@ -40,6 +40,7 @@ def run(script: str, *args: object, watch: Path, kill_at: int | None = None, max
         max_file: bytes that a file may have (RLIMIT_FSIZE): more is what a full disk does.
     """
     log = watch.with_name(f"{watch.name}.output")
+    log.parent.mkdir(parents=True, exist_ok=True)
     count = _context.Value("i", 0)
     line = [script, *map(str, args)]
     process = _context.Process(target=_child, args=(line, str(watch), str(log), count, kill_at, max_file))
