@@ -28,6 +28,13 @@ class Ended:
     operations: int
     """File operations that it did below the watched folder."""
 
+    @property
+    def message(self) -> str:
+        """The one error that it ended with; an AssertionError when there is none, several, or a traceback."""
+        assert "Traceback" not in self.err, self.err
+        _, found = self.err.split(" ERROR [icefall_kd] ")
+        return found
+
 
 def run(script: str, *args: object, watch: Path, kill_at: int | None = None, max_file: int | None = None) -> Ended:
     """Run a script of the repository as its command line does.
@@ -54,6 +61,7 @@ def run(script: str, *args: object, watch: Path, kill_at: int | None = None, max
 
 def _child(line: list[str], watch: str, log: str, count, kill_at: int | None, max_file: int | None) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a command of its own
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

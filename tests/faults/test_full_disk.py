@@ -44,9 +44,8 @@ def full(disk, command, *names):
     """Run a command that runs out of room; return the file that it names."""
     ended = disk.run(command)
     assert ended.code == 2 and "Traceback" not in ended.err, ended.err
-    (line,) = (x for x in ended.err.splitlines() if "cannot write " in x)
-    assert "what was saved before is intact. Make room and run the same command again" in line, line
-    assert any(name in line for name in names), line
+    assert "what was saved before is intact. Make room and run the same command again" in ended.message
+    assert any(name in ended.message for name in names), ended.message
     assert not [p for p in disk.folder.rglob(".tmp-*")]
 
 

@@ -56,10 +56,10 @@ def test_a_killed_extraction_ends_in_the_same_shards_and_the_same_merged_set(lin
     def shards(folder):
         return {p.name: p.read_bytes() for p in folder.glob("shard-*")}
 
-    whole, merged = tmp_path / "whole", tmp_path / "merged"
+    whole, merged = tmp_path / "whole", tmp_path / "all/merged"
     first, second = (finished(*line.labels(whole, k, 2), watch=whole) for k in (0, 1))
     merge = ["local/label_sets.py", "merge", "--into"]
-    merging = finished(*merge, merged, whole, watch=merged)
+    merging = finished(*merge, merged, whole, watch=merged.parent)  # the temporary folder lies beside the target
     assert shards(merged) == shards(whole) and len(shards(whole)) == 2
     for at in kill_points(first.operations, 4, seed=2):
         folder = tmp_path / f"at{at}"
@@ -67,12 +67,11 @@ def test_a_killed_extraction_ends_in_the_same_shards_and_the_same_merged_set(lin
         finished(*line.labels(folder / "a", 0, 2), watch=folder / "a")
         killed(*line.labels(folder / "b", 1, 2), watch=folder / "b", at=min(at, second.operations - 1))
         finished(*line.labels(folder / "b", 1, 2), watch=folder / "b")
-        target = folder / "merged"
-        killed(*merge, target, folder / "a", folder / "b", watch=folder, at=at % merging.operations)
-        assert not target.exists() or LabelStore(target).verify() == []
+        target = folder / "all/merged"
+        killed(*merge, target, folder / "a", folder / "b", watch=target.parent, at=at % merging.operations)
         if not target.exists():
-            finished(*merge, target, folder / "a", folder / "b", watch=target)
-        assert shards(target) == shards(whole), at
+            finished(*merge, target, folder / "a", folder / "b", watch=target.parent)
+        assert shards(target) == shards(whole) and LabelStore(target).verify() == [], at
         assert leftovers(folder) == [], at
 
 
