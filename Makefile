@@ -1,11 +1,12 @@
 # make demo   prepare the demo corpus, distil, print the table of error rates
-# make test   run the tests
+# make test   run the unit tests
+# make test-all   run all tests: test, test-recipes (every recipe on small corpora), test-faults (kills, damage)
 # make lint   ruff and shellcheck
 # make env    the virtual environment that the others use (made by them when needed)
 # make clean  remove caches; data and experiments stay
 #
-# Variables: PYTHON=python3.12 (for a new environment), TESTS=tests/labels, TEST_JOBS=2 (test files at the same time),
-# DEMO_SHORT=1 (a shortened demo).
+# Variables: PYTHON=python3.12 (for a new environment), TESTS=tests/labels (with make test: these paths alone),
+# TEST_JOBS=2 (test files at the same time), DEMO_SHORT=1 (a shortened demo).
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -13,9 +14,9 @@ PYTHON ?=
 TESTS ?=
 TEST_JOBS ?= 2
 DEMO_SHORT ?=
-export VENV PYTHON
+export VENV PYTHON TEST_JOBS
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test test-recipes test-faults test-all lint clean
 .DEFAULT_GOAL := demo
 
 env:
@@ -26,7 +27,13 @@ demo: env
 	  ./run_mvq.sh --corpus demo $(if $(filter-out 0,$(DEMO_SHORT)),--short true)
 
 test: env
-	@$(VENV)/bin/python -m pytest -q -n $(TEST_JOBS) --dist loadfile $(TESTS)
+	@local/test_all.sh unit -- $(TESTS)
+
+test-recipes test-faults: test-%: env
+	@local/test_all.sh $*
+
+test-all: env
+	@local/test_all.sh
 
 lint: env
 	@code=0; $(VENV)/bin/ruff check . || code=1; \

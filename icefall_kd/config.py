@@ -417,7 +417,9 @@ class LoopConfig:
     keep_last_k: int = 10
     """checkpoint-N.pt files kept."""
     keep_epochs: int | None = None
-    """epoch-N.pt files kept; None: all."""
+    """epoch-N.pt files kept, the last ones; None: all."""
+    keep_best: int = 0
+    """Besides those, so many epoch-N.pt with the lowest validation loss are kept, for local/average.py --best."""
     average_period: int = 100
     """Steps between two updates of the running averaged model."""
     max_skips: int = 10
@@ -431,7 +433,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, num_epochs=1, accum_grad=1, log_interval=1, save_every_n=1, keep_last_k=1, average_period=1)
-        _at_least(self, max_steps=1, valid_interval=1, keep_epochs=1, max_skips=0, start_epoch=1)
+        _at_least(self, max_steps=1, valid_interval=1, keep_epochs=1, keep_best=0, max_skips=0, start_epoch=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+# What a system call says when a disk, a quota or a limit on the size of files is exhausted.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class KdError(ValueError):
     """An error that the user can act on: its message says what, where, the value and the remedy."""
@@ -45,7 +48,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KdError as error:
         _leave(f"{type(error).__name__}: {error}", error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         _leave(f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run this again", 2)
     sys.exit(code or 0)

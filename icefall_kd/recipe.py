@@ -10,10 +10,10 @@ from lhotse import CutSet
 
 from icefall_kd.cli import config_from_dict, parse_config
 from icefall_kd.config import DecodeConfig, TrainConfig
-from icefall_kd.data.datamodule import DataModule, cuts_path, decoding_batches
+from icefall_kd.data.datamodule import DataModule, decoding_batches, load_cuts
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
-from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.errors import ConfigError
 from icefall_kd.results import parts_by_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
@@ -112,8 +112,4 @@ def part_cuts(manifest_dir: Path, part: str) -> CutSet:
     """Return the cuts of a part: a name in ``manifest_dir``, a cut set's path, or a folder with *.trans.txt."""
     if Path(part).is_dir():
         return cuts_from_folder(Path(part))
-    path = cuts_path(manifest_dir, part)
-    cuts = CutSet.from_file(path)  # None for an empty file
-    if not cuts:
-        raise DataError(f"{path} holds no cuts; prepare part {part} again")
-    return cuts.to_eager()
+    return load_cuts(manifest_dir, [part])

@@ -96,6 +96,29 @@ def test_the_packages_that_shell_stages_load_import_nothing():
         assert imported_modules(python_files()[name]) <= standard, name
 
 
+def test_every_test_folder_is_in_one_step():
+    """The steps of local/test_all.sh collect every test file once."""
+    text = (REPO / "local/test_all.sh").read_text(encoding="utf-8")
+    steps = [line.split() for line in re.search(r'^steps="\n(.*?)^"', text, re.MULTILINE | re.DOTALL)[1].splitlines()]
+    assert [name for name, _, *folders in steps if not folders] == ["unit"]  # it takes what the others do not name
+    named = [folder for _, _, *folders in steps for folder in folders]
+    assert len(named) == len(set(named)) and all(any((REPO / "tests" / f).glob("test_*.py")) for f in named)
+    # What the script makes of them, with a Python that prints its arguments.
+    script = text.replace('"${VENV:-.venv}/bin/python" -m pytest', "echo pytest")
+    script = script.replace("${BASH_SOURCE[0]}", "local/test_all.sh")
+    done = subprocess.run(["bash", "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
+    calls = [line.split() for line in done.stdout.splitlines() if line.startswith("pytest ")]
+    assert len(calls) == len(steps)
+    collected = []
+    for call in calls:
+        ignored = {word.removeprefix("--ignore=") for word in call if word.startswith("--ignore=")}
+        for folder in (word for word in call if word.startswith("tests")):
+            inside = (p for p in files() if p.name.startswith("test_") and p.is_relative_to(REPO / folder))
+            collected += [p for p in inside if not any(p.is_relative_to(REPO / other) for other in ignored)]
+    everything = [p for p in files() if re.match(r"tests/(.*/)?test_[^/]*\.py$", relative(p))]
+    assert sorted(collected) == sorted(everything)
+
+
 def test_there_are_no_symbolic_links():
     assert [relative(path) for path in files() if path.is_symlink()] == []
 

@@ -1,5 +1,6 @@
 """Batches for training, validation and decoding, out of lhotse cuts and stored teacher labels."""
 
+import copy
 import hashlib
 import logging
 import warnings
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
@@ -16,13 +18,15 @@ from lhotse.dataset.sampling.base import TimeConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
 from icefall_kd.data.batch import LOG_EPS, Batch, Labels
 from icefall_kd.data.features import FbankExtractor
 from icefall_kd.data.filters import check_cuts, filter_cuts
+from icefall_kd.data.loader import Loader, audio_of, features_of
+from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.labels.align import check_lengths, collate_codes, collate_embeddings
@@ -31,7 +35,6 @@ from icefall_kd.labels.keys import label_key
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.runtime.dist import get_rank, get_world_size
 from icefall_kd.runtime.files import fingerprint
-from icefall_kd.runtime.signals import outlive_sigterm
 from icefall_kd.systems.base import LabelSpec
 from icefall_kd.text.tokenizer import Tokenizer
 
@@ -55,14 +58,10 @@ def cuts_path(manifest_dir: Path, part: str) -> Path:
 
 
 def load_cuts(manifest_dir: Path, parts: Iterable[str]) -> CutSet:
-    """Return the cuts of all parts, in memory and in order; DataError when a part is missing or empty."""
+    """Return the cuts of all parts, in memory and in order; DataError when a part is missing, damaged or empty."""
     cuts: list[Cut] = []
     for part in parts:
-        path = cuts_path(manifest_dir, part)
-        some = list(CutSet.from_file(path))
-        if not some:
-            raise DataError(f"{path} holds no cuts")
-        cuts += some
+        cuts += iterate_cuts(cuts_path(manifest_dir, part))
     return CutSet.from_cuts(cuts)
 
 
@@ -140,6 +139,8 @@ class CutBatches(Dataset):
         self.stores = stores or {}
         self.with_audio = with_audio
         self.seed = seed
+        # Whether an utterance without labels gets made-up ones of the right length, for a look at the memory.
+        self.label_all = False
 
     def __getitem__(self, plan: tuple[int, int, CutSet]) -> Batch:
         epoch, index, cuts = plan
@@ -160,7 +161,7 @@ class CutBatches(Dataset):
         tokens = [torch.tensor(self.tokenizer.encode(text), dtype=torch.int64) for text in texts]
         audio = audio_lens = None
         if self.with_audio:
-            waves = [torch.from_numpy(cut.load_audio()[0]).float() for cut in clean]
+            waves = [audio_of(cut) for cut in clean]
             audio_lens = torch.tensor([len(w) for w in waves])
             audio = pad_sequence(waves, batch_first=True)
         return Batch(
@@ -179,17 +180,18 @@ class CutBatches(Dataset):
 
     def _features(self, cut: Cut) -> Tensor:
         if self.extractor is not None:
-            return self.extractor.extract(torch.from_numpy(cut.load_audio()[0]).float())
-        return torch.from_numpy(cut.load_features()).float()
+            return self.extractor.extract(audio_of(cut))
+        return features_of(cut)
 
-    @staticmethod
-    def _labels(store: LabelStore, cuts: list[Cut], keys: list[str], features: list[Tensor]) -> Labels:
+    def _labels(self, store: LabelStore, cuts: list[Cut], keys: list[str], features: list[Tensor]) -> Labels:
         arrays = []
         for cut, key, x in zip(cuts, keys, features, strict=True):
             array = store.get(key, missing_ok=True)
             if array is not None:
                 encoder_len = conv2d_subsampled_len(len(x))
                 check_lengths(len(array), cut.num_samples, store.info.formula, encoder_len, cut.id, key)
+            elif self.label_all:
+                array = np.zeros((store.info.formula.num_frames(cut.num_samples), store.info.width), np.uint8)
             arrays.append(array)
         if store.info.kind == "codebook_indexes":
             return collate_codes(arrays, store.info.num_codebooks)
@@ -222,12 +224,6 @@ def _spread(cuts: CutSet, count: int | None) -> CutSet:
         return cuts
     kept = list(cuts)
     return CutSet.from_cuts(kept[i * total // count] for i in range(count))
-
-
-def _single_thread(_worker: int) -> None:
-    # Workers share the cores with the training process.
-    torch.set_num_threads(1)
-    outlive_sigterm()
 
 
 class DataModule:
@@ -313,17 +309,19 @@ class DataModule:
                 world_size=get_world_size(),
             )
         sampler.set_epoch(epoch)
-        return iter(self._loader(self.train_data, _Plans(sampler, epoch, skip)))
+        return iter(Loader(self.train_data, _Plans(sampler, epoch, skip), self.config.num_workers))
 
     def valid_batches(self) -> Iterator[Batch]:
         """Return the validation batches of this rank, longest first, without augmentation or labels."""
-        return iter(self._loader(self.valid_data, _fixed_batches(self.valid_cuts, self.config.max_duration, rank=True)))
+        plans = _fixed_batches(self.valid_cuts, self.config.max_duration, rank=True)
+        return iter(Loader(self.valid_data, plans, self.config.num_workers))
 
     def worst_batches(self) -> list[Batch]:
         """Return the worst that the sampler can do: most padded audio, most padded tokens, most utterances.
 
         In a bucket it is the smallest cuts until one more like them would pass a limit, and then the largest one.
-        Labels are attached.
+        Labels are attached, made-up ones where an utterance has none (--min-coverage below 1): with labels it would
+        need more.
         """
         measures = (lambda cut: cut.duration, lambda cut: cut.custom["num_tokens"])
         candidates = []
@@ -339,23 +337,14 @@ class DataModule:
                 candidates.append(chosen)
         sizes = [*(lambda some, m=m: len(some) * max(map(m, some)) for m in measures), len]
         worst = [max(candidates, key=size) for size in sizes]
-        return [self.train_data[(0, i, CutSet.from_cuts(some))] for i, some in enumerate(worst)]
+        data = copy.copy(self.train_data)
+        data.label_all = True
+        return [data[(0, i, CutSet.from_cuts(some))] for i, some in enumerate(worst)]
 
     def _limits(self) -> DurationAndTokens:
         config = self.config
         return DurationAndTokens(
             max_duration=config.max_duration, max_tokens=config.max_tokens, buckets=self.buckets
-        )
-
-    def _loader(self, data: CutBatches, plans: Iterable) -> DataLoader:
-        workers = self.config.num_workers
-        return DataLoader(
-            data,
-            batch_size=None,
-            sampler=plans,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_single_thread if workers else None,
         )
 
 
@@ -379,11 +368,4 @@ def decoding_batches(
         DataError: a cut is not at 16 kHz, or lacks what its features are read from.
     """
     check_cuts(cuts, features, "the cuts to decode")
-    data = CutBatches(tokenizer, features=features)
-    return DataLoader(
-        data,
-        batch_size=None,
-        sampler=_fixed_batches(cuts, max_duration),
-        num_workers=num_workers,
-        worker_init_fn=_single_thread if num_workers else None,
-    )
+    return Loader(CutBatches(tokenizer, features=features), _fixed_batches(cuts, max_duration), num_workers)

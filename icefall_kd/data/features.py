@@ -18,7 +18,6 @@ import lhotse
 import numpy as np
 import torch
 from lhotse import Features
-from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
 from lhotse.features.base import register_extractor
 from lhotse.features.io import LilcomChunkyWriter
@@ -27,6 +26,7 @@ from torch import Tensor
 from icefall_kd.data.manifests import cuts_file, iterate_cuts, part_of, write_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import fbank_num_frames
+from icefall_kd.labels.audio import UNREADABLE
 from icefall_kd.runtime.files import TMP_PREFIX, atomic_path, fingerprint, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -264,14 +264,7 @@ def _store_split(extractor: FbankExtractor, split: _Split) -> str:
             try:
                 wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0]))
                 features = extractor.extract(wave).numpy()
-            except (
-                OSError,
-                RuntimeError,
-                ValueError,
-                AssertionError,
-                AudioLoadingError,
-                DurationMismatchError,
-            ) as error:
+            except UNREADABLE as error:
                 message = f"cut {cut.id}: no features ({error}); run the manifest stage with --check-audio full"
                 raise DataError(message) from error
             with_features.append(_attach(cut, features, writer.write(cut.id, features), split.archive))

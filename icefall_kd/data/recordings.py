@@ -11,13 +11,13 @@ import numpy as np
 import soundfile
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
-from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
 from icefall_kd.data.corpora import Utterance, guess_language, open_corpus, read_part
 from icefall_kd.data.manifests import read_cuts
 from icefall_kd.errors import DataError
+from icefall_kd.labels.audio import UNREADABLE
 from icefall_kd.labels.keys import speed_copy, stamp_source
 from icefall_kd.text.normalize import normalize_text
 
@@ -167,7 +167,7 @@ def _fit_cut(cut: Cut, language: str) -> MonoCut | Reject:
         if cut.sampling_rate != SAMPLE_RATE:
             cut = cut.resample(SAMPLE_RATE)
         wave = cut.load_audio()
-    except (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError) as error:
+    except UNREADABLE as error:
         return Reject(id=cut.id, reason=f"unreadable: {error}", where=str(cut.recording.sources[0].source))
     for unfit, reason in (
         (not np.isfinite(wave).all(), "samples that are no finite numbers"),

@@ -32,7 +32,7 @@ from icefall_kd.labels.keys import CorpusFingerprint, cut_text, key_hash, label_
 from icefall_kd.labels.shard import LabelEntry, Shard, write_shard
 from icefall_kd.labels.store import LabelStore, ShardWriter, shard_of
 from icefall_kd.quantization.quantizer import Quantizer
-from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint
+from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint, remove_leftovers
 from icefall_kd.runtime.log import Progress
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher, TeacherOutput, tap
@@ -165,6 +165,7 @@ def extract_layers(
         for target in sorted(targets, key=lambda t: t.work):  # in one order, so that two runs cannot block each other
             target.work.mkdir(parents=True, exist_ok=True)
             locks.enter_context(file_lock(target.work / ".lock"))
+            remove_leftovers(target.store.path, target.writer.path.name)
         todo = [target for target in targets if not target.is_finished(inputs)]
         if todo:
             _Extraction(first, teacher, todo).run(items)

@@ -10,7 +10,7 @@ from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
 from icefall_kd.labels.shard import Shard
 from icefall_kd.labels.store import LabelStore, find_shards
-from icefall_kd.runtime.files import write_json
+from icefall_kd.runtime.files import remove_leftovers, temporary_name, write_json
 
 
 def merge_label_sets(sources: Sequence[str | Path], target: str | Path) -> LabelStore:
@@ -38,7 +38,8 @@ def merge_label_sets(sources: Sequence[str | Path], target: str | Path) -> Label
                 "different provenance cannot be one set"
             )
     chosen = _choose(sources)
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    remove_leftovers(target.parent, target.name)
+    temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
         write_json(temporary / INFO_NAME, asdict(infos[0]))

@@ -10,30 +10,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from lhotse import load_manifest_lazy
-from lhotse.audio import AudioLoadingError, DurationMismatchError
 from lhotse.cut import MonoCut
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from icefall_kd.config import QuantizerConfig, TeacherConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.audio import UNREADABLE
 from icefall_kd.labels.keys import label_key, parse_key, speech_track
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.report import quantizer_report
 from icefall_kd.quantization.sampling import Candidate, candidate, sample_hash, sample_utterances
 from icefall_kd.quantization.trainer import TRAINING_VERSION, QuantizerTrainer, to_float16
 from icefall_kd.runtime.env import environment, pick_device
-from icefall_kd.runtime.files import atomic_write, fingerprint, write_json, write_text
+from icefall_kd.runtime.files import fingerprint, read_json, remove_leftovers, write_json, write_text
 from icefall_kd.runtime.log import Progress
+from icefall_kd.runtime.tensors import read_tensors, write_tensors
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher
 from icefall_kd.teachers.windows import WindowedTeacher
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE = (OSError, RuntimeError, ValueError, AssertionError, AudioLoadingError, DurationMismatchError)
 # Frames over which index entropies are measured: their bias at K = 256 is then about 0.01 nats.
 ENTROPY_FRAMES = 10000
 
@@ -114,7 +112,7 @@ def _load(cut: MonoCut, teacher: Teacher) -> Tensor | None:
         if cut.sampling_rate != teacher.sampling_rate:
             cut = cut.resample(teacher.sampling_rate)
         wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         logger.warning("left out of the sample: %s (%s)", cut.id, (str(error).strip().splitlines() or [""])[-1])
         return None
     if not bool(torch.isfinite(wave).all()) or teacher.num_frames(len(wave)) == 0:
@@ -165,16 +163,17 @@ def collect_frames(sample: Sample, teacher: Teacher, max_duration: float) -> Fra
 def cached_frames(path: Path, identity: str, make) -> Frames:
     """Return the frames of ``path`` when it holds those of ``identity``, else make and store them."""
     if path.exists():
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
+        try:
+            header, tensors = read_tensors(path)
             if header.get("identity") == identity:
                 logger.info("embeddings of an earlier run: %s", path)
-                return Frames(file.get_tensor("frames"), float(header["hours_per_hour"]))
-        logger.info("%s holds other embeddings; they are made again", path)
+                return Frames(tensors["frames"], float(header["hours_per_hour"]))
+            logger.info("%s holds other embeddings; they are made again", path)
+        except DataError as error:
+            logger.warning("%s; the embeddings are made again", error)
     frames = make()
     header = {"identity": identity, "hours_per_hour": repr(frames.hours_per_hour)}
-    with atomic_write(path) as file:
-        file.write(to_safetensors({"frames": frames.values}, metadata=header))
+    write_tensors(path, {"frames": frames.values}, header)
     return frames
 
 
@@ -197,16 +196,17 @@ def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None
     frames_identity = fingerprint([provenance, sample.sha256, config.teacher_max_duration])
     identity = fingerprint([frames_identity, options, TRAINING_VERSION])
     report_path = config.out.with_suffix(".report.json")
+    frames_path, state_path = (config.out.with_suffix(f".{name}.safetensors") for name in ("frames", "state"))
+    remove_leftovers(config.out.parent, f"{config.out.stem}.*")
     finished = _finished(config.out, report_path, identity)
     if finished is not None:
+        _remove_intermediate(config, frames_path, state_path)  # a kill may have come before the same line below
         return finished
     write_text(config.out.with_suffix(".utterances.txt"), "".join(f"{key}\n" for key in sample.cuts))
     logger.info("%d utterances for the quantizer", len(sample.cuts))
-    frames_path = config.out.with_suffix(".frames.safetensors")
     frames = cached_frames(
         frames_path, frames_identity, lambda: collect_frames(sample, teacher, config.teacher_max_duration)
     )
-    state_path = config.out.with_suffix(".state.safetensors")
     device = pick_device(config.teacher.teacher_device)
     trainer = QuantizerTrainer(frames.values, config.quantizer, state_path, config.save_every, device)
     quantizer = trainer.run().to(device)
@@ -223,10 +223,14 @@ def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None
     }
     write_json(report_path, report)
     quantizer.save(config.out, metadata)
+    _remove_intermediate(config, frames_path, state_path)
+    return report
+
+
+def _remove_intermediate(config: TrainQuantizerConfig, frames_path: Path, state_path: Path) -> None:
     state_path.unlink(missing_ok=True)
     if not config.keep_frames:
         frames_path.unlink(missing_ok=True)
-    return report
 
 
 def _finished(path: Path, report_path: Path, identity: str) -> dict | None:
@@ -234,7 +238,7 @@ def _finished(path: Path, report_path: Path, identity: str) -> dict | None:
     if not path.exists() or not report_path.exists():
         return None
     try:
-        metadata = Quantizer.load(path).metadata
+        metadata, report = Quantizer.load(path).metadata, read_json(report_path)
     except DataError as error:
         logger.warning("%s; it is trained again", error)
         return None
@@ -242,7 +246,7 @@ def _finished(path: Path, report_path: Path, identity: str) -> dict | None:
         logger.info("%s was made with other options or data; it is trained again", path)
         return None
     logger.info("%s is finished already", path)
-    return json.loads(report_path.read_text(encoding="utf-8"))
+    return report
 
 
 def _report(quantizer: Quantizer, trainer: QuantizerTrainer, teacher: Teacher, frames: Frames, sample: Sample) -> dict:

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.quantization.search import SearchTables, refine
-from icefall_kd.runtime.files import atomic_write
+from icefall_kd.runtime.tensors import read_tensors, write_tensors
 
 # exp(10 s) gives the two global scales a ten times larger effective learning rate.
 SCALE_SPEED = 10.0
@@ -244,33 +242,24 @@ class Quantizer(nn.Module):
             "codebook_size": self.codebook_size,
             "sha256": self.sha256,
         }
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        # One key alone: safetensors orders several at random, and equal quantizers shall be equal files.
-        header = {"metadata": json.dumps(meta, sort_keys=True)}
-        with atomic_write(path) as file:
-            file.write(to_safetensors(tensors, metadata=header))
+        write_tensors(path, self.state_dict(), {"metadata": json.dumps(meta, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path, dim: int | None = None, device: torch.device | str = "cpu") -> "Quantizer":
-        """Read a quantizer that :meth:`save` wrote.
+        """Read a quantizer that :meth:`save` wrote, or the state dict (.pt) of one of multi_quantization 0.1.1.
 
         Args:
-            path: the safetensors file.
+            path: the file.
             dim: channels that the caller's embeddings have; None: not checked.
         Raises:
             DataError: the file is missing, damaged, or made for another dimension.
         """
+        from icefall_kd.train.checkpoint import load_tensors  # late: this module is used without a training
+
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, RuntimeError, ValueError) as error:
-            raise DataError(f"cannot read quantizer {path}: {error}; train it with local/train_quantizer.py") from error
-        except Exception as error:
-            # safetensors has an exception class of its own, derived from Exception alone.
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise DataError(f"quantizer file {path} is damaged ({error}); train it again") from error
+            header, state = ({}, load_tensors(path)) if Path(path).suffix == ".pt" else read_tensors(path)
+        except DataError as error:
+            raise DataError(f"quantizer file {error}; train it with local/train_quantizer.py") from error
         result = cls.from_state_dict(state, where=str(path)).to(device)
         result.metadata = json.loads(header.get("metadata", "{}"))
         stored = result.metadata.get("sha256")

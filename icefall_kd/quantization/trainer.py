@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from icefall_kd.config import QuantizerConfig
@@ -27,8 +25,9 @@ from icefall_kd.errors import ConfigError, DataError, NumericError
 from icefall_kd.quantization.init import init_from_data
 from icefall_kd.quantization.outliers import outlier_mask, place_outliers
 from icefall_kd.quantization.quantizer import SCALE_SPEED, Quantizer, QuantizerLosses
-from icefall_kd.runtime.files import atomic_write, fingerprint
+from icefall_kd.runtime.files import fingerprint
 from icefall_kd.runtime.log import Progress
+from icefall_kd.runtime.tensors import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -188,21 +187,22 @@ class QuantizerTrainer:
 
     def save_state(self) -> None:
         """Write parameters, optimizer and step, atomically."""
-        tensors = {f"model.{name}": value.detach().cpu() for name, value in self.quantizer.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in self.quantizer.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{index}.{name}": value.detach().cpu() for name, value in state.items()})
+            tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
         header = {"step": str(self.step), "identity": self.identity}
-        with atomic_write(self.state_path) as file:
-            file.write(to_safetensors({k: v.contiguous() for k, v in tensors.items()}, metadata=header))
+        write_tensors(self.state_path, tensors, header)
 
     def resume(self) -> bool:
-        """Go on from the state file, if it belongs to the same data and options; say so when it does not."""
+        """Go on from the state file, if it is sound and of the same data and options; say so when it is not."""
         if self.state_path is None or not self.state_path.exists():
             return False
-        with safe_open(str(self.state_path), framework="pt") as file:
-            header = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if header["identity"] != self.identity:
+        try:
+            header, tensors = read_tensors(self.state_path)
+        except DataError as error:
+            logger.warning("%s; training starts anew", error)
+            return False
+        if header.get("identity") != self.identity:
             logger.warning("%s belongs to other data or options; training starts anew", self.state_path)
             return False
         self.step = int(header["step"])

@@ -16,33 +16,73 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from icefall_kd.errors import DataError
+from icefall_kd.errors import DISK_FULL, ConfigError, DataError
 
 TMP_PREFIX = ".tmp-"
 _counter = itertools.count()
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside ``path`` of this process alone, with its suffix: libraries choose formats by that."""
+    return path.with_name(f"{TMP_PREFIX}{os.getpid()}-{next(_counter)}-{path.name}")
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it replaces ``path``, on failure it is removed.
 
-    The temporary name keeps the suffix of ``path``, for libraries that choose a format by it.
-
     Args:
         path: The target file; missing parent folders are created.
+
+    Raises:
+        ConfigError: The disk is full (or a quota, or a limit on the size of files).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{TMP_PREFIX}{os.getpid()}-{next(_counter)}-{path.name}")
+    tmp = temporary_name(path)
     try:
         yield tmp
         with open(tmp, "rb") as written:
             os.fsync(written.fileno())
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as error:
         tmp.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror}; what was saved before is intact. Make room and run the same "
+                "command again"
+            ) from error
         raise
     _fsync_folder(path.parent)
+
+
+def remove_leftovers(folder: str | Path, name: str) -> None:
+    """Delete what processes that were killed left in ``folder`` under temporary names.
+
+    Args:
+        folder: Where they wrote.
+        name: Pattern of the targets' names, as in glob.
+    """
+    for path in Path(folder).glob(f"{TMP_PREFIX}*-{name}"):
+        pid = path.name.removeprefix(TMP_PREFIX).partition("-")[0]
+        if not pid.isdigit() or (int(pid) != os.getpid() and _is_running(int(pid))):
+            continue
+        if path.is_dir():
+            import shutil  # here, since the check of a shell stage imports this module and must start quickly
+
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ import signal
 
 
 def outlive_sigterm(grace: int = 30) -> None:
-    """Let this process go on for ``grace`` seconds after SIGTERM, and ignore SIGUSR1.  Call it in loader processes.
+    """Let this process go on for ``grace`` seconds after SIGTERM, and ignore SIGUSR1 and SIGUSR2.
 
-    A scheduler sends its warning to every process of a job.  A loader that ended at once would fail the training
-    process in the middle of a step, instead of letting it finish the step and save.  The alarm keeps a loader whose
-    training process has gone from living on.
+    It is for loader processes.  A scheduler sends its warning to every process of a job.  A loader that ended at once
+    would fail the training process in the middle of a step, instead of letting it finish the step and save.  The alarm
+    keeps a loader whose training process has gone from living on.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(grace))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

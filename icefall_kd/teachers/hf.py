@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
@@ -44,9 +45,18 @@ def mel_filters(num_mel_bins: int) -> Tensor:
     return torch.from_numpy(filters).float().T.contiguous()
 
 
+def _pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """Return what a class of transformers reads from a folder; a DataError when its files are damaged or missing."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (SafetensorError, OSError, EOFError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"teacher {folder} cannot be loaded ({reason}); fetch or copy its files again") from error
+
+
 def load_config(folder: Path) -> Any:
     """Return the transformers configuration of a model folder."""
-    return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+    return _pretrained(_transformers().AutoConfig, folder)
 
 
 def whisper_encoder(folder: Path) -> nn.Module:
@@ -61,19 +71,14 @@ def whisper_encoder(folder: Path) -> nn.Module:
     config = load_config(folder)
     if config.model_type != "whisper":
         raise ConfigError(f"{folder} holds a {config.model_type} model, not Whisper")
-    return transformers.WhisperModel.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
-    ).encoder.eval()
+    return _pretrained(transformers.WhisperModel, folder, dtype=torch.float32).encoder.eval()
 
 
 def whisper_model(folder: Path) -> nn.Module:
     """Return a whole float32 ``WhisperForConditionalGeneration``, for decoding in the teacher check."""
     transformers = _transformers()
     if not ctranslate2.is_whisper_folder(folder):
-        model = transformers.WhisperForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32
-        )
-        return model.eval()
+        return _pretrained(transformers.WhisperForConditionalGeneration, folder, dtype=torch.float32).eval()
     source = ctranslate2.read_model(folder / "model.bin")
     config = transformers.WhisperConfig(**ctranslate2.whisper_config(source), **_WHISPER_TOKENS)
     model = _empty(transformers.WhisperForConditionalGeneration, config)
@@ -91,7 +96,7 @@ def speech_ssl_model(folder: Path) -> nn.Module:
 
     SDPA attention is asked for where the family has it; both attention kernels are exact.
     """
-    return _transformers().AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    return _pretrained(_transformers().AutoModel, folder, dtype=torch.float32).eval()
 
 
 def speech_ssl_from_tensors(
@@ -117,7 +122,7 @@ def speech_ssl_from_tensors(
 
 def ctc_model(folder: Path) -> nn.Module:
     """Return a float32 HuBERT, WavLM, wav2vec 2.0 or data2vec model with its CTC head."""
-    return _transformers().AutoModelForCTC.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    return _pretrained(_transformers().AutoModelForCTC, folder, dtype=torch.float32).eval()
 
 
 def tokenizer(folder: Path) -> Any:

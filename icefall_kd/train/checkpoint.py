@@ -10,17 +10,17 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import TMP_PREFIX, atomic_path, atomic_write
+from icefall_kd.runtime.files import atomic_path, atomic_write
+from icefall_kd.runtime.tensors import read_tensors
 
 FORMAT_VERSION = 1
 _PLAIN = (str, int, float, bool, bytes, type(None))
@@ -54,16 +54,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     plain = _plain_copy({**checkpoint, "format_version": FORMAT_VERSION}, "")
     try:
         with atomic_write(path, "wb") as f:
-            torch.save(plain, f)
-    except (OSError, RuntimeError) as error:
-        # torch turns an OSError of the stream into a RuntimeError of its own.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise ConfigError(
-            f"cannot write {path}: {cause.strerror or cause}; what was saved before is intact. Make room (smaller "
-            "--keep-last-k and --keep-epochs need less) and run the same command again"
-        ) from error
+            try:
+                torch.save(plain, f)
+            except RuntimeError as error:
+                # torch turns an OSError of the stream into an error of its own.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+    except ConfigError as error:
+        raise ConfigError(f"{error} (smaller --keep-last-k and --keep-epochs need less room)") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; what was saved before is intact") from error
 
 
 def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
@@ -114,13 +115,12 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[1]
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # as in load_checkpoint
-        if "Unsupported" in str(error) and not isinstance(error, SafetensorError):
+        if "Unsupported" in str(error):
             raise ConfigError(
                 f"{path} holds more than tensors ({_foreign_class(error)}), and unpickling it would run its code. "
                 "Where fairseq is installed, and only if you trust the file, save its tensors alone: python3 -c "
@@ -185,11 +185,15 @@ def load_newest(exp_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return best
 
 
-def remove_old(exp_dir: str | Path, kind: str, keep: int | None) -> list[Path]:
-    """Delete all but the ``keep`` highest-numbered files of ``kind`` and return what was deleted."""
+def remove_old(exp_dir: str | Path, kind: str, keep: int | None, spare: Collection[int] = ()) -> list[Path]:
+    """Delete all but the ``keep`` highest-numbered files of ``kind`` and those numbered in ``spare``.
+
+    Returns:
+        What was deleted; nothing when ``keep`` is None.
+    """
     if keep is None:
         return []
-    old = list(list_checkpoints(exp_dir, kind).values())[:-keep]
+    old = [path for number, path in list(list_checkpoints(exp_dir, kind).items())[:-keep] if number not in spare]
     for path in old:
         path.unlink(missing_ok=True)
     return old
@@ -207,24 +211,6 @@ def copy_as(source: str | Path, name: str) -> Path:
         except OSError:
             shutil.copyfile(source, temporary)
     return target
-
-
-def remove_leftovers(exp_dir: str | Path) -> None:
-    """Delete the half-written .pt files that killed processes left in ``exp_dir``."""
-    for path in Path(exp_dir).glob(f"{TMP_PREFIX}*.pt"):
-        pid = path.name.removeprefix(TMP_PREFIX).partition("-")[0]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
-            path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def check_tokenizer(checkpoint: dict[str, Any], tokenizer_hash: str, path: str | Path) -> None:

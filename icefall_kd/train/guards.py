@@ -126,6 +126,7 @@ def scan_worst_batches(
     max_duration: float,
     rank: int = 0,
     step: int = 0,
+    reserve: int = 0,
 ) -> None:
     """Run forward and backward on the memory-worst batches with all losses; the training is left unchanged.
 
@@ -137,6 +138,7 @@ def scan_worst_batches(
         exp_dir, rank: where and under which name a dump is written.
         max_duration: seconds of audio a batch, for the suggestion.
         step: the step whose warm-ups apply.
+        reserve: bytes that training will need besides (the optimizer's state), taken meanwhile.
     Raises:
         ConfigError: the memory does not suffice, or parameters receive no gradient from any of the batches.
     """
@@ -145,9 +147,12 @@ def scan_worst_batches(
     without: set[str] | None = None
     with unchanged(system):
         system.train()
+        reserved = None
         for i, batch in enumerate(batches):
             system.zero_grad(set_to_none=True)
             try:
+                if reserved is None:
+                    reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
                 moved = batch.to(device)
                 with autocast():
                     terms = system.losses(moved, step)

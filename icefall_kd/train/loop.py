@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
-from icefall_kd.runtime.files import write_json
+from icefall_kd.runtime.files import remove_leftovers, write_json
 from icefall_kd.systems.base import System
 from icefall_kd.train import checkpoint as ckpt
 from icefall_kd.train import guards
@@ -30,7 +30,7 @@ from icefall_kd.train.average import RunningAverage
 from icefall_kd.train.metrics import Tracker, finite_only
 from icefall_kd.train.progress import TrainProgress
 from icefall_kd.train.state import TrainState, initialise, refuse_changed_config, refuse_changed_data, write_config
-from icefall_kd.train.step import Stepper
+from icefall_kd.train.step import Stepper, Wishes
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,10 @@ def train(
         trainer.progress.close()
 
 
+# What schedulers send before they end a job.
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 class _Stop(Exception):
     """Raised inside a run when it ends before its last epoch."""
 
@@ -119,18 +123,22 @@ class _Trainer:
         self.average = RunningAverage(system, self.loop.average_period) if self.rank == 0 else None
         self.progress, self.epoch_tracker = TrainProgress(self.loop, self.stepper, epoch_seconds), Tracker()
         self.stop_signal: str | None = None
+        self.save_wanted = False
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Note SIGTERM and SIGUSR1 (a scheduler's warning) while the training runs."""
+        """Note signals while the training runs: a scheduler's warnings save and stop, SIGUSR2 saves and goes on."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def note(number: int, _frame: object) -> None:
-            self.stop_signal = signal.Signals(number).name
+            if number == signal.SIGUSR2:
+                self.save_wanted = True
+            else:
+                self.stop_signal = signal.Signals(number).name
 
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {s: signal.signal(s, note) for s in (*STOPS, signal.SIGUSR2)}
         try:
             yield
         finally:
@@ -219,7 +227,7 @@ class _Trainer:
             self.exp_dir.mkdir(parents=True, exist_ok=True)
             # Of a shorter training that is continued; the file says that the training is complete.
             (self.exp_dir / "train_summary.json").unlink(missing_ok=True)
-            ckpt.remove_leftovers(self.exp_dir)
+            remove_leftovers(self.exp_dir, "*.pt")
             write_config(self.exp_dir, self.config, self.state.step, self.state.init)
             self.progress.open(self.exp_dir, self.state.step)
             if on_start is not None:
@@ -236,6 +244,7 @@ class _Trainer:
                 self.config.data.max_duration,
                 rank=self.rank,
                 step=self.state.step,
+                reserve=self.stepper.memory_to_come(),
             )
         self.stepper.distribute()
 
@@ -245,7 +254,7 @@ class _Trainer:
         groups = _groups(self.data.train_batches(state.epoch, state.batch), loop.accum_grad)
         self.system.train()
         for batches, is_last in groups:
-            stop = self._step(batches, is_last)
+            stop, save = self._step(batches, is_last)
             if self.average is not None:
                 self.average.update(self.system, state.step)
             if state.step % loop.log_interval == 0 or state.step == 1:
@@ -255,7 +264,7 @@ class _Trainer:
                 stop = self._validate() or stop
             if stop or at_end:
                 raise _Stop(by_signal=stop and not at_end)
-            if state.step % loop.save_every_n == 0:
+            if save or state.step % loop.save_every_n == 0:
                 self._save(f"checkpoint-{state.step}.pt", "checkpoint", loop.keep_last_k)
         if state.batch == 0:
             raise DataError(f"epoch {state.epoch} has no training batches")
@@ -277,7 +286,7 @@ class _Trainer:
         state.batches_per_epoch = state.batch
         state.epoch, state.batch = epoch + 1, 0
         self.epoch_tracker = Tracker()
-        self._save(f"epoch-{epoch}.pt", "epoch", self.loop.keep_epochs)
+        self._save(f"epoch-{epoch}.pt", "epoch", self.loop.keep_epochs, state.best_epochs(self.loop.keep_best))
         self._link_best()
 
     def _link_best(self) -> None:
@@ -288,10 +297,12 @@ class _Trainer:
             if self.rank == 0 and file.exists():
                 ckpt.copy_as(file, f"best-{name}-loss.pt")
 
-    def _step(self, batches: list[Batch], is_last: bool) -> bool:
-        """Do one step and count it; return whether some rank was told to stop."""
+    def _step(self, batches: list[Batch], is_last: bool) -> tuple[bool, bool]:
+        """Do one step and count it; return whether some rank was told to stop, and whether one was told to save."""
         state, audio = self.state, sum(sum(batch.durations) for batch in batches)
-        outcome = self.stepper.step(batches, state.step, state.epoch, is_last, self.stop_signal is not None)
+        wishes = Wishes(stop=self.stop_signal is not None, save=self.save_wanted)
+        outcome = self.stepper.step(batches, state.step, state.epoch, is_last, wishes)
+        self.save_wanted = self.save_wanted and not wishes.save
         state.audio_seconds += audio
         state.batch += len(batches)
         state.step += 1
@@ -299,7 +310,7 @@ class _Trainer:
         values = outcome.values or Tracker()
         self.progress.add(values, audio)
         self.epoch_tracker.add_tracker(values)
-        return outcome.stop
+        return outcome.wishes.stop, outcome.wishes.save
 
     def _validate(self) -> bool:
         """Validate and record the results; return True when a signal to stop came meanwhile."""
@@ -321,7 +332,7 @@ class _Trainer:
             self.progress.log_validation(self.state, tracker, time.monotonic() - start)
         return False
 
-    def _save(self, name: str, kind: str, keep: int | None) -> None:
+    def _save(self, name: str, kind: str, keep: int | None, spare: Collection[int] = ()) -> None:
         state = self.state
         running, epoch_tracker = self.progress.running.reduced(), self.epoch_tracker.reduced()
         if self.rank != 0:
@@ -342,7 +353,7 @@ class _Trainer:
                 "tokenizer_hash": self.tokenizer_hash,
             },
         )
-        ckpt.remove_old(self.exp_dir, kind, keep)
+        ckpt.remove_old(self.exp_dir, kind, keep, spare)
         logger.info("saved %s", self.exp_dir / name)
 
     def _summary(self, finished: bool, write: bool) -> dict[str, Any]:

@@ -159,8 +159,12 @@ class MetricsWriter:
             **fields: further numbers (``tot``: the running values by name; lr, grad_norm, ... as train/*).
         """
         record = {"kind": kind, "step": step, **values, **fields}
-        self.stream.write(json.dumps(finite_only(record)) + "\n")
-        self.stream.flush()
+        try:
+            self.stream.write(json.dumps(finite_only(record)) + "\n")
+            self.stream.flush()
+        except OSError as error:
+            error.filename = str(self.file)  # a full disk is reported by its file
+            raise
         prefix = "train/current_" if kind == "train" else "train/valid_"
         for name, value in values.items():
             self.board.add_scalar(prefix + name, value, step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 # what they point to is compared by content.
 MAY_CHANGE = frozenset(
     "exp_dir num_epochs max_steps device num_threads log_interval valid_interval save_every_n keep_last_k keep_epochs "
-    "max_skips oom_scan start_epoch init_from manifest_dir lang_dir label_dir valid_parts valid_utts "
+    "keep_best max_skips oom_scan start_epoch init_from manifest_dir lang_dir label_dir valid_parts valid_utts "
     "num_workers".split()
 )
 
@@ -70,6 +71,11 @@ class TrainState:
     def to_dict(self) -> dict[str, Any]:
         """Return the counters as plain containers."""
         return dataclasses.asdict(self)
+
+    def best_epochs(self, count: int) -> list[int]:
+        """Return the ``count`` complete epochs with the lowest finite validation loss, best first."""
+        losses = [(h["valid"]["loss"], h["epoch"]) for h in self.history if h["valid"]]
+        return [epoch for loss, epoch in sorted(x for x in losses if math.isfinite(x[0]))[:count]]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":

@@ -17,6 +17,7 @@ from icefall_kd.config import TrainConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import DataError, NumericError
 from icefall_kd.runtime import dist
+from icefall_kd.runtime.files import write_json
 from icefall_kd.systems.base import LossTerms, System
 from icefall_kd.train import guards
 from icefall_kd.train.metrics import Tracker
@@ -41,13 +42,21 @@ def seed_everything(seed: int) -> None:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What signals asked for: of one rank, or of at least one of all."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
 class StepOutcome:
     """What one step did."""
 
     values: Tracker | None
     """This rank's losses; None when the step was skipped on all ranks."""
-    stop: bool
-    """Whether some rank was told to stop."""
+    wishes: Wishes
+    """Those of all ranks."""
 
 
 class Stepper:
@@ -77,6 +86,13 @@ class Stepper:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.system, device_ids=ids)
 
+    def memory_to_come(self) -> int:
+        """Return the bytes that the optimizer's state and DDP's buckets will take from the first step on."""
+        trainable = sum(p.nbytes for p in self.system.parameters() if p.requires_grad)
+        # ScaledAdam has its state from the beginning, AdamW's two tensors a parameter are there after a resume alone.
+        has_state = isinstance(self.optimizer, ScaledAdam) or bool(self.optimizer.state)
+        return (0 if has_state else 2 * trainable) + (trainable if self.world_size > 1 else 0)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context of a forward pass at the configured precision."""
         dtype = AUTOCAST[self.config.loop.precision]
@@ -87,7 +103,7 @@ class Stepper:
         """The learning rate of the latest step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def step(self, batches: Sequence[Batch], step: int, epoch: int, is_last: bool, stop: bool) -> StepOutcome:
+    def step(self, batches: Sequence[Batch], step: int, epoch: int, is_last: bool, wishes: Wishes) -> StepOutcome:
         """Do one optimizer step on ``batches``, or skip it on all ranks.
 
         Args:
@@ -95,7 +111,7 @@ class Stepper:
             step: global step, from 0.
             epoch: from 1.
             is_last: whether these are the last batches of this rank's epoch.
-            stop: whether this rank was told to stop.
+            wishes: what this rank was asked for.
         Raises:
             NumericError: too many skipped steps in a row.
             DataError: the ranks do not have equally many batches.
@@ -106,21 +122,21 @@ class Stepper:
             group["lr"] = rate
         seed_everything(step_seed(self.config.loop.seed, step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
-        values, frames, any_stop = Tracker(), 0.0, stop
+        values, frames, shared = Tracker(), 0.0, wishes
         for i, batch in enumerate(batches):
             synchronise = i == len(batches) - 1 or self.model is self.system
             with contextlib.nullcontext() if synchronise else self.model.no_sync():
                 terms, sums = self._forward(batch, step)
                 finite = math.isfinite(sums.sums["loss"][0])
                 # One collective tells all ranks whether to skip or stop, and how much data the step holds.
-                flags = [not finite, stop, is_last, terms.frames]
-                bad, stops, lasts, all_frames = dist.all_reduce_sum(flags, self.device)
-                any_stop = stops > 0
+                flags = [not finite, wishes.stop, wishes.save, is_last, terms.frames]
+                bad, stops, saves, lasts, all_frames = dist.all_reduce_sum(flags, self.device)
+                shared = Wishes(stops > 0, saves > 0)
                 if 0 < lasts < self.world_size:
                     raise DataError(f"epoch {epoch} ends at step {step} on some ranks alone: they differ in batches")
                 if bad:
                     self._skip(step, terms, [batch], locally=not finite)
-                    return StepOutcome(None, any_stop)
+                    return StepOutcome(None, shared)
                 with self.memory_guard(batch, step):
                     self.scaler.scale(terms.total).backward()
             values.add_tracker(sums)
@@ -129,12 +145,12 @@ class Stepper:
             guards.refuse_unused(guards.parameters_without_gradient(self.system))
             self._gradients_checked = True
         with self.memory_guard(batches[-1], step):
-            finite = self._update(frames, step)
+            finite = self._update(frames, step, batches)
         if not finite:
             self._skip(step, None, batches, locally=True)
-            return StepOutcome(None, any_stop)
+            return StepOutcome(None, shared)
         self.guard.good()
-        return StepOutcome(values, any_stop)
+        return StepOutcome(values, shared)
 
     def _forward(self, batch: Batch, step: int) -> tuple[LossTerms, Tracker]:
         sums = Tracker()
@@ -165,7 +181,7 @@ class Stepper:
             where = where or f"at step {step}"
             raise guards.out_of_memory(error, batch, where, file, self.config.data.max_duration) from error
 
-    def _update(self, frames: float, step: int) -> bool:
+    def _update(self, frames: float, step: int, batches: Sequence[Batch]) -> bool:
         """Normalise, clip and apply the gradients; return False when they are not finite."""
         self.scaler.unscale_(self.optimizer)
         params = [p for p in self.system.parameters() if p.grad is not None]
@@ -184,16 +200,22 @@ class Stepper:
         if scaled_adam and self.optimizer.last_grad_norm is not None:
             self.grad_norm = self.optimizer.last_grad_norm
         if self.scaler.is_enabled():
-            self._adjust_scale(step)
+            self._adjust_scale(step, batches)
             return True
         return math.isfinite(self.grad_norm)
 
-    def _adjust_scale(self, step: int) -> None:
+    def _adjust_scale(self, step: int, batches: Sequence[Batch]) -> None:
         """Update the fp16 loss scale: torch halves it at an overflow, but is slow to double a small one."""
         self.scaler.update()
         scale = self.scaler.get_scale()
         if scale < 1e-5:
-            raise NumericError(f"the fp16 loss scale fell to {scale:g} at step {step}; use --precision bf16 or fp32")
+            file = self.exp_dir / f"nonfinite-step{step}-rank{self.rank}.json"
+            shapes = [guards.batch_shapes(batch) for batch in batches]
+            write_json(file, {"step": step, "grad_scale": scale, "batches": shapes})
+            raise NumericError(
+                f"the fp16 loss scale fell to {scale:g} at step {step}: the gradients of the last steps overflowed, of "
+                f"{', '.join(shapes[0]['ids'][:5])} too (all: {file}); use --precision bf16 or fp32"
+            )
         if (step % 25 == 0 and scale < 2) or (step % 100 == 0 and scale < 8) or (step % 400 == 0 and scale < 32):
             self.scaler.update(scale * 2)
         if scale < 0.01 and step % self.config.loop.log_interval == 0:

@@ -106,7 +106,7 @@ def test_parts_that_cannot_be_decoded_are_refused_before_any_is(trained, tmp_pat
         decode(DecodeConfig(test_parts=[str(audio), other], **options))
     with gzip.open(tmp_path / "cuts_none.jsonl.gz", "wb"):
         pass
-    with pytest.raises(DataError, match=r"cuts_none\.jsonl\.gz holds no cuts; prepare part none again"):
+    with pytest.raises(DataError, match=r"cuts_none\.jsonl\.gz holds no cuts; run the stage that writes it"):
         decode(DecodeConfig(test_parts=[str(audio), "none"], **options))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from icefall_kd.runtime import dist
-from icefall_kd.train.checkpoint import load_checkpoint
+from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
 from icefall_kd.train.metrics import read_metrics
 
 
@@ -96,6 +96,27 @@ def test_infinite_losses_in_a_row_end_both_ranks_with_code_3(repo, tmp_path):
     results = finish(start(repo, tmp_path, data=data, config={"max_skips": 2}))
     assert [code for code, _, _ in results] == [3, 3], results[0][2] + results[1][2]
     assert (tmp_path / "nonfinite-step2-rank1.json").exists()
+
+
+@pytest.mark.parametrize("oom_scan", [True, False])
+def test_parameters_without_gradient_are_named_by_both_ranks(repo, tmp_path, oom_scan):
+    for code, _, err in finish(start(repo, tmp_path, unused=True, config={"oom_scan": oom_scan, "accum_grad": 2})):
+        assert code == 2 and "receive no gradient from any active loss: forgotten.weight, forgotten.bias" in err, err
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_they_go_on(repo, tmp_path):
+    config = {"num_epochs": 2, "save_every_n": 100}
+    processes = start(repo, tmp_path, config=config, data={"delay": 0.2})
+    metrics = tmp_path / "log" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGUSR2)
+    results = finish(processes)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2]
+    assert json.loads(results[0][1])["finished"]
+    (saved,) = list_checkpoints(tmp_path, "checkpoint")
+    assert 3 <= saved < 14
 
 
 def test_a_signal_to_one_rank_stops_all_and_resumes_bit_equal(repo, tmp_path):

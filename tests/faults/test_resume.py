@@ -133,3 +133,12 @@ def test_sigterm_saves_and_exits_0(repo, tmp_path, whole, to):
     assert "run the same command again" in err
     run_toy(tmp_path, ToyData())
     assert_same_end(whole, tmp_path)
+
+
+def test_sigusr2_to_a_job_leaves_its_loaders_alive(repo, tmp_path, whole):
+    process = start(repo, tmp_path, data={"delay": 0.1, "num_workers": 2})
+    wait_for_step(tmp_path, process, 5)
+    os.killpg(process.pid, signal.SIGUSR2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and json.loads(out)["finished"], err
+    assert_same_end(whole, tmp_path)

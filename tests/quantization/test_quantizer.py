@@ -296,7 +296,7 @@ def test_embeddings_that_are_not_finite_and_codes_of_no_entry_are_refused():
 
 def test_damaged_and_missing_files_are_data_errors(tmp_path):
     path = tmp_path / "quantizer.safetensors"
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read"):
         Quantizer.load(path)
     make(12, 4, 16).save(path)
     whole = path.read_bytes()

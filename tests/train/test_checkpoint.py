@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.files import remove_leftovers
 from icefall_kd.train import checkpoint as ckpt
 
 
@@ -116,7 +117,7 @@ def test_only_what_dead_processes_left_is_removed(tmp_path):
     for pid in (dead.pid, os.getpid(), os.getppid()):
         (tmp_path / f".tmp-{pid}-0-epoch-1.pt").write_bytes(b"half")
     (tmp_path / ".tmp-notes.pt").write_bytes(b"a user's")
-    ckpt.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, "*.pt")
     kept = {f".tmp-{os.getppid()}-0-epoch-1.pt", ".tmp-notes.pt"}
     assert {p.name for p in tmp_path.iterdir()} == kept, "a number of our own is that of a dead namesake"
 

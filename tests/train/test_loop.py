@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import math
@@ -10,12 +11,14 @@ import torch
 
 from icefall_kd.errors import ConfigError, DataError, NumericError
 from icefall_kd.runtime.files import read_json
+from icefall_kd.train import guards
+from icefall_kd.train.average import average_checkpoints, best_n, last_n
 from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
 from icefall_kd.train.loop import train
 from icefall_kd.train.metrics import read_metrics
 from icefall_kd.train.progress import TrainProgress
 from icefall_kd.train.state import TrainState
-from icefall_kd.train.step import Stepper, step_seed
+from icefall_kd.train.step import Stepper, Wishes, step_seed
 from tests.train.toy import ToyData, ToySystem, run_toy, same_weights, toy_config
 
 OPTIMIZERS = ["scaled_adam", "adamw"]
@@ -255,6 +258,127 @@ def test_a_signal_during_validation_saves_before_it(tmp_path):
     result, resumed = run_toy(tmp_path / "parts")
     assert same_weights(whole.state_dict(), resumed.state_dict())
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+class SignalledData(ToyData):
+    """Sends ``signal`` to its process ``where`` the loop asks for batches."""
+
+    def __init__(self, number, where):
+        super().__init__()
+        self.number, self.where = number, where
+
+    def _send(self, where):
+        if where == self.where:
+            os.kill(os.getpid(), self.number)
+
+    def train_batches(self, epoch, skip):
+        for i, batch in enumerate(super().train_batches(epoch, skip)):
+            self._send(f"batch {epoch} {i + skip}")
+            yield batch
+
+    def valid_batches(self):
+        self._send("validation")
+        yield from super().valid_batches()
+
+    def worst_batches(self):
+        self._send("scan")
+        return super().worst_batches()
+
+
+def test_a_signal_during_the_scan_saves_after_the_first_step(tmp_path):
+    _, whole = run_toy(tmp_path / "whole")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        exp_dir = tmp_path / number.name
+        result, _ = run_toy(exp_dir, SignalledData(number, "scan"))
+        assert not result["finished"] and result["steps"] == 1
+        assert list(list_checkpoints(exp_dir, "checkpoint")) == [1]
+        result, resumed = run_toy(exp_dir)
+        assert result["finished"] and same_weights(whole.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("where", "extra"), [("scan", [1]), ("batch 2 2", [9]), ("validation", [15]), ("nowhere", [])]
+)
+def test_sigusr2_saves_and_goes_on(tmp_path, where, extra):
+    _, whole = run_toy(tmp_path / "whole")
+    result, system = run_toy(tmp_path / "saved", SignalledData(signal.SIGUSR2, where))
+    assert result["finished"] and same_weights(whole.state_dict(), system.state_dict())
+    saved, usual = (set(list_checkpoints(tmp_path / name, "checkpoint")) for name in ("saved", "whole"))
+    assert sorted(saved - usual) == extra
+
+
+class ScriptedValidation(ToyData):
+    """Validation losses that fall and rise as ``noise`` says, an epoch each."""
+
+    noise = (3.0, 0.0, 6.0, 0.5, 4.0, 5.0)
+
+    def __init__(self):
+        super().__init__()
+        self.validations = 0
+
+    def valid_batches(self):
+        scale = self.noise[self.validations]
+        self.validations += 1
+        for batch in super().valid_batches():
+            yield dataclasses.replace(batch, features=batch.features + scale * torch.randn(batch.features.shape))
+
+
+def test_the_last_and_the_best_epochs_are_kept_and_averaged(tmp_path):
+    result, _ = run_toy(tmp_path, ScriptedValidation(), num_epochs=6, keep_epochs=2, keep_best=2)
+    history = load_checkpoint(tmp_path / "epoch-6.pt")["train"]["history"]
+    best = [h["epoch"] for h in sorted(history, key=lambda h: h["valid"]["loss"])][:2]
+    assert result["best_valid_epoch"] == best[0] and not set(best) & {5, 6}
+    kept = list_checkpoints(tmp_path, "epoch")
+    assert list(kept) == sorted({*best, 5, 6})
+    assert [p.name for p in best_n(tmp_path, 2)] == [f"epoch-{n}.pt" for n in best]
+    assert [p.name for p in last_n(tmp_path, 2)] == ["epoch-5.pt", "epoch-6.pt"]
+    mean = average_checkpoints(best_n(tmp_path, 2))["output.bias"]
+    files = [load_checkpoint(kept[n])["model"]["output.bias"].double() for n in best]
+    torch.testing.assert_close(mean.double(), sum(files) / 2, rtol=1e-6, atol=1e-7)
+    # Fewer are wanted now: a training that goes on deletes the rest.
+    run_toy(tmp_path, ToyData(), num_epochs=7, keep_epochs=1, keep_best=0)
+    assert list(list_checkpoints(tmp_path, "epoch")) == [7]
+
+
+def test_gradients_that_overflow_for_ever_end_the_training_and_name_the_utterances(tmp_path):
+    class Overflowing(ToySystem):
+        def losses(self, batch, step):
+            terms = super().losses(batch, step)
+            if self.training and step >= 3:
+                self.scale.register_hook(lambda grad: grad * math.inf)
+            return terms
+
+    with pytest.raises(NumericError, match=r"the fp16 loss scale fell to .* at step \d+: .* utt-\d-\d-0, ") as info:
+        train(Overflowing(), ToyData(), toy_config(tmp_path, precision="fp16", oom_scan=False))
+    assert info.value.exit_code == 3
+    (file,) = tmp_path.glob("nonfinite-step*-rank0.json")
+    assert len(read_json(file)["batches"][0]["ids"]) == 4 and file.name in str(info.value)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_scan_holds_the_memory_that_the_optimizer_will_take(tmp_path, optimizer, monkeypatch):
+    def state_bytes():
+        kept = stepper.optimizer.state_dict()["state"]
+        rows = kept if isinstance(kept, list) else kept.values()
+        return sum(t.nbytes for row in rows for t in row.values() if t.ndim and t.numel() > 4)
+
+    stepper = Stepper(ToySystem(), toy_config(tmp_path, optimizer), torch.device("cpu"))
+    before = state_bytes()
+    promised = stepper.memory_to_come()
+    stepper.step([ToyData()._batch(1, 0)], 0, 1, False, Wishes())
+    assert before + promised == pytest.approx(state_bytes(), rel=0.1)
+    assert stepper.memory_to_come() == 0
+
+    def no_room(*size, **options):
+        if options.get("dtype") == torch.uint8:
+            assert size == (promised,)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*size, **options)
+
+    empty = torch.empty
+    monkeypatch.setattr(guards.torch, "empty", no_room)
+    with pytest.raises(ConfigError, match=r"out of memory in the scan .*--max-duration"):
+        run_toy(tmp_path / "scan", optimizer=optimizer)
 
 
 class NanValidation(ToyData):

@@ -127,10 +127,12 @@ def toy_config(exp_dir: Path, optimizer: str = "scaled_adam", **loop) -> TrainCo
     )
 
 
-def run_toy(exp_dir: Path, data: ToyData | None = None, dropout: float = 0.3, **config) -> tuple[dict, ToySystem]:
+def run_toy(
+    exp_dir: Path, data: ToyData | None = None, dropout: float = 0.3, unused: bool = False, **config
+) -> tuple[dict, ToySystem]:
     """Train a toy system from a fixed initialisation."""
     torch.manual_seed(7)
-    system = ToySystem(dropout)
+    system = ToySystem(dropout, unused)
     result = train(system, data or ToyData(), toy_config(exp_dir, **config), tokenizer_hash="abc")
     return result, system
 
@@ -153,7 +155,8 @@ def main() -> int:
     dist.init(timeout=60)
     try:
         setup_logging(None, "toy", dist.get_rank())
-        result, _ = run_toy(Path(sys.argv[1]), ToyData(**data), options.get("dropout", 0.3), **options["config"])
+        system = {name: options[name] for name in ("dropout", "unused") if name in options}
+        result, _ = run_toy(Path(sys.argv[1]), ToyData(**data), **system, **options["config"])
     finally:
         dist.shutdown()
     if dist.get_rank() == 0:
