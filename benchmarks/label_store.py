@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measure the label store: opening, random reads, joining, and what the container costs beside the codes.
 
     python benchmarks/label_store.py --out benchmarks/results/label_store.json

@@ -30,7 +30,7 @@ from icefall_kd.runtime.files import write_json
 from icefall_kd.systems.mvq import LabelSource, MvqSystem, OnlineTeacher, kd_targets
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher
-from icefall_kd.train.step import Stepper
+from icefall_kd.train.step import Stepper, Wishes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +122,14 @@ def main() -> None:
         for step in range(config.repeats + 2):
             for name, stepper in kinds.items():
                 start = time.perf_counter()
-                stepper.step([batch], step, 1, is_last=False, stop=False)
+                stepper.step([batch], step, 1, is_last=False, wishes=Wishes())
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 if step >= 2:
                     seconds[name].append(time.perf_counter() - start)
         if config.profile:
             with torch.profiler.profile() as profile:
-                kinds["stored"].step([batch], config.repeats + 2, 1, is_last=False, stop=False)
+                kinds["stored"].step([batch], config.repeats + 2, 1, is_last=False, wishes=Wishes())
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=50))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     # Neighbours in time are compared: the speed of a shared machine drifts.
