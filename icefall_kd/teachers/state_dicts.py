@@ -21,6 +21,7 @@ from torch import Tensor
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.files import read_json
+from icefall_kd.train.checkpoint import load_tensors
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 HEAD_DIM = 64
@@ -94,8 +95,6 @@ def read_state_dict(path: Path) -> StateDict:
         DataError: The file cannot be read, or its tensors are not those of such a model: all names are listed.
         ConfigError: It needs unpickling of more than tensors, or the options beside it do not fit.
     """
-    from icefall_kd.train.checkpoint import load_tensors
-
     beside = path.with_suffix(".json")
     return convert(load_tensors(path), str(path), read_json(beside) if beside.is_file() else {})
 
@@ -124,29 +123,10 @@ def convert(tensors: dict[str, Tensor], where: str, overrides: dict[str, Any] | 
     except (ValueError, IndexError):
         raise DataError(f"{where}: convolutions are (out, in, kernel), projections (out, in); found {shapes}") from None
     model_type = _model_type(tensors, shapes)
-    conventions = {
-        "num_attention_heads": max(sizes["hidden_size"] // HEAD_DIM, 1),
-        "conv_stride": list(STRIDES[: len(sizes["conv_dim"])]),
-        "do_normalize": sizes["feat_extract_norm"] == "layer",
-        "do_stable_layer_norm": sizes["feat_extract_norm"] == "layer",
-    }
+    conventions = _conventions(sizes, model_type) | (overrides or {})
+    _check_conventions(conventions, sizes, model_type, where)
     if model_type == "data2vec-audio":
-        del sizes["feat_extract_norm"], conventions["do_stable_layer_norm"]
-    unknown = sorted(set(overrides or {}) - set(conventions))
-    if unknown:
-        raise ConfigError(
-            f"{Path(where).with_suffix('.json')}: {', '.join(unknown)} cannot be set there; names and shapes of the "
-            f"tensors decide everything but {', '.join(conventions)}"
-        )
-    conventions |= overrides or {}
-    heads, strides = conventions["num_attention_heads"], conventions["conv_stride"]
-    if not isinstance(heads, int) or heads < 1 or sizes["hidden_size"] % heads:
-        raise ConfigError(
-            f"{where}: num_attention_heads is {heads!r}; it must divide the {sizes['hidden_size']} channels "
-            f"(set it in {Path(where).with_suffix('.json')})"
-        )
-    if not isinstance(strides, list) or len(strides) != len(sizes["conv_dim"]):
-        raise ConfigError(f"{where}: conv_stride is {strides!r}; there are {len(sizes['conv_dim'])} convolutions")
+        del sizes["feat_extract_norm"]  # it has no such option
     config = {**sizes, **conventions}
     return StateDict(
         origin=origin,
@@ -156,6 +136,36 @@ def convert(tensors: dict[str, Tensor], where: str, overrides: dict[str, Any] | 
         tensors={name: tensor.float() for name, tensor in renamed.items()},
         conventions=conventions,
     )
+
+
+def _conventions(sizes: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """Return what published models of these sizes have in common, and no tensor tells."""
+    is_large = sizes["feat_extract_norm"] == "layer"
+    found = {
+        "num_attention_heads": max(sizes["hidden_size"] // HEAD_DIM, 1),
+        "conv_stride": list(STRIDES[: len(sizes["conv_dim"])]),
+        "do_normalize": is_large,
+    }
+    return found if model_type == "data2vec-audio" else {**found, "do_stable_layer_norm": is_large}
+
+
+def _check_conventions(conventions: dict[str, Any], sizes: dict[str, Any], model_type: str, where: str) -> None:
+    known, beside = _conventions(sizes, model_type), Path(where).with_suffix(".json")
+    if unknown := sorted(set(conventions) - set(known)):
+        raise ConfigError(
+            f"{beside}: {', '.join(unknown)} cannot be set there; names and shapes of the tensors decide everything "
+            f"but {', '.join(known)}"
+        )
+    heads, strides = conventions["num_attention_heads"], conventions["conv_stride"]
+    if not isinstance(heads, int) or heads < 1 or sizes["hidden_size"] % heads:
+        raise ConfigError(
+            f"{where}: num_attention_heads is {heads!r}; it must divide the {sizes['hidden_size']} channels (set it "
+            f"in {beside})"
+        )
+    if not isinstance(strides, list) or len(strides) != len(sizes["conv_dim"]):
+        raise ConfigError(
+            f"{where}: conv_stride is {strides!r}; there are {len(sizes['conv_dim'])} convolutions (set it in {beside})"
+        )
 
 
 def _rename(tensors: dict[str, Tensor], origin: str, where: str) -> dict[str, Tensor]:
