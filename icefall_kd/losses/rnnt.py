@@ -54,13 +54,13 @@ def pruned_transducer_loss(
         ConfigError: for an unknown backend, or one asked for that is absent or broken.
         DataError: for lengths that do not fit the tensors.
     """
-    _check_lengths(encoder_out, decoder_out, y, encoder_out_lens, y_lens)
+    fewest = _check_lengths(encoder_out, decoder_out, y, encoder_out_lens, y_lens)
     chosen = load_backend(backend, encoder_out.device.type)
     y, y_lens, encoder_out_lens = y.long(), y_lens.long(), encoder_out_lens.long()
     am, lm = simple_am_proj(encoder_out), simple_lm_proj(decoder_out)
     projected = joiner.encoder_proj(encoder_out), joiner.decoder_proj(decoder_out)
-    # k2 and fast_rnnt assert that a batch has tokens, and no more of them than frames.
-    if chosen.module is not None and 1 <= y.shape[1] <= encoder_out.shape[1]:
+    # k2 and fast_rnnt assert that every utterance has tokens, and the batch no more of them than frames.
+    if chosen.module is not None and fewest >= 1 and y.shape[1] <= encoder_out.shape[1]:
         return _outside_loss(chosen, am, lm, projected, joiner, y, encoder_out_lens, y_lens,
                              prune_range, lm_scale, am_scale, blank_id)  # fmt: skip
     simple, px_grad, py_grad = smoothed_simple_loss(am, lm, y, encoder_out_lens, y_lens, lm_scale, am_scale, blank_id)
@@ -216,8 +216,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_lengths(encoder_out: Tensor, decoder_out: Tensor, y: Tensor, x_lens: Tensor, y_lens: Tensor) -> None:
-    """Raise a DataError when lengths and tensors disagree."""
+def _check_lengths(encoder_out: Tensor, decoder_out: Tensor, y: Tensor, x_lens: Tensor, y_lens: Tensor) -> int:
+    """Return the fewest tokens of an utterance; a DataError when lengths and tensors disagree."""
     if decoder_out.shape[1] != y.shape[1] + 1:
         raise DataError(
             f"decoder_out has {decoder_out.shape[1]} positions for {y.shape[1]} tokens; it needs one more than tokens: "
@@ -228,6 +228,7 @@ def _check_lengths(encoder_out: Tensor, decoder_out: Tensor, y: Tensor, x_lens: 
         raise DataError(f"encoder_out_lens lie in {x_min}..{x_max}, not in 1..{encoder_out.shape[1]}")
     if y_min < 0 or y_max > y.shape[1]:
         raise DataError(f"y_lens lie in {y_min}..{y_max}, not in 0..{y.shape[1]}")
+    return y_min
 
 
 def _outside_loss(
