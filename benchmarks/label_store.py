@@ -42,7 +42,7 @@ def make(folder: Path, count: int, seconds: float, num_shards: int) -> dict:
 
     from icefall_kd.frames import SSL_CONV
     from icefall_kd.labels.info import LabelSetInfo
-    from icefall_kd.labels.keys import key_hash
+    from icefall_kd.labels.shard import key_hash
     from icefall_kd.labels.store import LabelStore, shard_of
 
     info = LabelSetInfo(

@@ -6,7 +6,6 @@ No torch here: a table is printed again in a second.
 """
 
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, paired_bootstrap
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.shard import Shard
 from icefall_kd.runtime.files import read_json, write_json
 
 SYSTEM_NAMES = {
@@ -198,33 +198,15 @@ def measure_labels(label_dir: Path) -> LabelStorage:
     shards = sorted(Path(label_dir).glob("shard-*.safetensors"))
     if not shards:
         raise DataError(f"label set {label_dir} has no shards yet; run the extraction")
-    frames = samples = 0
-    for shard in shards:
-        shard_frames, shard_samples = _shard_size(shard)
-        frames += shard_frames
-        samples += shard_samples
+    opened = [Shard(path) for path in shards]
     return LabelStorage(
         kind=info["kind"],
         width=info["width"],
         dim=info["dim"],
-        frames=frames,
-        hours=samples / info["sampling_rate"] / 3600.0,
-        file_bytes=sum(shard.stat().st_size for shard in shards),
+        frames=sum(shard.num_frames for shard in opened),
+        hours=sum(shard.num_samples for shard in opened) / info["sampling_rate"] / 3600.0,
+        file_bytes=sum(path.stat().st_size for path in shards),
     )
-
-
-def _shard_size(path: Path) -> tuple[int, int]:
-    """Return frames and samples of a shard; the label store itself would import torch through lhotse."""
-    try:
-        with open(path, "rb") as f:
-            length = struct.unpack("<Q", f.read(8))[0]
-            header = json.loads(f.read(length))
-            begin, end = header["num_samples"]["data_offsets"]
-            f.seek(8 + length + begin)
-            samples = np.frombuffer(f.read(end - begin), dtype="<i8")
-            return header["values"]["shape"][0], int(samples.sum())
-    except (struct.error, ValueError, KeyError) as error:
-        raise DataError(f"label shard {path} is damaged ({error!r}); extract this shard again") from error
 
 
 def _labels_of(exp_dir: Path, config: dict) -> list[LabelStorage]:

@@ -9,7 +9,8 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from icefall_kd.data.features import FbankExtractor, store_features
 from icefall_kd.frames import SSL_CONV
 from icefall_kd.labels.info import LabelSetInfo
-from icefall_kd.labels.keys import key_hash, label_key, speed_copy
+from icefall_kd.labels.keys import label_key, speed_copy
+from icefall_kd.labels.shard import key_hash
 from icefall_kd.labels.store import LabelStore, shard_of
 from icefall_kd.text.tokenizer import Tokenizer
 

@@ -28,8 +28,8 @@ from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.audio import clean_audio
 from icefall_kd.labels.info import LabelSetInfo
-from icefall_kd.labels.keys import CorpusFingerprint, cut_text, key_hash, label_key, speech_track, two_texts
-from icefall_kd.labels.shard import LabelEntry, Shard, write_shard
+from icefall_kd.labels.keys import CorpusFingerprint, cut_text, label_key, speech_track, two_texts
+from icefall_kd.labels.shard import LabelEntry, Shard, key_hash, write_shard
 from icefall_kd.labels.store import LabelStore, ShardWriter, shard_of
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint, remove_leftovers

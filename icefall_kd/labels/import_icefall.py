@@ -31,13 +31,12 @@ from icefall_kd.labels.keys import (
     CorpusFingerprint,
     as_speed,
     cut_text,
-    key_hash,
     label_key,
     parse_key,
     speech_track,
     two_texts,
 )
-from icefall_kd.labels.shard import Shard
+from icefall_kd.labels.shard import Shard, key_hash
 from icefall_kd.labels.store import LabelStore, ShardWriter, shard_of
 from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint, sha256_file
 from icefall_kd.runtime.log import Progress

@@ -104,11 +104,6 @@ def parse_key(key: str) -> ParsedKey:
     return parsed
 
 
-def key_hash(key: str) -> bytes:
-    """Return the 16 bytes (BLAKE2b) under which the store finds ``key``."""
-    return hashlib.blake2b(key.encode(), digest_size=16).digest()
-
-
 def corpus_fingerprint(cuts: Iterable[Cut]) -> str:
     """Return the SHA-256 of a corpus: its label keys and texts, whatever their order (cuts are read once).
 

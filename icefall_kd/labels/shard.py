@@ -23,7 +23,6 @@ from typing import IO, Any
 import numpy as np
 
 from icefall_kd.errors import DataError
-from icefall_kd.labels.keys import key_hash
 from icefall_kd.runtime.files import atomic_path
 
 DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "float16": "F16", "float32": "F32"}
@@ -109,6 +108,11 @@ def write_shard(path: Path, entries: Sequence[LabelEntry], header: ShardHeader, 
             stream.flush()
             os.fsync(stream.fileno())
         Shard(tmp).verify()
+
+
+def key_hash(key: str) -> bytes:
+    """Return the 16 bytes (BLAKE2b) under which the store finds ``key``."""
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
 def hash_words(keys: Iterable[str]) -> np.ndarray:

@@ -17,8 +17,8 @@ import numpy as np
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
-from icefall_kd.labels.keys import key_hash, parse_key
-from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, hash_words, write_shard
+from icefall_kd.labels.keys import parse_key
+from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, hash_words, key_hash, write_shard
 from icefall_kd.runtime.files import file_lock, write_json
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from icefall_kd.config import ExtractConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.frames import SSL_CONV
 from icefall_kd.labels.info import LabelSetInfo
-from icefall_kd.labels.keys import key_hash, speed_copy
+from icefall_kd.labels.keys import speed_copy
+from icefall_kd.labels.shard import key_hash
 from icefall_kd.labels.store import LabelStore, shard_of
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.teachers.base import TeacherOutput

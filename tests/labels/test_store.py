@@ -16,9 +16,8 @@ from icefall_kd.frames import SSL_CONV, WHISPER_CONV
 from icefall_kd.labels import shard as shard_module
 from icefall_kd.labels.compat import check_label_compat, teacher_expectations
 from icefall_kd.labels.info import LabelSetInfo
-from icefall_kd.labels.keys import key_hash
 from icefall_kd.labels.merge import merge_label_sets
-from icefall_kd.labels.shard import LabelEntry, ShardHeader, write_shard
+from icefall_kd.labels.shard import LabelEntry, ShardHeader, key_hash, write_shard
 from icefall_kd.labels.store import LabelStore, shard_name
 
 
