@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from icefall_kd.cli import parse_config
-from icefall_kd.config import KdConfig, LoopConfig, ModelConfig, TeacherConfig, TrainConfig
+from icefall_kd.config import ENCODER_SIZES, KdConfig, LoopConfig, ModelConfig, TeacherConfig, TrainConfig
 from icefall_kd.data.batch import Batch, Labels
 from icefall_kd.errors import run_main
 from icefall_kd.frames import SSL_CONV
@@ -96,7 +96,7 @@ def steppers(config: BenchmarkConfig, exp_dir: str, teacher: Teacher | None, sou
     for kind, online in kinds.items():
         options = base if kind == "none" else dataclasses.replace(base, kd=KdConfig(kd="mvq", label_dir=[Path("-")]))
         torch.manual_seed(0)
-        targets = [] if kind == "none" else kd_targets(options.kd, 12, [source])
+        targets = [] if kind == "none" else kd_targets(options.kd, ENCODER_SIZES[config.encoder_size][0], [source])
         if online is not None:
             quantizer = Quantizer(online.dim, config.num_codebooks).to(device)
             online = OnlineTeacher(online, quantizer, options.kd.online_refine_iters)
