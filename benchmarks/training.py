@@ -23,7 +23,7 @@ from icefall_kd.cli import parse_config
 from icefall_kd.config import ENCODER_SIZES, KdConfig, LoopConfig, ModelConfig, TeacherConfig, TrainConfig
 from icefall_kd.data.batch import Batch, Labels
 from icefall_kd.errors import run_main
-from icefall_kd.frames import SSL_CONV
+from icefall_kd.frames import SSL_CONV, fbank_num_frames
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import write_json
@@ -68,7 +68,8 @@ class BenchmarkConfig:
 def random_batch(config: BenchmarkConfig, teacher: Teacher | None, source: LabelSource) -> Batch:
     """Return a batch of noise with random tokens and labels."""
     samples = torch.linspace(config.seconds, 0.75 * config.seconds, config.batch).mul(16000).long()
-    x_lens, y_lens = samples // 160, (samples / 16000 * config.tokens_per_second).long()
+    x_lens = torch.tensor([fbank_num_frames(n) for n in samples.tolist()])
+    y_lens = (samples / 16000 * config.tokens_per_second).long()
     lens = torch.tensor([source.formula.num_frames(n) for n in samples.tolist()])
     codes = torch.randint(0, 256, (config.batch, int(lens.max()), source.width))
     codes[torch.arange(codes.shape[1]) >= lens[:, None]] = -100

@@ -64,6 +64,7 @@ class Checkout:
             "/corpora/aishell": write_aishell(root / "corpora/aishell"),
             "NAME...": "whisper-base",
             "my_teacher.py:MyTeacher": write_own_teacher(root),
+            **_published_indexes(root / "published"),
         }  # fmt: skip
         self.env = {**env, "ICEFALL_KD_MODELS": str(root / "models"), "CUDA_VISIBLE_DEVICES": ""}
         for name in ("whisper-tiny.en", "whisper-base"):
@@ -108,6 +109,27 @@ class Checkout:
             *("--decoding-methods", "greedy_search", "--decode-args", "--avg 1"),
             *("--train-args", f"{TINY} --num-epochs 2 --num-workers 0 --average-period 1"),
         ]  # fmt: skip
+
+
+def _published_indexes(folder: Path) -> dict[str, Path]:
+    """Write cuts and the archive that icefall would publish for them; return them by their documented names."""
+    import numpy as np
+    from lhotse import CutSet, MonoCut, NumpyHdf5Writer
+
+    cuts = write_part(folder, "train", [0.6, 0.62, 1.1], features=False)
+    cuts.to_file(folder / "cuts.jsonl.gz")
+    manifest, bare = folder / "indexes.jsonl.gz", []
+    with NumpyHdf5Writer(folder / "indexes") as writer:
+        for cut in cuts:
+            codes = np.random.default_rng(1).integers(0, 256, (cut.num_samples // 320, 8), dtype=np.uint8)
+            bare.append(MonoCut(id=cut.id, start=cut.start, duration=cut.duration, channel=cut.channel))
+            bare[-1].codebook_indexes = writer.store_array(cut.id, codes, frame_shift=0.02, temporal_dim=0, start=0)
+    CutSet.from_cuts(bare).to_jsonl(manifest)
+    part = "cuts_train-clean-100.jsonl.gz"
+    return {
+        f"vq/with_codebook_indexes-librispeech-{part}": manifest,
+        f"egs/librispeech/data/librispeech/fbank/{part}": folder / "cuts.jsonl.gz",
+    }
 
 
 def _write_teacher(folder: Path) -> None:
