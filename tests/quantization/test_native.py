@@ -70,6 +70,16 @@ def test_equal_entries_do_no_harm(kernel, monkeypatch):
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
+def test_scores_that_are_no_numbers_do_no_harm(kernel):
+    # Products that overflowed leave more of them in a slot than a beam keeps.
+    torch.manual_seed(5)
+    quantizer = Quantizer(8, 16, 16)
+    products = torch.randn(400, 256)
+    products[torch.rand(400, 256) < 0.6] = float("nan")
+    codes = refine(quantizer.tables(), products, torch.randint(16, (400, 16)), 3)
+    assert 0 <= int(codes.min()) <= int(codes.max()) < 16
+
+
 def test_threads_share_the_frames(kernel, monkeypatch):
     torch.manual_seed(3)
     quantizer, x = Quantizer(12, 4, 16), torch.randn(1000, 12)

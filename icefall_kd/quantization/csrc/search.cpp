@@ -89,9 +89,10 @@ class Lowest {
         last = std::max(last, before_[i]);
       }
     }
-    // Equal scores at the limit have the highest count of those taken: the first of them stay.
+    // Equal scores at the limit have the highest count of those taken: the first of them stay.  NaN counts none,
+    // so that of NaN alone there can be more than `keep`.
     int surplus = taken - keep, left = 0;
-    for (int i = found - 1; surplus > 0; --i)
+    for (int i = found - 1; surplus > 0 && i >= 0; --i)
       if (before_[i] == last) {
         before_[i] = keep;
         --surplus;
