@@ -52,15 +52,16 @@ def kernel() -> Callable | None:
     """Return the compiled function, built when needed; None, with a message, where that fails."""
     if os.environ.get("ICEFALL_KD_NATIVE", "1") == "0":
         return None
-    path = _library()
     try:
+        path = _library()
         if not path.exists():
             _build(path)
         function = ctypes.CDLL(str(path)).icefall_kd_refine
-    except Exception as error:  # whatever a compiler, a linker or a full disk does: the search goes on without
+    except Exception as error:  # of a compiler, a full disk, a user without a home: the search goes on without
         reason = str(error).strip().splitlines()
         logger.info("the C++ search of the quantizer cannot be built (%s: %s); the one in PyTorch is used: "
-                    "the same codes, later.  It needs a C++ compiler and ninja (pip install ninja)",
+                    "the same codes, later.  It needs a C++ compiler, ninja (pip install ninja) and a folder to be "
+                    "kept in (TORCH_EXTENSIONS_DIR)",
                     type(error).__name__, reason[0] if reason else "no message")  # fmt: skip
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int32
