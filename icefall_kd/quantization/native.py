@@ -35,15 +35,22 @@ def refine(gram: Tensor, products: Tensor, codes: Tensor, beams: list[int], roun
         codes: (N, Q) int64 present indexes.
         beams: how many candidates a slot of 1, 2, 4, ... codebooks keeps.
         rounds: number of searches.
+    Raises:
+        IndexError: a code is no entry of its codebook.
     """
     function = None if gram.device.type != "cpu" else kernel()
     if function is None:
         return None
     num_codebooks = codes.shape[1]
-    gram, products, codes = gram.contiguous(), products.contiguous(), codes.clone(memory_format=torch.contiguous_format)
+    size = gram.shape[0] // num_codebooks
+    # The kernel reads where it is told to.
+    if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        raise IndexError(f"codes lie in {int(codes.min())}..{int(codes.max())}, not in 0..{size - 1}")
+    gram, products = gram.float().contiguous(), products.float().contiguous()  # autocast makes others of them
+    codes = codes.clone(memory_format=torch.contiguous_format)
     table = (ctypes.c_int32 * len(beams))(*beams)
-    function(gram.data_ptr(), products.data_ptr(), codes.data_ptr(), len(codes), num_codebooks,
-             gram.shape[0] // num_codebooks, table, rounds, torch.get_num_threads())  # fmt: skip
+    function(gram.data_ptr(), products.data_ptr(), codes.data_ptr(), len(codes), num_codebooks, size, table, rounds,
+             torch.get_num_threads())  # fmt: skip
     return codes
 
 

@@ -81,6 +81,20 @@ def test_scores_that_are_no_numbers_do_no_harm(kernel):
     assert 0 <= int(codes.min()) <= int(codes.max()) < 16
 
 
+def test_nothing_outside_of_the_tables_is_read(kernel):
+    torch.manual_seed(6)
+    quantizer, x = Quantizer(8, 4, 16), torch.randn(100, 8)
+    tables = quantizer.tables()
+    for wrong in (-1, 16):
+        with pytest.raises(IndexError, match=r"not in 0\.\.15"):
+            refine(tables, tables.products(x), torch.full((100, 4), wrong), 1)
+    # Products of another type, and those that do not follow each other in memory.
+    products = tables.products(x).bfloat16()
+    wide = torch.stack([products, products], dim=2).float()[:, :, 0]
+    codes = torch.zeros(100, 4, dtype=torch.int64)
+    assert torch.equal(refine(tables, products, codes, 2), refine(tables, wide, codes, 2))
+
+
 def test_threads_share_the_frames(kernel, monkeypatch):
     torch.manual_seed(3)
     quantizer, x = Quantizer(12, 4, 16), torch.randn(1000, 12)
