@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,26 @@ def test_threads_share_the_frames(kernel, monkeypatch):
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_without_room_for_threads_one_does_the_work(kernel):
+    # In a process of its own, since the limit on memory stays.
+    code = """
+import resource, torch
+from icefall_kd.quantization.quantizer import Quantizer
+from icefall_kd.quantization.search import refine
+torch.manual_seed(7)
+torch.set_num_threads(1)
+quantizer, x = Quantizer(12, 4, 16), torch.randn(1000, 12)
+tables, codes = quantizer.tables(), torch.zeros(1000, 4, dtype=torch.int64)
+products = tables.products(x)
+expected = refine(tables, products, codes, 2)
+torch.set_num_threads(3)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**22, -1))
+assert torch.equal(refine(tables, products, codes, 2), expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("broken", ["compiler", "folder", "home"])
