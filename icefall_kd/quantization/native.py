@@ -47,7 +47,7 @@ def refine(gram: Tensor, products: Tensor, codes: Tensor, beams: list[int], roun
     if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise IndexError(f"codes lie in {int(codes.min())}..{int(codes.max())}, not in 0..{size - 1}")
     gram, products = gram.float().contiguous(), products.float().contiguous()  # autocast makes others of them
-    codes = codes.clone(memory_format=torch.contiguous_format)
+    codes = codes.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
     table = (ctypes.c_int32 * len(beams))(*beams)
     function(gram.data_ptr(), products.data_ptr(), codes.data_ptr(), len(codes), num_codebooks, size, table, rounds,
              torch.get_num_threads())  # fmt: skip

@@ -94,7 +94,7 @@ def test_nothing_outside_of_the_tables_is_read(kernel):
     products = tables.products(x).bfloat16()
     wide = torch.stack([products, products], dim=2).float()[:, :, 0]
     codes = torch.zeros(100, 4, dtype=torch.int64)
-    assert torch.equal(refine(tables, products, codes, 2), refine(tables, wide, codes, 2))
+    assert torch.equal(refine(tables, products, codes.int(), 2), refine(tables, wide, codes, 2))
 
 
 def test_threads_share_the_frames(kernel, monkeypatch):
