@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import torch
 
@@ -96,25 +97,9 @@ def median_times(runs: dict[str, Callable[[], object]], repeats: int, device: to
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-class PytorchSearch:
-    """Inside, the search runs in PyTorch even where the C++ kernel works."""
-
-    def __enter__(self) -> None:
-        self.kernel = native.kernel
-        native.kernel = lambda: None
-
-    def __exit__(self, *exception) -> None:
-        native.kernel = self.kernel
-
-
 def in_pytorch(run: Callable[[], object]) -> Callable[[], object]:
-    """Return ``run`` without the kernel."""
-
-    def wrapped() -> object:
-        with PytorchSearch():
-            return run()
-
-    return wrapped
+    """Return ``run`` with the search in PyTorch, even where the C++ kernel works."""
+    return mock.patch.object(native, "kernel", lambda: None)(run)
 
 
 def encoding(config: BenchmarkConfig, dim: int, device: torch.device) -> dict:

@@ -60,7 +60,7 @@ class BenchmarkConfig:
     device: str = "cpu"
     """Where to run."""
     profile: bool = False
-    """Print where a step with stored labels spends its time instead."""
+    """Print also where a step with stored labels spends its time."""
     out: Path | None = None
     """File for the figures (JSON)."""
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, paired_bootstrap
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.shard import Shard
 from icefall_kd.runtime.files import read_json, write_json
 
@@ -194,17 +195,17 @@ def measure_labels(label_dir: Path) -> LabelStorage:
     Raises:
         DataError: no label set, or no shards.
     """
-    info = read_json(Path(label_dir) / "label_set.json")
+    info = LabelSetInfo.load(Path(label_dir))
     shards = sorted(Path(label_dir).glob("shard-*.safetensors"))
     if not shards:
         raise DataError(f"label set {label_dir} has no shards yet; run the extraction")
     opened = [Shard(path) for path in shards]
     return LabelStorage(
-        kind=info["kind"],
-        width=info["width"],
-        dim=info["dim"],
+        kind=info.kind,
+        width=info.width,
+        dim=info.dim,
         frames=sum(shard.num_frames for shard in opened),
-        hours=sum(shard.num_samples for shard in opened) / info["sampling_rate"] / 3600.0,
+        hours=sum(shard.num_samples for shard in opened) / info.sampling_rate / 3600.0,
         file_bytes=sum(path.stat().st_size for path in shards),
     )
 

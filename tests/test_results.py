@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from icefall_kd.config import TrainConfig
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import WHISPER_CONV
+from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.shard import LabelEntry, ShardHeader, write_shard
 from icefall_kd.results import build_rows, compare, measure_labels, read_run, stack_utterances
 from icefall_kd.results_table import demo_table, details, full_table, markdown_table, replace_block
@@ -54,11 +56,14 @@ def exp_dir(folder, results, seed=1, seconds=100.0, **options):
 
 def label_set(folder, dim=384, width=8):
     """Write a label set of two utterances of 1 s and 0.5 s in two shards."""
-    info = {"kind": "codebook_indexes", "width": width, "dim": dim, "sampling_rate": 16000}
-    write_json(folder / "label_set.json", {**info, "frame_formula": WHISPER_CONV.to_dict()})
+    info = LabelSetInfo(
+        kind="codebook_indexes", dtype="uint8", width=width, dim=dim, teacher="t", teacher_sha256="s", layer=4,
+        layer_convention="1-based", normalization="none", frame_formula=WHISPER_CONV.to_dict(),
+    )  # fmt: skip
+    write_json(folder / "label_set.json", asdict(info))
     for shard, (key, samples) in enumerate((("a|0|16000|1/1", 16000), ("b|0|8000|1/1", 8000))):
         entry = LabelEntry(key, np.zeros((samples // 320, width), dtype=np.uint8), samples)
-        header = ShardHeader("f", shard, 2, info["kind"])
+        header = ShardHeader("f", shard, 2, info.kind)
         write_shard(folder / f"shard-{shard:05d}-of-00002.safetensors", [entry], header, "uint8", width)
     return folder
 
@@ -76,6 +81,13 @@ def test_a_damaged_shard_is_named(tmp_path):
     folder = label_set(tmp_path / "labels")
     (folder / "shard-00001-of-00002.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0rubbish")
     with pytest.raises(DataError, match="shard-00001-of-00002"):
+        measure_labels(folder)
+
+
+def test_a_set_of_the_first_format_is_not_called_damaged(tmp_path):
+    folder = label_set(tmp_path / "labels")
+    write_json(folder / "label_set.json", read_json(folder / "label_set.json") | {"format_version": 1})
+    with pytest.raises(DataError, match="format version 1, this code reads 2"):
         measure_labels(folder)
 
 

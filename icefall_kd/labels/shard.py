@@ -29,7 +29,6 @@ DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "float16": "F16", "floa
 _TYPES = {**{code: np.dtype(d).newbyteorder("<") for d, code in DTYPES.items()}, "U32": "<u4", "U64": "<u8"}
 _META = "icefall_kd"
 _NO_CHECKSUM = "0" * 64
-_MAX_HEADER = 16 * 2**20
 _CHUNK = 16 * 2**20
 
 
@@ -189,7 +188,7 @@ class Shard:
         size = os.fstat(stream.fileno()).st_size
         first = stream.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER + size, size - 8):
+        if not 2 <= length <= size - 8:
             raise self._damaged(f"its header claims {length} bytes of {size}")
         try:
             tensors = json.loads(stream.read(length))

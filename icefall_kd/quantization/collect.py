@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from lhotse import load_manifest_lazy
 from lhotse.cut import MonoCut
@@ -16,7 +15,7 @@ from torch import Tensor
 from icefall_kd.config import QuantizerConfig, TeacherConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.labels.audio import UNREADABLE
+from icefall_kd.labels.audio import clean_audio
 from icefall_kd.labels.keys import label_key, parse_key, speech_track
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.report import quantizer_report
@@ -109,14 +108,12 @@ def draw_sample(paths: Sequence[Path], config: QuantizerConfig) -> Sample:
 def _load(cut: MonoCut, teacher: Teacher) -> Tensor | None:
     """Return the waveform (S,) at the teacher's rate, or None (with a warning) when it cannot be used."""
     try:
-        if cut.sampling_rate != teacher.sampling_rate:
-            cut = cut.resample(teacher.sampling_rate)
-        wave = torch.from_numpy(np.ascontiguousarray(cut.load_audio()[0], dtype=np.float32))
-    except UNREADABLE as error:
-        logger.warning("left out of the sample: %s (%s)", cut.id, (str(error).strip().splitlines() or [""])[-1])
+        wave = clean_audio(cut, teacher.sampling_rate)
+    except DataError as error:
+        logger.warning("left out of the sample: %s (%s)", cut.id, error)
         return None
-    if not bool(torch.isfinite(wave).all()) or teacher.num_frames(len(wave)) == 0:
-        logger.warning("left out of the sample: %s (%d samples: too short or not finite)", cut.id, len(wave))
+    if teacher.num_frames(len(wave)) == 0:
+        logger.warning("left out of the sample: %s (%d samples: too short)", cut.id, len(wave))
         return None
     if teacher.max_samples is not None and len(wave) > teacher.max_samples:
         logger.warning("left out of the sample: %s (longer than the teacher hears)", cut.id)

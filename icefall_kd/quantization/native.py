@@ -35,15 +35,22 @@ def refine(gram: Tensor, products: Tensor, codes: Tensor, beams: list[int], roun
         codes: (N, Q) int64 present indexes.
         beams: how many candidates a slot of 1, 2, 4, ... codebooks keeps.
         rounds: number of searches.
+    Raises:
+        IndexError: a code is no entry of its codebook.
     """
     function = None if gram.device.type != "cpu" else kernel()
     if function is None:
         return None
     num_codebooks = codes.shape[1]
-    gram, products, codes = gram.contiguous(), products.contiguous(), codes.clone(memory_format=torch.contiguous_format)
+    size = gram.shape[0] // num_codebooks
+    # The kernel reads where it is told to.
+    if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        raise IndexError(f"codes lie in {int(codes.min())}..{int(codes.max())}, not in 0..{size - 1}")
+    gram, products = gram.float().contiguous(), products.float().contiguous()  # autocast makes others of them
+    codes = codes.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
     table = (ctypes.c_int32 * len(beams))(*beams)
-    function(gram.data_ptr(), products.data_ptr(), codes.data_ptr(), len(codes), num_codebooks,
-             gram.shape[0] // num_codebooks, table, rounds, torch.get_num_threads())  # fmt: skip
+    function(gram.data_ptr(), products.data_ptr(), codes.data_ptr(), len(codes), num_codebooks, size, table, rounds,
+             torch.get_num_threads())  # fmt: skip
     return codes
 
 
@@ -52,15 +59,16 @@ def kernel() -> Callable | None:
     """Return the compiled function, built when needed; None, with a message, where that fails."""
     if os.environ.get("ICEFALL_KD_NATIVE", "1") == "0":
         return None
-    path = _library()
     try:
+        path = _library()
         if not path.exists():
             _build(path)
         function = ctypes.CDLL(str(path)).icefall_kd_refine
-    except Exception as error:  # whatever a compiler, a linker or a full disk does: the search goes on without
+    except Exception as error:  # of a compiler, a full disk, a user without a home: the search goes on without
         reason = str(error).strip().splitlines()
         logger.info("the C++ search of the quantizer cannot be built (%s: %s); the one in PyTorch is used: "
-                    "the same codes, later.  It needs a C++ compiler and ninja (pip install ninja)",
+                    "the same codes, later.  It needs a C++ compiler, ninja (pip install ninja) and a folder to be "
+                    "kept in (TORCH_EXTENSIONS_DIR)",
                     type(error).__name__, reason[0] if reason else "no message")  # fmt: skip
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int32

@@ -2,6 +2,9 @@
 
 import logging
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,30 @@ def test_equal_entries_do_no_harm(kernel, monkeypatch):
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
+def test_scores_that_are_no_numbers_do_no_harm(kernel):
+    # Products that overflowed leave more of them in a slot than a beam keeps.
+    torch.manual_seed(5)
+    quantizer = Quantizer(8, 16, 16)
+    products = torch.randn(400, 256)
+    products[torch.rand(400, 256) < 0.6] = float("nan")
+    codes = refine(quantizer.tables(), products, torch.randint(16, (400, 16)), 3)
+    assert 0 <= int(codes.min()) <= int(codes.max()) < 16
+
+
+def test_nothing_outside_of_the_tables_is_read(kernel):
+    torch.manual_seed(6)
+    quantizer, x = Quantizer(8, 4, 16), torch.randn(100, 8)
+    tables = quantizer.tables()
+    for wrong in (-1, 16):
+        with pytest.raises(IndexError, match=r"not in 0\.\.15"):
+            refine(tables, tables.products(x), torch.full((100, 4), wrong), 1)
+    # Products of another type, and those that do not follow each other in memory.
+    products = tables.products(x).bfloat16()
+    wide = torch.stack([products, products], dim=2).float()[:, :, 0]
+    codes = torch.zeros(100, 4, dtype=torch.int64)
+    assert torch.equal(refine(tables, products, codes.int(), 2), refine(tables, wide, codes, 2))
+
+
 def test_threads_share_the_frames(kernel, monkeypatch):
     torch.manual_seed(3)
     quantizer, x = Quantizer(12, 4, 16), torch.randn(1000, 12)
@@ -85,23 +112,46 @@ def test_threads_share_the_frames(kernel, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize("broken", ["compiler", "folder"])
+def test_without_room_for_threads_one_does_the_work(kernel):
+    # In a process of its own, since the limit on memory stays.
+    code = """
+import resource, torch
+from icefall_kd.quantization.quantizer import Quantizer
+from icefall_kd.quantization.search import refine
+torch.manual_seed(7)
+torch.set_num_threads(1)
+quantizer, x = Quantizer(12, 4, 16), torch.randn(1000, 12)
+tables, codes = quantizer.tables(), torch.zeros(1000, 4, dtype=torch.int64)
+products = tables.products(x)
+expected = refine(tables, products, codes, 2)
+torch.set_num_threads(3)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**22, -1))
+assert torch.equal(refine(tables, products, codes, 2), expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("broken", ["compiler", "folder", "home"])
 def test_without_a_compiler_pytorch_searches_and_says_so(broken, monkeypatch, tmp_path, caplog):
     native.kernel.cache_clear()
     folder = tmp_path / "extensions"
     if broken == "compiler":
         monkeypatch.setenv("CXX", "false")
-    else:
+    elif broken == "folder":
         folder.write_text("a file, not a folder")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    if broken == "home":  # of a container's user whom the system does not know
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        monkeypatch.setattr(Path, "home", lambda: Path("~no-such-user").expanduser())
     torch.manual_seed(4)
     quantizer, x = Quantizer(12, 4, 16), torch.randn(50, 12)
     with caplog.at_level(logging.INFO, logger=native.__name__):
         codes = [quantizer.encode(x, 2) for _ in range(2)]
     assert torch.equal(*codes)
-    assert [r.message for r in caplog.records if "cannot be built" in r.message and "ninja" in r.message], caplog.text
-    assert sum("cannot be built" in r.message for r in caplog.records) == 1
-    assert broken == "folder" or list(folder.iterdir()) == []
+    said = [r.message for r in caplog.records if "cannot be built" in r.message]
+    assert len(said) == 1 and "ninja" in said[0] and "TORCH_EXTENSIONS_DIR" in said[0], caplog.text
+    assert broken != "compiler" or list(folder.iterdir()) == []
 
 
 def test_the_environment_switches_it_off(monkeypatch):

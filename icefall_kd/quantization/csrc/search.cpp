@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -89,9 +90,10 @@ class Lowest {
         last = std::max(last, before_[i]);
       }
     }
-    // Equal scores at the limit have the highest count of those taken: the first of them stay.
+    // Equal scores at the limit have the highest count of those taken: the first of them stay.  NaN counts none,
+    // so that of NaN alone there can be more than `keep`.
     int surplus = taken - keep, left = 0;
-    for (int i = found - 1; surplus > 0; --i)
+    for (int i = found - 1; surplus > 0 && i >= 0; --i)
       if (before_[i] == last) {
         before_[i] = keep;
         --surplus;
@@ -346,7 +348,12 @@ extern "C" void icefall_kd_refine(const float *gram, const float *products, int6
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, frames / 64));
   const int64_t size = (frames + parts - 1) / parts;
   std::vector<std::thread> pool;
-  for (int64_t k = 1; k < parts; ++k) pool.emplace_back(work, k * size, std::min(frames, (k + 1) * size));
+  int64_t k = 1;
+  try {
+    for (; k < parts; ++k) pool.emplace_back(work, k * size, std::min(frames, (k + 1) * size));
+  } catch (const std::system_error &) {  // a limit on processes or memory: this thread does what is left
+  }
   work(0, std::min(frames, size));
+  work(k * size, frames);
   for (std::thread &thread : pool) thread.join();
 }
