@@ -77,9 +77,10 @@ def load(cfg: TeacherConfig) -> OwnTeacher:
     file, _, class_name = cfg.teacher.partition(".py:")
     path = Path(f"{file}.py").expanduser()
     if not class_name or not path.is_file():
-        what = f"{path} does not exist" if class_name else "no class is named"
+        what = f"{path.absolute()} does not exist" if class_name else "no class is named"
         raise ConfigError(f"--teacher {cfg.teacher}: {what}; write FILE.py:CLASS, as in my_teacher.py:MyTeacher")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: a file called whisper.py or jiwer.py may import the package of that name.
+    spec = importlib.util.spec_from_file_location(f"own_teacher_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as an import does: dataclasses look for their module there
     spec.loader.exec_module(module)
