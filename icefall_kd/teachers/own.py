@@ -83,6 +83,8 @@ def load(cfg: TeacherConfig) -> OwnTeacher:
     spec = importlib.util.spec_from_file_location(f"own_teacher_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as an import does: dataclasses look for their module there
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # for files beside it that it imports; last, so that they hide nothing
     spec.loader.exec_module(module)
     if not hasattr(module, class_name):
         raise ConfigError(f"--teacher {cfg.teacher}: {path} defines no {class_name}")

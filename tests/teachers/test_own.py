@@ -90,6 +90,15 @@ def test_a_file_may_import_the_package_of_its_name(tmp_path, name):
     assert not hasattr(colorsys, "MyTeacher")
 
 
+def test_a_file_may_import_one_beside_it(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "my_teacher.py"
+    (tmp_path / "net_of_mine.py").write_text("LAYER = 2\n")
+    file.write_text(f"from net_of_mine import LAYER\n{file.read_text()}".replace('"layer": 2', '"layer": LAYER'))
+    monkeypatch.chdir(tmp_path)
+    assert build_teacher(config("my_teacher.py:MyTeacher")).provenance()["layer"] == 2
+
+
 @pytest.mark.parametrize(("old", "new", "message"), [
     ("dim = 32", "size = 32", "lacks dim; see teachers/base.py"),
     ('"layer": 2, ', "", r"provenance\(\) lacks layer;"),
