@@ -121,8 +121,10 @@ def test_a_resumed_training_does_not_begin_again(tmp_path, source, caplog, again
 def test_nothing_to_load_is_an_error_and_leaves_nothing(tmp_path, source):
     system = ToySystem()
     torch.manual_seed(1)
-    with pytest.raises(ConfigError, match=r"none does not exist; name the exp_dir of a training"):
+    with pytest.raises(ConfigError, match=r"none is no folder; name the exp_dir of a training"):
         train(system, ToyData(), toy_config(tmp_path / "exp", init_from=tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"epoch-2\.pt is no folder"):
+        train(system, ToyData(), toy_config(tmp_path / "exp", init_from=source / "epoch-2.pt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty holds no"):
         train(system, ToyData(), toy_config(tmp_path / "exp", init_from=tmp_path / "empty"))
