@@ -308,7 +308,7 @@ class ExtractLayersConfig(ExtractConfig):
                 f"--layer names {len(layers)} layers, --label-dir {len(self.label_dir)} folders, --quantizer "
                 f"{len(self.quantizer)} files; give one of each for every label set (a,b), no quantizers for embeddings"
             )
-        if len(set(self.label_dir)) < len(self.label_dir):
+        if len({folder.resolve() for folder in self.label_dir}) < len(self.label_dir):
             raise ConfigError(f"--label-dir names one folder twice: {', '.join(map(str, self.label_dir))}")
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         teacher = {f.name: getattr(self.teacher, f.name) for f in fields(self.teacher)}

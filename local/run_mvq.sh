@@ -80,11 +80,17 @@ fi
 
 marker_dir=$exp_dir/.done
 kind=fbank
+while [[ $teacher == ?*/ ]]; do teacher=${teacher%/}; done
+# Quantizer and labels are named after the teacher and its folder: many a hub's user has a hubert-base, and every
+# exp_dir of ours an mvq-seed42.
+teacher_name=${teacher##*/}
+teacher_folder=$(basename -- "$(dirname -- "$teacher")")
+[[ $teacher_folder == [./]* ]] || teacher_name=$teacher_folder-$teacher_name
+teacher_name=${teacher_name//[:,]/-}
 IFS=, read -r -a layers <<< "$layer"
 reports=() quantizers=() codes_dirs=() embeddings_dirs=() # one for each layer
 for one_layer in "${layers[@]}"; do
-  teacher_tag=${teacher##*/}-layer${one_layer/-1/last}
-  teacher_tag=${teacher_tag//:/-}
+  teacher_tag=$teacher_name-layer${one_layer/-1/last}
   [[ $normalize_embeddings == false ]] || teacher_tag+=-normalized
   reports+=("$exp_dir/teacher-$teacher_tag.json")
   quantizers+=("$exp_dir/quantizer-$teacher_tag-q$num_codebooks/quantizer.safetensors")

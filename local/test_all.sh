@@ -19,6 +19,10 @@ faults  10 faults
 
 wanted=()
 while (($#)) && [[ $1 != -- ]]; do
+  if ! grep -q "^$1 " <<< "$steps"; then
+    echo "$0: no step is called '$1'; there are$(awk 'NF { printf " %s", $1 }' <<< "$steps")" >&2
+    exit 2
+  fi
   wanted+=("$1")
   shift
 done
@@ -28,7 +32,7 @@ paths=("$@")
 run() { # run NAME MINUTES PATH ...: the tests of these paths
   local name=$1 minutes=$2
   shift 2
-  step "$name" "$minutes" "${VENV:-.venv}/bin/python" -m pytest -q -n "${TEST_JOBS:-2}" --dist loadfile "$@"
+  step "$name" "$minutes" "${VENV:-.venv}/bin/python" -m pytest -q -n "${TEST_JOBS:-2}" --dist loadfile "$@" < /dev/null
 }
 
 others=()

@@ -117,6 +117,8 @@ def test_every_test_folder_is_in_one_step():
             collected += [p for p in inside if not any(p.is_relative_to(REPO / other) for other in ignored)]
     everything = [p for p in files() if re.match(r"tests/(.*/)?test_[^/]*\.py$", relative(p))]
     assert sorted(collected) == sorted(everything)
+    unknown = subprocess.run(["bash", "local/test_all.sh", "unti"], cwd=REPO, capture_output=True, text=True)
+    assert unknown.returncode == 2 and "no step is called 'unti'; there are unit" in unknown.stderr
 
 
 def test_there_are_no_symbolic_links():

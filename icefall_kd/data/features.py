@@ -27,7 +27,7 @@ from icefall_kd.data.manifests import cuts_file, iterate_cuts, part_of, write_cu
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import fbank_num_frames
 from icefall_kd.labels.audio import UNREADABLE
-from icefall_kd.runtime.files import TMP_PREFIX, atomic_path, fingerprint, sha256_file, write_json
+from icefall_kd.runtime.files import TMP_PATTERN, atomic_path, fingerprint, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def _attach(cut: Cut, features: np.ndarray, storage_key: str, archive: Path) -> 
 
 def _remove_other_files(out_dir: Path, part: str, archives: set[str]) -> None:
     """Remove the cuts of splits, shards of earlier runs with another number of jobs, and what a killed run left."""
-    own = re.compile(rf"({re.escape(TMP_PREFIX)}\d+-\d+-)?(feats_|\.split-){re.escape(part)}-\d+-of-\d+[.-]")
+    own = re.compile(rf"({TMP_PATTERN})?(feats_|\.split-){re.escape(part)}-\d+-of-\d+[.-]")
     for file in out_dir.iterdir():
         if own.match(file.name) and file.name not in archives:
             file.unlink()

@@ -169,8 +169,9 @@ def extract_layers(
         todo = [target for target in targets if not target.is_finished(inputs)]
         if todo:
             _Extraction(first, teacher, todo).run(items)
-        for target in todo:
-            target.finish(inputs, len(items))
+        errors = [error for target in todo if (error := target.finish(inputs, len(items))) is not None]
+        if errors:
+            raise errors[0]
     for target in targets:
         shutil.rmtree(target.work, ignore_errors=True)
     return [_report(t.writer.path, t not in todo, began, teacher.sampling_rate) for t in targets]
@@ -295,8 +296,11 @@ class _Target:
         writer, info = self.part_writer, self.store.info
         write_shard(self.parts[-1], writer.entries, writer.header(inputs, self.rejects), info.dtype, info.width)
 
-    def finish(self, inputs: str, num_items: int) -> None:
-        """Put the parts together into the shard, unless too many utterances were rejected."""
+    def finish(self, inputs: str, num_items: int) -> DataError | None:
+        """Put the parts together into the shard; return the error if too many utterances were rejected.
+
+        It is not raised, so that the other layers, too, forget the parts that the next run is to try again.
+        """
         parts = [Shard(p) for p in self.parts]
         for part in parts:
             part.verify()
@@ -308,12 +312,13 @@ class _Target:
             for part in parts:
                 if part.header.rejects:
                     part.path.unlink()  # tried again by the next run
-            raise DataError(
+            return DataError(
                 f"{len(rejects)} of {num_items} utterances were rejected, more than --max-reject-ratio "
                 f"{self.config.max_reject_ratio}; first: {rejects[0]['id']}: {rejects[0]['reason']} (all: {file})"
             )
         self.writer.entries = [LabelEntry(e.key, e.values, e.num_samples) for part in parts for e in part.entries()]
         self.writer.finish(inputs, rejects)
+        return None
 
 
 class _Extraction:

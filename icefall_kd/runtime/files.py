@@ -7,10 +7,12 @@ folder, is flushed to the disk and then renamed over the target.
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +21,26 @@ from typing import IO, Any
 from icefall_kd.errors import DISK_FULL, ConfigError, DataError
 
 TMP_PREFIX = ".tmp-"
+# How a name from temporary_name begins; its two groups say where and which its process is.
+TMP_PATTERN = re.escape(TMP_PREFIX) + r"([0-9a-f]{8})-(\d+)-\d+-"
+# What another host left is removed when nobody wrote to it for so long.
+FOREIGN_LEFTOVER_SECONDS = 24 * 3600
 _counter = itertools.count()
 
 
 def temporary_name(path: Path) -> Path:
     """Return a name beside ``path`` of this process alone, with its suffix: libraries choose formats by that."""
-    return path.with_name(f"{TMP_PREFIX}{os.getpid()}-{next(_counter)}-{path.name}")
+    return path.with_name(f"{TMP_PREFIX}{_host()}-{os.getpid()}-{next(_counter)}-{path.name}")
+
+
+@functools.cache
+def _host() -> str:
+    """Return 8 digits that stand for this host and, in a container, for its process numbers: others have the same."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{os.uname().nodename} {namespace}".encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
@@ -59,20 +75,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def remove_leftovers(folder: str | Path, name: str) -> None:
     """Delete what processes that were killed left in ``folder`` under temporary names.
 
+    Of other hosts, whose processes are not seen from here, only what is a day old is deleted.
+
     Args:
         folder: Where they wrote.
         name: Pattern of the targets' names, as in glob.
     """
     for path in Path(folder).glob(f"{TMP_PREFIX}*-{name}"):
-        pid = path.name.removeprefix(TMP_PREFIX).partition("-")[0]
-        if not pid.isdigit() or (int(pid) != os.getpid() and _is_running(int(pid))):
+        writer = re.match(TMP_PATTERN, path.name)
+        if writer is None or _is_in_use(path, *writer.groups()):
             continue
         if path.is_dir():
             import shutil  # here, since the check of a shell stage imports this module and must start quickly
 
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _is_in_use(path: Path, host: str, pid: str) -> bool:
+    if host == _host():
+        return int(pid) != os.getpid() and _is_running(int(pid))
+    try:
+        return time.time() - path.stat().st_mtime < FOREIGN_LEFTOVER_SECONDS
+    except FileNotFoundError:
+        return True  # it was renamed meanwhile
 
 
 def _is_running(pid: int) -> bool:

@@ -77,11 +77,14 @@ def load(cfg: TeacherConfig) -> OwnTeacher:
     file, _, class_name = cfg.teacher.partition(".py:")
     path = Path(f"{file}.py").expanduser()
     if not class_name or not path.is_file():
-        what = f"{path} does not exist" if class_name else "no class is named"
+        what = f"{path.absolute()} does not exist" if class_name else "no class is named"
         raise ConfigError(f"--teacher {cfg.teacher}: {what}; write FILE.py:CLASS, as in my_teacher.py:MyTeacher")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: a file called whisper.py or jiwer.py may import the package of that name.
+    spec = importlib.util.spec_from_file_location(f"own_teacher_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as an import does: dataclasses look for their module there
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # for files beside it that it imports; last, so that they hide nothing
     spec.loader.exec_module(module)
     if not hasattr(module, class_name):
         raise ConfigError(f"--teacher {cfg.teacher}: {path} defines no {class_name}")

@@ -96,7 +96,10 @@ def read_state_dict(path: Path) -> StateDict:
         ConfigError: It needs unpickling of more than tensors, or the options beside it do not fit.
     """
     beside = path.with_suffix(".json")
-    return convert(load_tensors(path), str(path), read_json(beside) if beside.is_file() else {})
+    overrides = read_json(beside) if beside.is_file() else {}
+    if not isinstance(overrides, dict):
+        raise ConfigError(f'{beside} is no object of options; write {{"num_attention_heads": 12}}, or rename it')
+    return convert(load_tensors(path), str(path), overrides)
 
 
 def convert(tensors: dict[str, Tensor], where: str, overrides: dict[str, Any] | None = None) -> StateDict:

@@ -91,7 +91,9 @@ def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged zip archives end in errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"checkpoint {path} is damaged and cannot be read ({reason})") from error
+        raise DataError(
+            f"checkpoint {path} is damaged and cannot be read ({reason}); copy it again or delete it"
+        ) from error
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
         raise DataError(f"{path} is not a checkpoint of this project: it has no format_version")
     if checkpoint["format_version"] > FORMAT_VERSION:

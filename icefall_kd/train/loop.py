@@ -217,6 +217,7 @@ class _Trainer:
         if self.loop.init_from is None:
             return
         self.state.init = initialise(self.system, self.loop.init_from)
+        self.stepper.build_optimizer()
         if self.average is not None:
             self.average = RunningAverage(self.system, self.loop.average_period)
 

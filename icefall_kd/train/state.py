@@ -128,7 +128,7 @@ def initialise(system: System, exp_dir: Path) -> dict[str, Any]:
         DataError: a checkpoint is damaged.
     """
     if not exp_dir.is_dir():
-        raise ConfigError(f"--init-from {exp_dir} does not exist; name the exp_dir of a training")
+        raise ConfigError(f"--init-from {exp_dir} is no folder; name the exp_dir of a training")
     weights, _, used = load_trained(exp_dir)
     report = load_model(system, weights, strict=False)
     if not report.loaded:

@@ -72,13 +72,17 @@ class Stepper:
         self.system, self.config, self.device = system, config, device
         self.exp_dir = Path(config.loop.exp_dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.optimizer = build_optimizer(config.optim, system)
+        self.build_optimizer()
         # The scale starts at 1, where nothing overflows that would not overflow by itself.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.loop.precision == "fp16")
         self.guard = guards.NonFiniteGuard(config.loop.max_skips, self.exp_dir, self.rank)
         self.model: nn.Module = system
         self.grad_norm = math.nan
         self._gradients_checked = False
+
+    def build_optimizer(self) -> None:
+        """Make the optimizer anew; ScaledAdam measures the parameters at that time."""
+        self.optimizer = build_optimizer(self.config.optim, self.system)
 
     def distribute(self) -> None:
         """Wrap the system for several ranks (rank 0's parameters go to all of them)."""

@@ -104,7 +104,7 @@ def test_another_number_of_jobs_leaves_no_old_shards(manifest, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("icefall_kd.data.features.exclusive_pool", _serial)
         store_features([manifest], tmp_path / "fbank", extractor, nj=4)
-        (tmp_path / "fbank" / ".tmp-1-0-feats_train-1-of-4.lca").write_text("left by a killed run")
+        (tmp_path / "fbank" / ".tmp-0123abcd-1-0-feats_train-1-of-4.lca").write_text("left by a killed run")
         store_features([manifest], tmp_path / "fbank", extractor, nj=2)
     shards = [f"feats_train-{k}-of-2.lca" for k in (1, 2)]
     names = sorted(p.name for p in (tmp_path / "fbank").iterdir())

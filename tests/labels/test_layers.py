@@ -10,7 +10,7 @@ from label_toys import ToyTeacher, config_for, write_cuts
 from icefall_kd.cli import parse_config
 from icefall_kd.config import ExtractLayersConfig, TeacherConfig
 from icefall_kd.data.batch import Batch
-from icefall_kd.errors import ConfigError
+from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.extract import extract_layers
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.quantization.quantizer import Quantizer
@@ -121,6 +121,17 @@ def test_an_utterance_that_one_layer_cannot_label_is_rejected_there_alone(tmp_pa
     assert [(r.utterances, r.rejected) for r in reports] == [(6, 1), (7, 0)]
 
 
+def test_rejected_utterances_are_tried_again_for_every_layer(tmp_path, cuts, teacher):
+    configs, made = configs_for(cuts, tmp_path, [1, 2]), quantizers(2)
+    audio = tmp_path / "audio/rec3.wav"
+    sound = audio.read_bytes()
+    audio.write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 of 7 utterances were rejected, .*set0"):
+        extract_layers(configs, teacher(2), made)
+    audio.write_bytes(sound)
+    assert [r.rejected for r in extract_layers(configs, teacher(2), made)] == [0, 0]
+
+
 def test_windows_have_all_layers(teacher):
     wave = 0.1 * torch.randn(9000)
     made = teacher(3)
@@ -158,6 +169,7 @@ def test_the_command_line_names_a_layer_a_folder_and_a_quantizer_for_each_set():
     for wrong, message in (
         (["--layer", "6,12", "--label-dir", "a,b", "--quantizer", "qa"], "2 layers, .* --quantizer 1 files"),
         (["--layer", "6,12", "--label-dir", "a,a", "--quantizer", "qa,qb"], "one folder twice: a, a"),
+        (["--layer", "6,12", "--label-dir", "a,b/../a", "--quantizer", "qa,qb"], "one folder twice: a, b/../a"),
         (["--layer", "6", "--label-dir", "a,b", "--kind", "embeddings"], "1 layers, --label-dir 2 folders"),
         (["--label-dir", "a"], "--quantizer 0 files"),
         (["--label-dir", "a", "--quantizer", "q", "--part-utterances", "0"], "--part-utterances"),

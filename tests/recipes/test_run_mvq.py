@@ -111,8 +111,9 @@ def test_several_layers_have_a_quantizer_and_a_label_set_each_and_one_extraction
     started = recipe.run(*options)[0]
     assert started == [*PREPARED, *labels, "train.py", "decode.py", "results.py"]
     extraction, training = Path(f"{recipe.log}.words").read_text().splitlines()
-    sets = ",".join(f"exp/trans/labels/my_teacher.py-Mine-layer{n}-q8" for n in (6, 12))
-    files = ",".join(f"exp/trans/quantizer-my_teacher.py-Mine-layer{n}-q8/quantizer.safetensors" for n in (6, 12))
+    name = f"{recipe.root.name}-my_teacher.py-Mine"
+    sets = ",".join(f"exp/trans/labels/{name}-layer{n}-q8" for n in (6, 12))
+    files = ",".join(f"exp/trans/quantizer-{name}-layer{n}-q8/quantizer.safetensors" for n in (6, 12))
     assert f"--label-dir {sets} " in extraction and f"--label-dir {sets} " in training
     assert " --layer 6,12 " in extraction and f"--quantizer {files} " in extraction
     # One layer more: what the others need is there; the code of the teacher counts.
@@ -120,6 +121,14 @@ def test_several_layers_have_a_quantizer_and_a_label_set_each_and_one_extraction
     assert recipe.run(*options)[0][:4] == [*LABELS[:4]]
     (recipe.root / "my_teacher.py").write_text("two")
     assert recipe.run(*options)[0][:3] == ["check_teacher.py"] * 3
+
+
+def test_two_teachers_of_one_name_keep_their_quantizers_apart(recipe):
+    for folder in ("a", "b"):
+        recipe.run("--systems", "mvq", "--stop-stage", "3", "--teacher", f"exp/{folder}/mvq-seed42/")
+    found = sorted(p.name for p in (recipe.folder / "exp/trans").glob("quantizer-*"))
+    assert found == [f"quantizer-{folder}-mvq-seed42-layerlast-q8" for folder in ("a", "b")]
+    assert len(list((recipe.folder / "exp/trans/labels").iterdir())) == 2
 
 
 def test_forced_training_starts_afresh_and_keeps_the_old_one(recipe):

@@ -81,6 +81,24 @@ def test_a_limit_makes_windows(tmp_path, name):
     assert out.lens["embeddings"].tolist() == [reject.num_frames(40000)]
 
 
+def test_a_file_may_import_the_package_of_its_name(tmp_path, name):
+    code = (tmp_path / "my_teacher.py").read_text()
+    (tmp_path / "colorsys.py").write_text(f"import colorsys\nassert colorsys.rgb_to_hsv\n{code}")
+    assert build_teacher(config(f"{tmp_path}/colorsys.py:MyTeacher")).dim == 32
+    import colorsys
+
+    assert not hasattr(colorsys, "MyTeacher")
+
+
+def test_a_file_may_import_one_beside_it(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "my_teacher.py"
+    (tmp_path / "net_of_mine.py").write_text("LAYER = 2\n")
+    file.write_text(f"from net_of_mine import LAYER\n{file.read_text()}".replace('"layer": 2', '"layer": LAYER'))
+    monkeypatch.chdir(tmp_path)
+    assert build_teacher(config("my_teacher.py:MyTeacher")).provenance()["layer"] == 2
+
+
 @pytest.mark.parametrize(("old", "new", "message"), [
     ("dim = 32", "size = 32", "lacks dim; see teachers/base.py"),
     ('"layer": 2, ', "", r"provenance\(\) lacks layer;"),
@@ -94,7 +112,7 @@ def test_what_is_missing_is_named(tmp_path, name, old, new, message):
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    ("none.py:MyTeacher", r"none\.py does not exist; write FILE\.py:CLASS"),
+    ("none.py:MyTeacher", rf"{Path.cwd()}/none\.py does not exist; write FILE\.py:CLASS"),
     ("none.py", r"no class is named; write FILE\.py:CLASS"),
 ])  # fmt: skip
 def test_a_name_that_leads_nowhere_is_explained(wrong, message):

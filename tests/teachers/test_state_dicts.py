@@ -196,6 +196,7 @@ def test_what_the_tensors_do_not_tell_is_stated_and_can_be_overridden(tmp_path):
         ({"num_attention_heads": 3}, "num_attention_heads is 3; it must divide the 128 channels"),
         ({"conv_stride": [5, 2]}, "there are 7 convolutions"),
         ({"hidden_size": 64}, "hidden_size cannot be set there"),
+        (["do_normalize"], r"model\.json is no object of options; write"),
     ):
         (tmp_path / "model.json").write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match=message):

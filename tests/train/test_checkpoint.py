@@ -3,13 +3,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import remove_leftovers
+from icefall_kd.runtime.files import remove_leftovers, temporary_name
 from icefall_kd.train import checkpoint as ckpt
 
 
@@ -114,12 +115,18 @@ def test_a_copy_stays_when_its_source_is_replaced_or_removed(tmp_path):
 def test_only_what_dead_processes_left_is_removed(tmp_path):
     with subprocess.Popen(["true"]) as dead:
         dead.wait()
-    for pid in (dead.pid, os.getpid(), os.getppid()):
-        (tmp_path / f".tmp-{pid}-0-epoch-1.pt").write_bytes(b"half")
+    host = temporary_name(tmp_path / "x").name.split("-")[1]
+    other = "0" * 8
+    for writer in (f"{host}-{dead.pid}", f"{host}-{os.getpid()}", f"{host}-{os.getppid()}", f"{other}-{dead.pid}"):
+        (tmp_path / f".tmp-{writer}-0-epoch-1.pt").write_bytes(b"half")
+    (tmp_path / f".tmp-{other}-{os.getppid()}-0-epoch-2.pt").write_bytes(b"half")
+    yesterday = time.time() - 25 * 3600
+    os.utime(tmp_path / f".tmp-{other}-{os.getppid()}-0-epoch-2.pt", (yesterday, yesterday))
     (tmp_path / ".tmp-notes.pt").write_bytes(b"a user's")
     remove_leftovers(tmp_path, "*.pt")
-    kept = {f".tmp-{os.getppid()}-0-epoch-1.pt", ".tmp-notes.pt"}
-    assert {p.name for p in tmp_path.iterdir()} == kept, "a number of our own is that of a dead namesake"
+    # A number of our own is that of a dead namesake; the processes of another host cannot be seen, only what is old.
+    kept = {f".tmp-{host}-{os.getppid()}-0-epoch-1.pt", f".tmp-{other}-{dead.pid}-0-epoch-1.pt", ".tmp-notes.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path):

@@ -90,6 +90,17 @@ def test_the_running_average_begins_there_too(tmp_path, source):
     assert all(torch.equal(saved[name], weights[name].double()) for name in saved if name != "num_forwards")
 
 
+def test_the_optimizer_knows_the_sizes_of_the_parameters_it_begins_with(tmp_path, source):
+    # Their sizes are measured again after four steps only.
+    run_toy(tmp_path, init_from=source, max_steps=1)
+    state = load_checkpoint(tmp_path / "checkpoint-1.pt")["optimizer"]["state"]
+    weights = load_for_decoding(source)[0]
+    names = [name for name, _ in ToySystem().named_parameters()]
+    for name, one in zip(names, state, strict=True):
+        if "param_rms" in one:
+            assert float(one["param_rms"]) == pytest.approx(float(weights[name].square().mean().sqrt())), name
+
+
 @pytest.mark.parametrize("again", ["same", "other", "none"])
 def test_a_resumed_training_does_not_begin_again(tmp_path, source, caplog, again):
     whole, system = run_toy(tmp_path / "whole", init_from=source)
@@ -110,8 +121,10 @@ def test_a_resumed_training_does_not_begin_again(tmp_path, source, caplog, again
 def test_nothing_to_load_is_an_error_and_leaves_nothing(tmp_path, source):
     system = ToySystem()
     torch.manual_seed(1)
-    with pytest.raises(ConfigError, match=r"none does not exist; name the exp_dir of a training"):
+    with pytest.raises(ConfigError, match=r"none is no folder; name the exp_dir of a training"):
         train(system, ToyData(), toy_config(tmp_path / "exp", init_from=tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"epoch-2\.pt is no folder"):
+        train(system, ToyData(), toy_config(tmp_path / "exp", init_from=source / "epoch-2.pt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty holds no"):
         train(system, ToyData(), toy_config(tmp_path / "exp", init_from=tmp_path / "empty"))
