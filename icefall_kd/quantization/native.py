@@ -1,4 +1,6 @@
-"""The optional C++ kernel of the refinement search: the same codes as :mod:`icefall_kd.quantization.search`, sooner.
+"""The optional C++ kernel of the refinement search: the codes of :mod:`icefall_kd.quantization.search`, sooner.
+
+Scores are equal bit for bit; where two candidates have the same score, either search may keep the other one.
 
 It is compiled once for a machine's kind of processor, by ``torch.utils.cpp_extension``, and kept in
 ``TORCH_EXTENSIONS_DIR`` (else ``~/.cache/torch_extensions``).  Without a compiler or ninja the search in PyTorch
@@ -67,7 +69,7 @@ def kernel() -> Callable | None:
     except Exception as error:  # of a compiler, a full disk, a user without a home: the search goes on without
         reason = str(error).strip().splitlines()
         logger.info("the C++ search of the quantizer cannot be built (%s: %s); the one in PyTorch is used: "
-                    "the same codes, later.  It needs a C++ compiler, ninja (pip install ninja) and a folder to be "
+                    "the same codes but for exact ties, later.  It needs a C++ compiler, ninja (pip install ninja) and a folder to be "
                     "kept in (TORCH_EXTENSIONS_DIR)",
                     type(error).__name__, reason[0] if reason else "no message")  # fmt: skip
         return None

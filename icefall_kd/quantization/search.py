@@ -7,7 +7,7 @@ neighbouring codebooks are merged until one joint choice remains.  How many are 
 How it is computed is our design.  Half the squared error of a joint choice is, up to a constant of the
 frame, a sum of ``<c, c'>`` between chosen centers and of ``<x, c>``.  All ``<c, c'>`` stand in one Gram
 matrix and all ``<x, c>`` in one matrix product, so no round of the search touches the embedding dimension.
-On a CPU the rounds run in C++ where it can be compiled (:mod:`icefall_kd.quantization.native`), with equal codes.
+On a CPU the rounds run in C++ where it can be compiled (:mod:`icefall_kd.quantization.native`), with equal scores.
 Scores below are half squared errors less a constant of the (frame, slot), which no ranking sees.
 """
 
