@@ -69,8 +69,8 @@ def kernel() -> Callable | None:
     except Exception as error:  # of a compiler, a full disk, a user without a home: the search goes on without
         reason = str(error).strip().splitlines()
         logger.info("the C++ search of the quantizer cannot be built (%s: %s); the one in PyTorch is used: "
-                    "the same codes but for exact ties, later.  It needs a C++ compiler, ninja (pip install ninja) and a folder to be "
-                    "kept in (TORCH_EXTENSIONS_DIR)",
+                    "the same codes but for exact ties, later.  It needs a C++ compiler, ninja (pip install ninja) "
+                    "and a folder to be kept in (TORCH_EXTENSIONS_DIR)",
                     type(error).__name__, reason[0] if reason else "no message")  # fmt: skip
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int32

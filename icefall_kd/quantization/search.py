@@ -70,12 +70,16 @@ def _take(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _keep(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return scores and positions of the ``keep`` lowest scores of the last axis, in any order."""
+    """Return scores and positions of the ``keep`` lowest scores of the last axis, in the order of their positions.
+
+    So the first of equal scores wins in the end, as in the C++ search; equal entries are common, as silence is.
+    """
     if keep == 1:
         return score.min(dim=-1, keepdim=True)
     if keep >= score.shape[-1]:
         return score, torch.arange(score.shape[-1], device=score.device).expand(score.shape)
-    return score.topk(keep, dim=-1, largest=False, sorted=False)
+    kept = score.topk(keep, dim=-1, largest=False, sorted=False).indices.sort(dim=-1).values
+    return score.gather(-1, kept), kept
 
 
 def _pair_table(gram: Tensor, chosen: Tensor, rows: Tensor, p: Tensor, q: Tensor) -> Tensor:

@@ -84,6 +84,8 @@ class Recipe:
         return subprocess.Popen(
             ["bash", "run.sh", *arguments], cwd=self.work, env={**self.env, **env}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            # These tests may run in the background of a shell, whose children ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str, code: int = 0, **env: str) -> tuple[list[str], str]:
