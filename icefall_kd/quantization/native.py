@@ -1,6 +1,7 @@
 """The optional C++ kernel of the refinement search: the codes of :mod:`icefall_kd.quantization.search`, sooner.
 
-Scores are equal bit for bit; where two candidates have the same score, either search may keep the other one.
+Scores are equal bit for bit, and of equal ones the first wins; which of equal ones at the edge of a beam are kept
+may differ.
 
 It is compiled once for a machine's kind of processor, by ``torch.utils.cpp_extension``, and kept in
 ``TORCH_EXTENSIONS_DIR`` (else ``~/.cache/torch_extensions``).  Without a compiler or ninja the search in PyTorch
