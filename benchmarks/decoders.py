@@ -7,11 +7,9 @@ The model's weights are random, but the blank's bias is set so that about --symb
 emit a symbol: the number of new contexts, which is what the searches pay for, is then as in real decoding.
 """
 
-import json
-import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import run_main
 from icefall_kd.models.transducer import TransducerModel
-from icefall_kd.runtime.env import pick_device
+from icefall_kd.runtime.env import measured_on, pick_device
 from icefall_kd.runtime.files import write_json
 
 # Seconds of one encoder frame.
@@ -107,9 +105,7 @@ def main() -> None:
             f"{density:.3f} tokens a frame"
         )
     if config.out is not None:
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-        options = json.loads(json.dumps(asdict(config), default=str))
-        write_json(config.out, {"machine": machine, "torch": torch.__version__, "options": options, "searches": rows})
+        write_json(config.out, {**measured_on(device), "searches": rows})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ second are those of the fastest of fifty short passes; the time of the processor
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from icefall_kd.runtime.env import environment
+from icefall_kd.runtime.env import measured_on
 from icefall_kd.runtime.files import write_json
 
 CODEBOOKS, PASSES = 8, 50
@@ -177,8 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="label_store_") as root:
         typical, large = Path(root) / "typical", Path(root) / "large"
         found = {
-            "command": " ".join(["python benchmarks/label_store.py", *sys.argv[1:]]),
-            "environment": {**environment(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]},
+            **measured_on(),
             "typical_set": {"utterances": args.utterances, "mean_seconds": args.seconds, "codebooks": CODEBOOKS}
             | measure("make", typical, args.utterances, args.seconds, args.num_shards),
             "open": measure("open", typical),

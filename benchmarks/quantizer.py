@@ -9,12 +9,11 @@ the relative error of held-out frames (the library needs five minutes a run of 1
 The package is part of the [dev] extra: pip install multi_quantization==0.1.1 h5py
 """
 
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,7 @@ from icefall_kd.errors import ConfigError, run_main
 from icefall_kd.quantization import native
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.trainer import QuantizerTrainer
-from icefall_kd.runtime.env import pick_device
+from icefall_kd.runtime.env import measured_on, pick_device
 from icefall_kd.runtime.files import write_json
 
 try:
@@ -217,14 +216,11 @@ def main() -> None:
     if "error" in config.parts:
         jobs += [partial(errors, config, "white Gaussian", white_gaussian, device),
                  partial(errors, config, "16 dimensions through a ReLU net", through_relu_net, device)]  # fmt: skip
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    options = {key: value for key, value in asdict(config).items() if key != "out"}
     for job in jobs:
         rows.append(job())
         print(describe(rows[-1]), flush=True)
         if config.out is not None:
-            write_json(config.out, {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__,
-                                    "options": options, "rows": rows})  # fmt: skip
+            write_json(config.out, {**measured_on(device), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@
 """
 
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from icefall_kd.errors import run_main
 from icefall_kd.losses.rnnt import pruned_transducer_loss
 from icefall_kd.losses.rnnt_backends import OUTSIDE, probe
 from icefall_kd.models.transducer import Joiner
-from icefall_kd.runtime.env import pick_device
+from icefall_kd.runtime.env import measured_on, pick_device
 from icefall_kd.runtime.files import write_json
 
 
@@ -145,10 +144,7 @@ def main() -> None:
             print(f"{what:12s} {name:10s} {1000 * row['seconds']:8.1f} ms {row['peak_gib']:6.2f} GiB  "
                   f"loss {row['loss']:.4f}{ratio}", flush=True)  # fmt: skip
     if config.out is not None:
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-        options = {key: value for key, value in asdict(config).items() if key != "out"}
-        write_json(config.out, {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__,
-                                "options": options, "rows": rows})  # fmt: skip
+        write_json(config.out, {**measured_on(device), "rows": rows})
 
 
 if __name__ == "__main__":

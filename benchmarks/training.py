@@ -9,11 +9,10 @@ a step as the data loader hands them over, which reads them in workers of its ow
 """
 
 import dataclasses
-import platform
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ from icefall_kd.data.batch import Batch, Labels
 from icefall_kd.errors import run_main
 from icefall_kd.frames import SSL_CONV, fbank_num_frames
 from icefall_kd.quantization.quantizer import Quantizer
-from icefall_kd.runtime.env import pick_device
+from icefall_kd.runtime.env import measured_on, pick_device
 from icefall_kd.runtime.files import write_json
 from icefall_kd.systems.mvq import LabelSource, MvqSystem, OnlineTeacher, kd_targets
 from icefall_kd.teachers import build_teacher
@@ -141,10 +140,7 @@ def main() -> None:
         print(f"{name:7s} {1000 * value:8.1f} ms a step, {audio / value:6.1f} audio hours an hour, "
               f"{ratios[name]:.3f} x none")  # fmt: skip
     if config.out is not None:
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-        write_json(config.out, {"date": time.strftime("%Y-%m-%d"), "machine": machine, "torch": torch.__version__,
-                                "options": {k: v for k, v in asdict(config).items() if k != "out"},
-                                "seconds": medians, "ratio_to_none": ratios})  # fmt: skip
+        write_json(config.out, {**measured_on(device), "seconds": medians, "ratio_to_none": ratios})
 
 
 if __name__ == "__main__":

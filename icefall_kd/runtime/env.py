@@ -1,8 +1,11 @@
 """What a run depended on (versions, git state), and the choice of the device."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,27 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).resolve().parent),
+    }
+
+
+def measured_on(device: "torch.device | None" = None) -> dict[str, Any]:
+    """Return what goes with figures of a benchmark: date, command, device, versions, git state.
+
+    Args:
+        device: where it ran; None: the CPU.
+    """
+    name = "cpu"
+    if device is not None and device.type == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(device)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "device": name,
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "environment": environment(),
     }
 
 
