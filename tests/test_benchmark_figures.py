@@ -1,0 +1,51 @@
+"""The figures that docs/mvq.md gives are those of the result files."""
+
+import json
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def result(name: str) -> dict:
+    return json.loads((REPO / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def row(text: str) -> str:
+    """Return the one line of the page's table that begins with ``text``."""
+    lines = (REPO / "docs" / "mvq.md").read_text(encoding="utf-8").splitlines()
+    (found,) = [line for line in lines if line.startswith(f"| {text}")]
+    return found
+
+
+def slashed(values, form: str) -> str:
+    return " / ".join(format(value, form) for value in values)
+
+
+def test_the_quantizer():
+    rows = result("quantizer_speed")["rows"]
+    for what, text in (("encode", "codes of embeddings"), ("train", "a first-phase training step")):
+        some = [r for r in rows if r["what"].startswith(what)]
+        pytorch, kernel = ([r[f"{name}_ratio"] for r in some] for name in ("pytorch", "kernel"))
+        assert f"{slashed(pytorch, '.0f')} times its speed in PyTorch, {slashed(kernel, '.0f')} in C++" in row(text)
+    ratios = [1 + r["relative_difference"] for r in result("quantizer_error")["rows"]]
+    assert f"{slashed(ratios, '.3f')} of its error" in row("relative error after equal training")
+
+
+def test_the_transducer_loss():
+    ratios = {r["what"]: r["torch_ratio"] for r in result("rnnt_cpu")["rows"] if r["backend"] == "fast_rnnt"}
+    expected = f"{ratios['loss']:.2f} of its time alone, {ratios['with joiner']:.2f} with the joiner"
+    assert expected in row("pruned transducer loss")
+
+
+def test_the_training_steps():
+    ratios = [result(f"training_cpu_{size}")["ratio_to_none"] for size in ("tiny", "small", "medium")]
+    assert slashed((r["stored"] for r in ratios), ".2f") in row("a training step of size tiny / small / medium")
+    assert slashed((r["online"] for r in ratios), ".1f") in row("the same with Whisper tiny online")
+
+
+def test_the_label_store():
+    page = " ".join((REPO / "docs" / "mvq.md").read_text(encoding="utf-8").split())
+    figures = result("label_store")
+    short = next(v for k, v in figures["overhead_percent"].items() if " of 2 s " in k)
+    assert f"that is {figures['typical_set']['overhead_percent']:.1f} % of the codes" in page
+    assert f"for utterances of 2 s it is {short:.0f} %" in page
