@@ -32,7 +32,7 @@ from icefall_kd.runtime.tensors import read_tensors, write_tensors
 logger = logging.getLogger(__name__)
 
 # Changes when the same data and options give another quantizer, so that files of before are not taken for it.
-TRAINING_VERSION = 2
+TRAINING_VERSION = 3
 PHASE1_ENTRIES = 16
 LEARNING_RATES = (0.005, 0.0025)
 LARGEST_FLOAT16 = 65504.0
