@@ -135,6 +135,21 @@ class ModelConfig:
     """Dimension of the joiner."""
     context_size: int = 2
     """Tokens of context of the stateless decoder."""
+    streaming: bool = False
+    """A student that hears chunk by chunk; each training batch draws a chunk size and a left context from these:"""
+    chunk_size: list[int] = field(default_factory=lambda: [16, 8, 32, -1])
+    """Chunk sizes in encoder frames of 40 ms, -1: the whole utterance.  The first serves validation and, unless
+    decode.py is told otherwise, decoding."""
+    left_context_frames: list[int] = field(default_factory=lambda: [64, 32, 128, -1])
+    """Encoder frames before its chunk that a frame sees, -1: all; the first as above."""
+    convolution: Literal["causal", "chunk"] = "causal"
+    """Of a streaming student: causal (no later frame), or chunk (later frames of the same chunk, Li et al. 2023)."""
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "left_context_frames"):
+            values = getattr(self, name)
+            if not values or any(value < 1 and value != -1 for value in values):
+                raise ConfigError(f"--{name.replace('_', '-')} is {values}; give frames of 40 ms, -1 for no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +203,11 @@ class KdConfig:
     """Quantizer file, needed for mvq with online labels."""
     online_refine_iters: int = 5
     """Refinement searches of online codes; as many as the stored labels had."""
+    kd_delay: int = 0
+    """Student frames of 40 ms by which teacher labels come late: a streaming layer has not heard yet what they tell."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, kd_delay=0)
 
 
 @dataclass(frozen=True, kw_only=True)
