@@ -486,6 +486,14 @@ class DecodeConfig:
     """Use the running averages of the two end points of the range."""
     max_duration: float = 200.0
     """Seconds of audio a batch."""
+    decode_chunk_size: int | None = None
+    """Streaming models: encoder frames of 40 ms a chunk, -1: the whole utterance; None: the first trained with."""
+    left_context_frames: int | None = None
+    """Streaming models: encoder frames seen before a chunk, -1: all; None: the first trained with."""
+    chunk_by_chunk: bool = False
+    """Streaming models: go through utterances chunk by chunk with caches, not once under a chunk mask; same results."""
+    tail_padding: float = 0.0
+    """Streaming models: seconds of silence put behind each utterance, as clients of a recogniser do."""
     unit: Literal["auto", "word", "char", "mixed", "token"] = "auto"
     """Scoring unit; auto: the tokenizer's (word for bpe and char, char for hanzi, token for pinyin);
     mixed: Chinese characters and whole words of other scripts."""
@@ -497,7 +505,7 @@ class DecodeConfig:
     """torch threads on a CPU."""
 
     def __post_init__(self) -> None:
-        _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0)
+        _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
         if not self.temperature > 0:
             raise ConfigError(f"--temperature is {self.temperature}; it must be above 0")
 

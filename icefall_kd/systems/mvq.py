@@ -12,6 +12,7 @@ Every term is a sum over the batch, so that the recipe's published scales keep t
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from icefall_kd.config import ENCODER_SIZES, KdConfig, TrainConfig
 from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.decode.ctc import CtcGreedySearch
+from icefall_kd.decode.streaming import encode_chunks
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FrameFormula, conv2d_subsampled_len
@@ -188,6 +190,10 @@ class MvqSystem(System):
         """Return encoder_out (N, T', C) and encoder_out_lens (N,)."""
         out = self.model.encoder(batch.features, batch.x_lens)
         return out.encoder_out, out.encoder_out_lens
+
+    def encode_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield encoder_out (N, C, C') and encoder_out_lens (N,) of each chunk of the encoder's ``chunks``."""
+        return encode_chunks(self.model.encoder, batch.features, batch.x_lens, self.model.encoder.chunks)
 
     def losses(self, batch: Batch, step: int) -> LossTerms:
         """Return simple, pruned, ctc and, in training, distillation losses of ``batch``."""
