@@ -40,6 +40,14 @@ def default_chunks(cfg: ModelConfig) -> Chunks:
     return Chunks(cfg.chunk_size[0], cfg.left_context_frames[0]) if cfg.streaming else WHOLE_UTTERANCE
 
 
+def widest_chunks(cfg: ModelConfig) -> Chunks:
+    """Return the most that an encoder was trained to see: what a teacher uses."""
+    if not cfg.streaming or -1 in cfg.chunk_size:
+        return WHOLE_UTTERANCE
+    left = -1 if -1 in cfg.left_context_frames else max(cfg.left_context_frames)
+    return Chunks(max(cfg.chunk_size), left)
+
+
 def draw_chunks(cfg: ModelConfig) -> Chunks:
     """Draw the chunks of a training batch from torch's generator of the CPU.
 
