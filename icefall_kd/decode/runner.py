@@ -24,7 +24,7 @@ import torch
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
-from icefall_kd.decode.base import Decoder, Hypothesis
+from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
 from icefall_kd.decode.streaming import pad_with_silence
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len
@@ -136,8 +136,8 @@ def decode_batches(
         decoder: the search.
         batches: the part, in any order.
         warm_up: run the first batch twice and leave its first run out of the times.
-        chunk_by_chunk: use ``system.encode_chunks(batch)``, which yields the same by chunks; a search that can go on
-            (``start``, ``advance``, ``result``) goes on chunk by chunk as well.
+        chunk_by_chunk: use ``system.encode_chunks(batch)``, which yields the same by chunks; a StatefulDecoder goes on
+            chunk by chunk as well.
         tail_padding: seconds of silence behind each utterance.
     """
     device = next(system.parameters()).device
@@ -189,7 +189,7 @@ def _run(
 
 
 def _run_chunks(system, decoder: Decoder, batch: Batch, device: torch.device):
-    goes_on = hasattr(decoder, "advance")
+    goes_on = isinstance(decoder, StatefulDecoder)
     state, whole, searching, begin = decoder.start(len(batch)) if goes_on else None, [], 0.0, _now(device)
     for encoder_out, encoder_out_lens in system.encode_chunks(batch):
         middle = _now(device)

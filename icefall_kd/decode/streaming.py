@@ -10,7 +10,7 @@ from lhotse import Recording
 from torch import Tensor
 
 from icefall_kd.data.online_fbank import OnlineFbank
-from icefall_kd.decode.base import Hypothesis
+from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import chunk_num_frames
 from icefall_kd.labels.audio import UNREADABLE
@@ -59,12 +59,14 @@ class Stream:
 
     Args:
         encoder: a streaming one, in evaluation mode.
-        search: GreedySearch or ModifiedBeamSearch.
+        search: a StatefulDecoder.
         chunks: finite chunk size and left context.
+    Raises:
+        ConfigError: the search cannot go on chunk by chunk.
     """
 
-    def __init__(self, encoder: Conformer, search, chunks: Chunks) -> None:
-        if not hasattr(search, "advance"):
+    def __init__(self, encoder: Conformer, search: Decoder, chunks: Chunks) -> None:
+        if not isinstance(search, StatefulDecoder):
             raise ConfigError(
                 f"{type(search).__name__} needs whole utterances; use greedy_search or modified_beam_search for streams"
             )
