@@ -11,8 +11,8 @@ keeps what its hypotheses hold (tokens and times) and a bounded table of decoder
 """
 
 import math
-from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ class GreedySearch:
         return self.result(state)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class _Prefix:
     """A token sequence of one utterance, as a node of that utterance's prefix tree.
 
@@ -165,15 +165,14 @@ class _Prefix:
     length: int
     context: tuple[int, ...]
     row: int
-    children: "WeakValueDictionary[int, _Prefix] | None" = None
+    children: dict[int, ref] = field(default_factory=dict)
 
     def child(self, token: int, table: ContextTable) -> "_Prefix":
-        if self.children is None:
-            self.children = WeakValueDictionary()
-        node = self.children.get(token)
+        known = self.children.get(token)
+        node = known() if known is not None else None
         if node is None:
             node = _Prefix(self, token, self.length + 1, table.after(self.context, token), 0)
-            self.children[token] = node
+            self.children[token] = ref(node)
         node.row = table.row(node.context)  # the table may have been emptied since
         return node
 
