@@ -25,6 +25,7 @@ from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.decode.base import Decoder, Hypothesis
+from icefall_kd.decode.fusion import build_fusion
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.runtime.env import environment
@@ -66,17 +67,25 @@ class Decoded:
         return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
-def build_decoder(system, config: DecodeConfig) -> Decoder:
-    """Return the search that ``config`` names, from the system's constructors.
+def build_decoder(system, config: DecodeConfig, tokenizer=None) -> Decoder:
+    """Return the search that ``config`` names, from the system's constructors, with language model and hot words.
 
+    Args:
+        system: the model, on its device.
+        config: options of decode.py.
+        tokenizer: of the training; needed for language models and hot words.
     Raises:
-        ConfigError: the system has no such search; lists those it has.
+        ConfigError: the system has no such search (lists those it has), or a language model is of another tokenizer.
     """
     found = system.decoders()
     if config.decoding_method not in found:
         raise ConfigError(f"--decoding-method {config.decoding_method}: this model offers {', '.join(sorted(found))}")
     entry = found[config.decoding_method]
-    return entry if isinstance(entry, Decoder) else entry(config)
+    decoder = entry if isinstance(entry, Decoder) else entry(config)
+    fusion = build_fusion(config, tokenizer, next(system.parameters()).device)
+    if fusion is not None:
+        decoder.fusion = fusion
+    return decoder
 
 
 def decode_suffix(config: DecodeConfig, files_used: str = "", context_size: int | None = None) -> str:
@@ -101,6 +110,7 @@ def decode_suffix(config: DecodeConfig, files_used: str = "", context_size: int 
         parts[0] += "__modified_beam_search__beam-size-" + str(config.beam_size)
         if config.temperature != 1.0:
             parts.append(f"temperature-{config.temperature}")
+        parts += _fusion_suffix(config)
     else:
         parts.append(config.decoding_method)
     if config.blank_penalty:
@@ -108,6 +118,23 @@ def decode_suffix(config: DecodeConfig, files_used: str = "", context_size: int 
     if config.use_averaged_model:
         parts.append("use-averaged-model")
     return "_".join(parts)
+
+
+def _fusion_suffix(config: DecodeConfig) -> list[str]:
+    parts = []
+    if config.lm is not None:
+        parts.append(f"lm-{_plain_name(config.lm)}-scale-{config.lm_scale}")
+    if config.lodr_arpa is not None:
+        parts.append(f"lodr-{_plain_name(config.lodr_arpa)}-scale-{config.lodr_scale}")
+    if config.hotwords is not None:
+        parts.append(f"hotwords-{_plain_name(config.hotwords)}-score-{config.hotwords_score}")
+    return parts
+
+
+def _plain_name(path: Path) -> str:
+    """Return the name of a file or folder as part of another file's name."""
+    name = path.resolve().name.removesuffix(".gz")
+    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(arpa|txt|safetensors)$", "", name))
 
 
 @torch.no_grad()
@@ -202,7 +229,7 @@ def decode_parts(
         DataError: a part without utterances, or with a repeated utterance id.
     """
     system.eval()
-    decoder = build_decoder(system, config)
+    decoder = build_decoder(system, config, tokenizer)
     if suffix is None:
         network = getattr(getattr(system, "model", None), "decoder", None)
         suffix = decode_suffix(config, files_used, getattr(network, "context_size", None))

@@ -1,14 +1,14 @@
 """Sentences for language models: lines of text files, transcripts of cut sets."""
 
-import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from icefall_kd.data.manifests import iterate_cuts
-from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.errors import ConfigError
 from icefall_kd.labels.keys import label_key
+from icefall_kd.runtime.files import open_text
 from icefall_kd.text.normalize import normalize_text
 
 
@@ -26,13 +26,6 @@ class TextConfig:
     def __post_init__(self) -> None:
         if not self.text and not self.cuts:
             raise ConfigError("there is no text; give --text FILE or --cuts FILE")
-
-
-def open_text(path: Path) -> IO[str]:
-    """Open a text file, gzipped or not."""
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
 
 
 def sentences(config: TextConfig) -> Iterator[str]:

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import atomic_write
-from icefall_kd.text.corpus import open_text
+from icefall_kd.runtime.files import atomic_write, open_text
 
 logger = logging.getLogger(__name__)
 
