@@ -27,7 +27,7 @@ from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.decode.base import Decoder, Hypothesis
 from icefall_kd.decode.fusion import build_fusion
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import conv2d_subsampled_len
+from icefall_kd.frames import conv2d_subsampled_len, encoder_seconds
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
 from icefall_kd.scoring import Score, per_utterance, score, summarize, write_errs, write_recogs, write_summary
@@ -150,7 +150,7 @@ def decode_batches(system, decoder: Decoder, batches: Iterable[Batch], warm_up: 
     device = next(system.parameters()).device
     out = Decoded()
     for batch in batches:
-        batch = _long_enough(batch).to(device)
+        batch = long_enough(batch).to(device)
         if warm_up:
             seconds = _run(system, decoder, batch, device)[1:]
             out.warm_up_seconds = sum(seconds)
@@ -166,7 +166,7 @@ def decode_batches(system, decoder: Decoder, batches: Iterable[Batch], warm_up: 
     return out
 
 
-def _long_enough(batch: Batch) -> Batch:
+def long_enough(batch: Batch) -> Batch:
     """Pad a batch of utterances that are all too short for an encoder frame; their lengths say so to the search."""
     missing = _SHORTEST - batch.features.size(1) if batch.features is not None else 0
     if missing <= 0:
@@ -251,6 +251,8 @@ def decode_parts(
         write_errs(res_dir / f"errs-{name}.txt", scored)
         write_summary(res_dir / f"wer-summary-{name}.txt", {config.decoding_method: scored.error_rate})
         write_nbest(res_dir / f"nbest-{name}.jsonl", decoded, tokenizer)
+        if config.ctm:
+            write_ctm(res_dir / f"ctm-{name}.ctm", decoded, tokenizer)
         # Last, since its presence says that this part is done.
         write_json(res_dir / f"results-{name}.json", results[part])
         print(_line(scored, results[part]), flush=True)
@@ -272,7 +274,10 @@ def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.
 
 
 def write_nbest(path: Path, decoded: Decoded, tokenizer) -> None:
-    """Write one JSON line an utterance, sorted by id: reference and n-best with scores and frames."""
+    """Write one JSON line an utterance, sorted by id: reference and n-best with scores, frames and seconds.
+
+    ``timestamps`` are encoder frames, ``times`` the seconds where these begin.
+    """
     with atomic_write(path, "w") as f:
         for line in _nbest_lines(decoded, tokenizer):
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -281,7 +286,23 @@ def write_nbest(path: Path, decoded: Decoded, tokenizer) -> None:
 def _nbest_lines(decoded: Decoded, tokenizer) -> Iterator[dict]:
     for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
         hyps = [{"text": tokenizer.decode(h.tokens), **dataclasses.asdict(h)} for h in decoded.nbest[i]]
+        for hyp in hyps:
+            hyp["times"] = [encoder_seconds(t) for t in hyp["timestamps"]] if hyp["timestamps"] is not None else None
         yield {"id": decoded.ids[i], "ref": decoded.refs[i], "nbest": hyps}
+
+
+def write_ctm(path: Path, decoded: Decoded, tokenizer) -> None:
+    """Write the words of the best hypotheses in NIST's CTM: id, channel, begin and length in seconds, word.
+
+    A word begins with the frame of its first token and ends with that of its last: a transducer emits a token where
+    it is sure, which says little about how long the word was spoken.
+    """
+    with atomic_write(path, "w") as f:
+        for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
+            best = decoded.nbest[i][0]
+            for word, first, last in tokenizer.words(best.tokens):
+                begin, end = (encoder_seconds(t) for t in (best.timestamps[first], best.timestamps[last] + 1))
+                f.write(f"{decoded.ids[i]} 1 {begin:.2f} {end - begin:.2f} {word}\n")
 
 
 def _line(scored: Score, result: dict) -> str:
