@@ -476,6 +476,21 @@ class DecodeConfig:
     """Subtracted from the blank's logit in transducer searches; above 0: fewer deletions."""
     temperature: float = 1.0
     """Divides the logits in modified_beam_search."""
+    lm: Path | None = None
+    """Language model over tokens for modified_beam_search: an ARPA file (local/make_ngram.py --lang-dir) or the folder
+    of local/train_lm.py; see docs/decoding.md."""
+    lm_scale: float = 0.3
+    """Scale of its log-probabilities."""
+    lodr_arpa: Path | None = None
+    """ARPA file of a low-order token n-gram of the training text that is subtracted beside --lm (LODR)."""
+    lodr_scale: float = -0.16
+    """Scale of that n-gram's log-probabilities, below 0."""
+    hotwords: Path | None = None
+    """File of phrases that modified_beam_search prefers, one a line; "NEW YORK :2.5" gives a score of its own."""
+    hotwords_score: float = 1.5
+    """Score of each token of a phrase that has none of its own."""
+    ctm: bool = False
+    """Write ctm-<part>-<suffix>.ctm: begin and length of every word."""
     epoch: int | None = None
     """Decode epoch-N.pt; None (and no --iter): the newest."""
     iter: int | None = None
@@ -508,6 +523,14 @@ class DecodeConfig:
         _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
         if not self.temperature > 0:
             raise ConfigError(f"--temperature is {self.temperature}; it must be above 0")
+        added = [f"--{name}" for name in ("lm", "hotwords") if getattr(self, name) is not None]
+        if added and self.decoding_method != "modified_beam_search":
+            raise ConfigError(
+                f"{' and '.join(added)} with --decoding-method {self.decoding_method}: only modified_beam_search "
+                "weighs hypotheses that they could change; add --decoding-method modified_beam_search"
+            )
+        if self.lodr_arpa is not None and (self.lm is None or not self.lodr_scale < 0):
+            raise ConfigError(f"--lodr-arpa goes with --lm, and --lodr-scale (now {self.lodr_scale}) is below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

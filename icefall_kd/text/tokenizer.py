@@ -102,6 +102,28 @@ class Tokenizer:
             return " ".join(tokens)
         return " ".join("".join(tokens).replace(SPACE, " ").split())
 
+    def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+        """Return the words of token ids with the places in ``ids`` of their first and last token.
+
+        Words are those of :meth:`decode`; where texts have no spaces every character is one, for pinyin every token.
+        """
+        silent = (self.blank_id, self.sos_id, self.mask_id)
+        found: list[tuple[str, int, int]] = []
+        inside = False  # a word that goes on
+        for place, token in enumerate(ids):
+            if int(token) in silent:
+                continue
+            text = self.tokens[int(token)]
+            for piece in [text] if self.kind == "pinyin" or int(token) == self.unk_id else text:
+                if piece in (SPACE, " "):
+                    inside = False
+                elif inside:
+                    found[-1] = (found[-1][0] + piece, found[-1][1], place)
+                else:
+                    found.append((piece, place, place))
+                    inside = self.unit == "word"
+        return found
+
     def _sentencepiece(self):
         if self._processor is None:
             import sentencepiece
