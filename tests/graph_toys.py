@@ -36,14 +36,24 @@ UNIGRAMS = {"</s>": -0.6, "A": -0.5, "AB": -0.7, "BA": -0.9}
 BACKOFF = {"<s>": -0.3, "A": -0.2, "BA": -0.4}
 
 
-def sentence_score(words):
-    """Return the natural log-probability of a sentence, as a graph with backoff arcs gives it: the better way."""
+def sentence_score(words, scale=1.0, combine=max):
+    """Return the scaled log-probability (base e) of a sentence in a graph of the model.
+
+    A word whose bigram is known has two ways, the bigram and the backoff; ``combine`` takes their scaled scores:
+    max for the best path, log_sum for all paths.
+    """
     total, before = 0.0, "<s>"
     for word in [*words, "</s>"]:
-        backed_off = BACKOFF.get(before, 0.0) + UNIGRAMS[word]
-        total += max(BIGRAMS.get((before, word), -math.inf), backed_off)
+        ways = [BACKOFF.get(before, 0.0) + UNIGRAMS[word]]
+        if (before, word) in BIGRAMS:
+            ways.append(BIGRAMS[before, word])
+        total += combine([scale * math.log(10) * way for way in ways])
         before = word
-    return total * math.log(10)
+    return total
+
+
+def log_sum(values):
+    return math.log(sum(map(math.exp, values)))
 
 
 class Model(torch.nn.Module):

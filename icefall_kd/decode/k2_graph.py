@@ -146,7 +146,8 @@ class FastBeamSearch:
         found = take_paths(k2, streams.format_output([n + 2 for n in lens]), self.graph, self.paths)
         if not all(found):  # the graph's words were not complete: what there is of them
             partial = streams.format_output([n + 1 for n in lens], allow_partial=True)
-            found = [hyps or rest for hyps, rest in zip(found, take_paths(k2, partial, self.graph, Paths()), strict=True)]
+            rests = take_paths(k2, partial, self.graph, Paths())
+            found = [hyps or rest for hyps, rest in zip(found, rests, strict=True)]
         for place, length, hyps in zip(kept, lens, found, strict=True):
             result[place] = [_transducer_hypothesis(path[:length], score, text) for path, score, text in hyps]
         return result

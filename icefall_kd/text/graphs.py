@@ -7,6 +7,8 @@ order of operations is icefall's).
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,8 +137,9 @@ def read_words(path: Path) -> list[str]:
 def lexicon_fst(k2, lexicon: Lexicon, tokenizer: Tokenizer, disambig: bool):
     """Return L: any number of words, tokens in, words out.
 
-    State 0 stands before a word.  Where words are parted by a token of their own, state 1 stands behind a word and
-    that token leads back; both may end.
+    Without a token between words, one state stands before and behind them.  Else they are three: the start, before a
+    word, behind a word; all may end.  The backoff passes at the start and behind words, in one place for each word,
+    so that no path is there twice.
 
     Args:
         k2: the library.
@@ -148,24 +151,23 @@ def lexicon_fst(k2, lexicon: Lexicon, tokenizer: Tokenizer, disambig: bool):
     words = lexicon.words
     word_ids = {word: i for i, word in enumerate(words)}
     marks = disambiguate([pieces for _, pieces in lexicon.entries])
-    after = 0 if tokenizer.word_separator is None else 1
+    before, after = (0, 0) if tokenizer.word_separator is None else (1, 2)
     arcs, state = [], after + 1
     for (word, pieces), mark in zip(lexicon.entries, marks, strict=True):
         labels = [token_ids[piece] for piece in pieces]
         if disambig and mark:
             labels.append(tokenizer.vocab_size + mark)
-        here = 0
+        here = before
         for i, label in enumerate(labels):
             last = i == len(labels) - 1
             there = after if last else state
             arcs.append((here, there, label, word_ids[word] if i == 0 else 0))
             here, state = there, state + (not last)
-    if after:
-        arcs.append((after, 0, token_ids[tokenizer.word_separator], 0))
-    for end in {0, after}:
-        if disambig:
-            arcs.append((end, end, tokenizer.vocab_size, word_ids[BACKOFF]))
-        arcs.append((end, state, -1, -1))
+    if before:
+        arcs += [(0, before, 0, 0), (after, before, token_ids[tokenizer.word_separator], 0)]
+    if disambig:
+        arcs += [(end, end, tokenizer.vocab_size, word_ids[BACKOFF]) for end in {0, after}]
+    arcs += [(end, state, -1, -1) for end in {0, before, after}]
     arcs.sort(key=lambda arc: arc[0])
     table = torch.tensor(arcs, dtype=torch.int32)
     fsa = k2.Fsa(torch.cat([table[:, :3], torch.zeros(len(arcs), 1, dtype=torch.int32)], dim=1))
@@ -177,19 +179,19 @@ def grammar_fst(k2, arpa: Path, words_file: Path, max_order: int | None = None):
     """Return G: the n-gram model as an acceptor of words, with #0 on the backoff arcs.
 
     Raises:
-        DataError: the ARPA file is missing, or none of its words is in ``words_file``.
+        DataError: the ARPA file is missing or damaged, or none of its words is in ``words_file``.
     """
     if not Path(arpa).is_file():
-        raise DataError(f"there is no language model {arpa}; make it with the language model stage, or give --arpa FILE")
-    kaldilm = require("kaldilm", "the stage of decoding graphs", "pip install kaldilm==1.15.5")
-    try:
-        text = kaldilm.arpa2fst(
-            str(arpa), disambig_symbol=BACKOFF, read_symbol_table=str(words_file), max_order=max_order or -1
-        )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "RuntimeError"
-        raise DataError(f"{arpa} is no ARPA file that kaldilm can read ({reason})") from error
-    fsa = k2.Fsa.from_openfst(text, acceptor=False)
+        raise DataError(f"there is no language model {arpa}; run the language model stage, or give --arpa FILE")
+    require("kaldilm", "the stage of decoding graphs", "pip install kaldilm==1.15.5")
+    command = [sys.executable, "-m", "kaldilm", f"--disambig-symbol={BACKOFF}", f"--read-symbol-table={words_file}"]
+    command += [f"--max-order={max_order}"] if max_order else []
+    # In a process of its own: a damaged file ends in an abort, a good one in pages of log.
+    done = subprocess.run([*command, str(arpa)], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith(("[F]", "[E]"))] or ["it aborted"]
+        raise DataError(f"kaldilm cannot read {arpa} ({said[0]}); is it a language model in ARPA format?")
+    fsa = k2.Fsa.from_openfst(done.stdout, acceptor=False)
     backoff = read_words(words_file).index(BACKOFF)
     if not ((fsa.labels > 0) & (fsa.labels < backoff)).any():
         raise DataError(f"no word of {arpa} is in {words_file}; is it a model of other words, or of tokens?")

@@ -140,7 +140,7 @@ def best_sentence(model, frames, scale):
         for words in itertools.product(("A", "AB", "BA"), repeat=n):
             for ys in spelt(words):
                 if ys in best:
-                    found.append((best[ys] + scale * sentence_score(words), " ".join(words)))
+                    found.append((best[ys] + sentence_score(words, scale), " ".join(words)))
     return max(found)
 
 
