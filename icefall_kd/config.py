@@ -489,6 +489,8 @@ class DecodeConfig:
     """Epochs (or checkpoints) averaged."""
     use_averaged_model: bool = True
     """Use the running averages of the two end points of the range."""
+    weights: Path | None = None
+    """Decode this file of local/average.py --out NAME.safetensors; no option about epochs then counts."""
     max_duration: float = 200.0
     """Seconds of audio a batch."""
     unit: Literal["auto", "word", "char", "mixed", "token"] = "auto"

@@ -21,7 +21,7 @@ from icefall_kd.runtime.files import atomic_write
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
-from icefall_kd.train.average import load_for_decoding
+from icefall_kd.train.average import load_for_decoding, load_weights
 from icefall_kd.train.checkpoint import load_model
 from icefall_kd.train.loop import train
 
@@ -85,9 +85,12 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
         raise ConfigError(f"--exp-dir {config.exp_dir} does not exist; train first")
     setup_logging(config.exp_dir, f"decode-{config.decoding_method}")
     tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
-    state_dict, saved, used = load_for_decoding(
-        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
-    )
+    if config.weights is not None:
+        state_dict, saved, used = load_weights(config.weights, tokenizer.hash)
+    else:
+        state_dict, saved, used = load_for_decoding(
+            config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
+        )
     logger.info("parameters from %s", used)
     train_config = config_from_dict(TrainConfig, saved)
     system = build_system(train_config, tokenizer.vocab_size, inference=True)

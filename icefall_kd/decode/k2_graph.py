@@ -290,7 +290,7 @@ def _nbest(k2, lattice, graph: Graph, paths: Paths) -> list[tuple[list[int], flo
     labels = drawn.labels.tolist()
     arcs = k2.random_paths(drawn, use_double_scores=True, num_paths=paths.num_paths).tolist()[0]
     sequences = sorted({tuple(labels[a] for a in path if labels[a] > 0) for path in arcs})
-    linear = k2.linear_fsa_with_self_loops(k2.linear_fsa([list(s) for s in sequences]).to(lattice.device))
+    linear = linear_with_loops(k2, sequences).to(lattice.device)
     zeros = torch.zeros(len(sequences), dtype=torch.int32, device=lattice.device)
     # Epsilons match the loops, so that this is all paths of the lattice with the words of each sequence.
     each = k2.intersect_device(outer, linear, b_to_a_map=zeros, sorted_match_a=True)
@@ -300,6 +300,13 @@ def _nbest(k2, lattice, graph: Graph, paths: Paths) -> list[tuple[list[int], flo
     linear_best = k2.shortest_path(k2.index_fsa(each, _index(best, lattice.device)), use_double_scores=True)
     read = _read_linear(linear_best, None, [scores[i] for i in best])
     return [(path, score, graph.text(sequences[i])) for i, (path, score, _) in zip(best, read, strict=True)]
+
+
+def linear_with_loops(k2, sequences: list[tuple[int, ...]]):
+    """Return an FsaVec of label sequences with epsilon loops; k2 fails where all it has is one empty sequence."""
+    if sequences == [()]:
+        return k2.create_fsa_vec([k2.Fsa(torch.tensor([[0, 0, 0, 0], [0, 1, -1, 0]], dtype=torch.int32))])
+    return k2.linear_fsa_with_self_loops(k2.linear_fsa([list(sequence) for sequence in sequences]))
 
 
 def _read_linear(best, graph: Graph | None, scores: list[float]) -> list[tuple[list[int], float, str | None]]:

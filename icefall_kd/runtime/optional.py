@@ -10,12 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
-import torch
-
 from icefall_kd.errors import ConfigError
-
-K2_HASH = "sha256:5b5f709b12b9cd092b583984d0b7d940c9f898101259c998d68d1f4adefa48d4"
-"""Of PyPI's k2 1.23.4 for Python 3.11 and torch 1.13.1; its wheels for other Pythons carry the same tags."""
+from icefall_kd.runtime.env import package_version
 
 
 @dataclass(frozen=True)
@@ -47,14 +43,17 @@ def broken(name: str, reason: str) -> Probe:
     return Probe(None, reason)
 
 
+def wheel_name() -> str:
+    """Return what the name of a k2 or kaldifeat wheel holds that fits this Python and this torch."""
+    version = (package_version("torch") or "X.Y.Z").split("+")[0]
+    return f"+cpu.torch{version} (or +cudaN.torch{version}) and cp{sys.version_info.major}{sys.version_info.minor}"
+
+
 def k2_remedy() -> str:
     """Return what to type for a working k2, in one line."""
-    version = torch.__version__.split("+")[0]
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return (
-        "local/make_k2_env.sh makes an environment .venv-k2 with k2 1.23.4 and torch 1.13.1 (Python 3.11); for this "
-        f"one, torch {version}, pip install a wheel from https://k2-fsa.github.io/k2/ whose name holds "
-        f"+cpu.torch{version} (or +cudaN.torch{version}) and {tag}"
+        "local/make_k2_env.sh makes .venv-k2, with k2 1.23.4, torch 1.13.1 and Python 3.11; or pip install here a "
+        f"wheel from https://k2-fsa.github.io/k2/ whose name holds {wheel_name()}"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from graph_toys import ARPA, sentence_score, write_lang
 
+from icefall_kd.decode.k2_graph import linear_with_loops
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.optional import require_k2
 from icefall_kd.runtime.tensors import read_tensors, write_tensors
@@ -24,8 +25,7 @@ def best_path(fsa, labels, epsilons=True):
     Without epsilons a 0 is a label like any other, as the blank is in CTC.
     """
     k2 = require_k2("a test")
-    line = k2.linear_fsa([labels])
-    line = k2.linear_fsa_with_self_loops(line) if epsilons else line
+    line = linear_with_loops(k2, [tuple(labels)]) if epsilons else k2.linear_fsa([labels])
     graphs = k2.arc_sort(k2.create_fsa_vec([fsa]))
     found = k2.intersect_device(graphs, line, b_to_a_map=torch.zeros(1, dtype=torch.int32), sorted_match_a=True)
     found = k2.top_sort(k2.connect(found))
