@@ -42,7 +42,8 @@ def prepared(tmp_path_factory):
     arpa = f"\\data\\\nngram 1={len(VOCABULARY) + 2}\n\n\\1-grams:\n-9 <s>\n-0.7 </s>\n{unigrams}\n\\end\\\n"
     (root / "words.arpa").write_text(arpa)
     speech = write_trans(root / "speech", num=3)
-    command = [REPO / "egs/librispeech/prepare.sh", "--corpus", "trans", "--corpus-dir", speech, root / "data", "--token-kind", "char", "--nj", 1]
+    command = [REPO / "egs/librispeech/prepare.sh", "--corpus", "trans", "--corpus-dir", speech]
+    command += ["--data-dir", root / "data", "--token-kind", "char", "--nj", 1]
     command += ["--graphs", "true", "--arpa", root / "words.arpa"]
     return command, root / "data", run(command)
 
