@@ -23,7 +23,7 @@ from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.systems.base import System
 from icefall_kd.text.tokenizer import Tokenizer
-from icefall_kd.train.average import load_for_decoding
+from icefall_kd.train.average import load_for_decoding, load_weights
 from icefall_kd.train.checkpoint import load_model
 from icefall_kd.train.loop import train
 
@@ -104,9 +104,12 @@ def load_system(config: DecodeConfig) -> Trained:
     if not config.exp_dir.is_dir():
         raise ConfigError(f"--exp-dir {config.exp_dir} does not exist; train first")
     tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
-    state_dict, saved, used = load_for_decoding(
-        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
-    )
+    if config.weights is not None:
+        state_dict, saved, used = load_weights(config.weights, tokenizer.hash)
+    else:
+        state_dict, saved, used = load_for_decoding(
+            config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
+        )
     logger.info("parameters from %s", used)
     train_config = config_from_dict(TrainConfig, saved)
     chunks = choose_chunks(

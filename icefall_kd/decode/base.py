@@ -20,6 +20,8 @@ class Hypothesis:
     """Natural log-probability of the hypothesis, as the search that made it defines it."""
     timestamps: list[int] | None = None
     """Encoder frame (0-based) at which each token was emitted."""
+    text: str | None = None
+    """Words of a search over a graph that has them; None: the tokens spell the text."""
 
 
 @runtime_checkable

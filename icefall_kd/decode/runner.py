@@ -116,6 +116,8 @@ def decode_suffix(
         if config.temperature != 1.0:
             parts.append(f"temperature-{config.temperature}")
         parts += _fusion_suffix(config)
+    elif config.decoding_method.startswith(("fast_beam_search", "ctc_decoding")):
+        parts += _graph_suffix(config)
     else:
         parts.append(config.decoding_method)
     if chunks != WHOLE_UTTERANCE:
@@ -145,6 +147,21 @@ def _plain_name(path: Path) -> str:
     """Return the name of a file or folder as part of another file's name."""
     name = path.resolve().name.removesuffix(".gz")
     return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(arpa|txt|safetensors)$", "", name))
+
+
+def _graph_suffix(config: DecodeConfig) -> list[str]:
+    """Return the parts of the suffix of a search over a graph."""
+    method = config.decoding_method
+    parts = [method, f"beam-{config.beam}"]
+    if method.startswith("fast"):
+        parts += [f"max-contexts-{config.max_contexts}", f"max-states-{config.max_states}"]
+    else:
+        parts.append(f"output-beam-{config.output_beam}")
+    if "nbest" in method:
+        parts += [f"num-paths-{config.num_paths}", f"nbest-scale-{config.nbest_scale}"]
+    if method.endswith("_LG"):
+        parts.append(f"ngram-lm-scale-{config.ngram_lm_scale}")
+    return [*parts, f"hlg-scale-{config.hlg_scale}"] if method.endswith("_HLG") else parts
 
 
 @torch.no_grad()
@@ -244,13 +261,13 @@ def _now(device: torch.device) -> float:
 def score_decoded(decoded: Decoded, tokenizer, unit: str) -> Score:
     """Score the best hypotheses in ``unit`` ("auto": the tokenizer's); "token" compares token strings."""
     unit = tokenizer.unit if unit == "auto" else unit
-    if tokenizer.kind == "pinyin" and unit != "token":
+    best = [nbest[0] for nbest in decoded.nbest]
+    if tokenizer.kind == "pinyin" and unit != "token" and any(hyp.text is None for hyp in best):
         raise ConfigError(f"--unit {unit} compares transcripts, this model writes pinyin; use --unit auto or token")
-    best = [nbest[0].tokens for nbest in decoded.nbest]
     if unit != "token":
-        return score(decoded.refs, [tokenizer.decode(tokens) for tokens in best], decoded.ids, unit)
+        return score(decoded.refs, [_text(hyp, tokenizer) for hyp in best], decoded.ids, unit)
     silent = {tokenizer.blank_id, tokenizer.sos_id, tokenizer.mask_id}
-    hyps = [[tokenizer.tokens[i] for i in tokens if i not in silent] for tokens in best]
+    hyps = [[tokenizer.tokens[i] for i in hyp.tokens if i not in silent] for hyp in best]
     # Not through ids: a reference token that the table lacks must not look like another such token.
     return score([tokenizer.pieces(text) for text in decoded.refs], hyps, decoded.ids, unit)
 
@@ -347,10 +364,14 @@ def write_nbest(path: Path, decoded: Decoded, tokenizer) -> None:
 
 def _nbest_lines(decoded: Decoded, tokenizer) -> Iterator[dict]:
     for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
-        hyps = [{"text": tokenizer.decode(h.tokens), **dataclasses.asdict(h)} for h in decoded.nbest[i]]
+        hyps = [{**dataclasses.asdict(h), "text": _text(h, tokenizer)} for h in decoded.nbest[i]]
         for hyp in hyps:
             hyp["times"] = [encoder_seconds(t) for t in hyp["timestamps"]] if hyp["timestamps"] is not None else None
         yield {"id": decoded.ids[i], "ref": decoded.refs[i], "nbest": hyps}
+
+
+def _text(hyp: Hypothesis, tokenizer) -> str:
+    return hyp.text if hyp.text is not None else tokenizer.decode(hyp.tokens)
 
 
 def write_ctm(path: Path, decoded: Decoded, tokenizer) -> None:
