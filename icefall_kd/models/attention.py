@@ -31,6 +31,8 @@ class RelativePositions(nn.Module):
             (2T-1, C).
         """
         num_frames = x.shape[1]
+        if torch.jit.is_tracing():  # the graph must hold for every length: no table of those seen so far
+            return self._sinusoids(num_frames, x.device).to(x.dtype)
         known = (self.table.shape[0] + 1) // 2
         if known < num_frames or self.table.device != x.device:
             known = max(num_frames, 2 * known)
@@ -54,6 +56,10 @@ def relative_shift(scores: Tensor) -> Tensor:
         (N, H, T, T) view; entry (i, j) is scores[i, T-1-i+j].
     """
     num_frames = scores.shape[2]
+    if torch.jit.is_tracing():
+        # The shift of Dai et al. 2019, appendix B: it copies, but a graph of it holds for one frame, too.
+        n, h, t, width = scores.shape
+        return F.pad(scores, (1, 0)).reshape(n, h, width + 1, t)[:, :, 1:].reshape(n, h, t, width)[..., :t]
     if num_frames == 1:
         return scores
     # Row i starts T-1-i after its own beginning: in flat memory, rows of length 2T-2 that start at T-1.
@@ -89,10 +95,10 @@ class RelativeSelfAttention(nn.Module):
             (N, T, C).
         """
         heads = self.num_heads
-        qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (N, T, 3, H, D)
+        qkv = self.qkv(x).view(*x.shape[:2], 3, heads, -1)  # (N, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, T, 3, H, D) -> 3 x (N, H, T, D)
         q = q * (q.shape[-1] ** -0.5)
-        p = self.position(positions).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # (2T-1, H, D) -> (H, D, 2T-1)
+        p = self.position(positions).view(positions.shape[0], heads, -1).permute(1, 2, 0)  # (2T-1, H, D) -> (H, D, 2T-1)
         bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
         y = _attend(q, k, v, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (N, H, T, D) -> (N, T, C)
