@@ -110,4 +110,4 @@ def conv2d_subsampled_len(num_frames):
         The same type, never negative: frames of 40 ms.
     """
     length = ((num_frames - 1) // 2 - 1) // 2
-    return length.clamp(min=0) if hasattr(length, "clamp") else max(length, 0)
+    return max(length, 0) if isinstance(length, int) else length.clamp(min=0)

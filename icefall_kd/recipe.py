@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import atomic_write
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
+from icefall_kd.systems.base import System
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.average import load_for_decoding
 from icefall_kd.train.checkpoint import load_model
@@ -71,6 +72,40 @@ def _furnish(exp_dir: Path, tokenizer: Tokenizer, data: DataModule) -> None:
         stream.writelines(json.dumps(asdict(x), ensure_ascii=False) + "\n" for x in data.rejected)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained system, ready to be used."""
+
+    system: System
+    """In evaluation mode, on the CPU, without distillation heads."""
+    tokenizer: Tokenizer
+    """The training's."""
+    config: TrainConfig
+    """The training's."""
+    files_used: str
+    """Which checkpoint files the parameters come from."""
+
+
+def load_system(exp_dir: Path, epoch: int | None, iter: int | None, avg: int, use_averaged_model: bool) -> Trained:
+    """Load the parameters of ``exp_dir`` that the options name, as decode.py and local/export.py have them.
+
+    Raises:
+        ConfigError: there is no such folder, the range of files is impossible, or the parameters do not fit.
+        DataError: a file is missing or damaged.
+    """
+    if not exp_dir.is_dir():
+        raise ConfigError(f"--exp-dir {exp_dir} does not exist; train first")
+    tokenizer = Tokenizer.load(exp_dir / "tokenizer")
+    state_dict, saved, used = load_for_decoding(exp_dir, epoch, iter, avg, use_averaged_model, tokenizer.hash)
+    logger.info("parameters from %s", used)
+    config = config_from_dict(TrainConfig, saved)
+    system = build_system(config, tokenizer.vocab_size, inference=True)
+    # Distillation heads are of no use here; anything else must fit.
+    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
+    load_model(system, kept, source=f"{exp_dir} ({used})")
+    return Trained(system.eval(), tokenizer, config, used)
+
+
 def decode_main(argv: list[str] | None = None) -> int:
     """Decode test sets, score them and print error rates with confidence intervals."""
     decode(parse_config(DecodeConfig, argv, prog="decode.py", description=decode_main.__doc__))
@@ -81,27 +116,17 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
     """Decode and score the test sets of ``config``; return the results of each by its name."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    if not config.exp_dir.is_dir():
-        raise ConfigError(f"--exp-dir {config.exp_dir} does not exist; train first")
-    setup_logging(config.exp_dir, f"decode-{config.decoding_method}")
-    tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
-    state_dict, saved, used = load_for_decoding(
-        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
-    )
-    logger.info("parameters from %s", used)
-    train_config = config_from_dict(TrainConfig, saved)
-    system = build_system(train_config, tokenizer.vocab_size, inference=True)
-    # Distillation heads are of no use here; anything else must fit.
-    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
-    load_model(system, kept, source=f"{config.exp_dir} ({used})")
-    system.to(pick_device(config.device)).eval()
+    if config.exp_dir.is_dir():  # else loading says so
+        setup_logging(config.exp_dir, f"decode-{config.decoding_method}")
+    trained = load_system(config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model)
+    system, tokenizer = trained.system.to(pick_device(config.device)), trained.tokenizer
     batches = {
         name: decoding_batches(
             cuts, tokenizer, max_duration=config.max_duration, features=_features_of(cuts)
         )
         for name, cuts in ((n, part_cuts(config.manifest_dir, p)) for n, p in parts_by_name(config.test_parts).items())
     }
-    return decode_parts(system, tokenizer, batches, config, files_used=used)
+    return decode_parts(system, tokenizer, batches, config, files_used=trained.files_used)
 
 
 def _features_of(cuts: CutSet) -> str:

@@ -44,7 +44,9 @@ class RelativePositions(nn.Module):
         distance = torch.arange(num_frames - 1, -num_frames, -1.0, dtype=torch.float64)
         rate = torch.exp(torch.arange(0, self.dim, 2, dtype=torch.float64) * (-math.log(10000.0) / self.dim))
         angle = distance.unsqueeze(1) * rate
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, : self.dim].float().to(device)
+        # ONNX Runtime has no cosine of doubles.
+        cos = (angle + math.pi / 2).sin() if torch.jit.is_tracing() else angle.cos()
+        return torch.stack([angle.sin(), cos], dim=-1).flatten(1)[:, : self.dim].float().to(device)
 
 
 def relative_shift(scores: Tensor) -> Tensor:
@@ -98,7 +100,8 @@ class RelativeSelfAttention(nn.Module):
         qkv = self.qkv(x).view(*x.shape[:2], 3, heads, -1)  # (N, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, T, 3, H, D) -> 3 x (N, H, T, D)
         q = q * (q.shape[-1] ** -0.5)
-        p = self.position(positions).view(positions.shape[0], heads, -1).permute(1, 2, 0)  # (2T-1, H, D) -> (H, D, 2T-1)
+        p = self.position(positions).view(positions.shape[0], heads, -1)  # (2T-1, H, D)
+        p = p.permute(1, 2, 0)  # (2T-1, H, D) -> (H, D, 2T-1)
         bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
         y = _attend(q, k, v, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (N, H, T, D) -> (N, T, C)
