@@ -35,7 +35,8 @@ def export(config: ExportConfig) -> dict:
     if config.format != "torchscript":
         require_onnx()
     with atomic_folder(config.out_dir, RECORD) as folder:
-        trained = load_system(config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model)
+        parameters = {name: getattr(config, name) for name in ("epoch", "iter", "avg", "use_averaged_model")}
+        trained = load_system(config.exp_dir, **parameters)
         system, tokenizer = trained.system.eval().requires_grad_(False), trained.tokenizer
         model = system.model
         if model.joiner is None:
@@ -55,6 +56,7 @@ def export(config: ExportConfig) -> dict:
             "format": config.format,
             "streaming": False,
             "files": files,
+            "parameters": parameters,
             "files_used": trained.files_used,
             "tokenizer_hash": tokenizer.hash,
             "vocab_size": tokenizer.vocab_size,
