@@ -25,7 +25,7 @@ from icefall_kd.cli import parse_config
 from icefall_kd.errors import ConfigError, KdError, run_main
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.results import compare as paired_bootstrap_of
-from icefall_kd.results import find_results, stack_utterances
+from icefall_kd.results import find_results, search_name, stack_utterances
 from icefall_kd.results_table import markdown_table, replace_block
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import read_json, write_json, write_text
@@ -34,7 +34,7 @@ from icefall_kd.scoring import RATE_NAMES
 
 logger = logging.getLogger("real_recordings")
 REPO = Path(__file__).resolve().parent.parent
-METHODS = ("greedy_search", "modified_beam_search")
+SEARCHES = ("greedy_search", "modified_beam_search")
 TEACHER = ["--teacher", "whisper-base", "--num-codebooks", "8", "--quantizer-utts", "250"]
 TEACHER += ["--phase1-steps", "1500", "--phase2-steps", "1000"]
 # Where a run shall be short: half the steps, half the utterances.
@@ -55,6 +55,15 @@ class Bed:
     """Options of teacher and quantizer that differ from TEACHER."""
     error_rates: bool = True
     """Whether the bed's error rates say anything."""
+    shares: str | None = None
+    """Bed whose data, labels and conf it uses."""
+    chunks: tuple[int, ...] = ()
+    """Of streaming students: chunk sizes that are decoded, in frames of 40 ms."""
+
+    @property
+    def searches(self) -> list[str]:
+        """Return the names of its decodings (results.search_name)."""
+        return [f"{s}{chunk}" for chunk in [f", chunks of {40 * c} ms" for c in self.chunks] or [""] for s in SEARCHES]
 
 
 def both(seeds: list[int]) -> list[tuple[str, int]]:
@@ -65,6 +74,13 @@ def both(seeds: list[int]) -> list[tuple[str, int]]:
 BEDS = {
     "barista": Bed(
         "librispeech", ["--corpus", "trans", "--token-kind", "char"], [*both([1, 2, 3]), ("l2", 1)]
+    ),
+    "barista_streaming": Bed(
+        "librispeech",
+        ["--corpus", "trans", "--token-kind", "char", "--streaming", "true"],
+        both([1, 2, 3]),
+        shares="barista",
+        chunks=(8, 16),
     ),
     "digits": Bed(
         "librispeech",
@@ -160,13 +176,16 @@ def result_file(config: RealConfig, bed: str, system: str, seed: int) -> Path:
 
 def run_one(config: RealConfig, bed: str, system: str, seed: int) -> Path:
     """Run prepare, labels, training and decoding of one system and seed; return its exp_dir."""
-    exp = (config.exp_root / bed).resolve()
-    options = [*BEDS[bed].options, "--config", REPO / f"benchmarks/conf/{bed}.yaml", *TEACHER]
+    home = BEDS[bed].shares or bed
+    exp = (config.exp_root / home).resolve()
+    options = [*BEDS[bed].options, "--config", REPO / f"benchmarks/conf/{home}.yaml", *TEACHER]
     options += BEDS[bed].teacher_options
-    options += ["--data-dir", exp / "data", "--exp-dir", exp, "--corpus-dir", source_dir(bed, config)]
+    if BEDS[bed].chunks:
+        options += ["--decode-chunks", " ".join(map(str, BEDS[bed].chunks))]
+    options += ["--data-dir", exp / "data", "--exp-dir", exp, "--corpus-dir", source_dir(home, config)]
     options += ["--systems", system, "--seeds", seed, "--nj", config.nj]
     _run(["bash", f"egs/{BEDS[bed].recipe}/run_mvq.sh", *options])
-    return exp / f"{system}-seed{seed}"
+    return exp / f"{system}{'-streaming' if BEDS[bed].chunks else ''}-seed{seed}"
 
 
 def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
@@ -174,7 +193,7 @@ def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
     run = read_json(exp_dir / "config.json")
     decodings = {}
     for result in find_results(exp_dir):
-        decodings.setdefault(result["part"], {})[result["decoding_method"]] = result
+        decodings.setdefault(result["part"], {})[search_name(result)] = result
     lines = (exp_dir / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     train = [r for r in map(json.loads, lines) if r["kind"] == "train"]
     kd = {name: value for name, value in train[-1].items() if name.startswith("kd")}
@@ -212,6 +231,12 @@ def write_result(path: Path, result: dict) -> None:
     write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
 
 
+def versus_file(config: RealConfig, bed: str, system: str, method: str) -> Path:
+    """Return where the comparison of a system with none lies, by one search."""
+    slug = method.replace(", chunks of ", "_").replace(" ms", "ms")
+    return config.results / f"{bed}_{system}_vs_none_{slug}.json"
+
+
 def finished(config: RealConfig, bed: str, system: str) -> dict[int, dict]:
     """Return the results of a system on a bed, by seed."""
     files = {seed: result_file(config, bed, system, seed) for run, seed in BEDS[bed].runs if run == system}
@@ -229,34 +254,35 @@ def compare(config: RealConfig) -> None:
         for system in ("mvq", "l2"):
             a, b = finished(config, bed, "none"), finished(config, bed, system)
             seeds = sorted(set(a) & set(b))
-            for method in METHODS if seeds else ():
+            for method in BEDS[bed].searches if seeds else ():
                 pairs = [decodings({s: r[s] for s in seeds}, bed, method) for r in (a, b)]
                 names = [result_file(config, bed, name, s).name for name in ("none", system) for s in seeds]
                 outcome = paired_bootstrap_of(*pairs, names, num_samples=10000)
                 values = {"none": str(outcome.a), system: str(outcome.b), "difference": str(outcome.difference)}
                 values["probability_of_improvement"] = outcome.probability_of_improvement
-                out = config.results / f"{bed}_{system}_vs_none_{method}.json"
-                write_json(out, {"seeds": seeds, "samples": 10000, **values})
+                write_json(
+                    versus_file(config, bed, system, method), {"seeds": seeds, "samples": 10000, **values},
+                )
 
 
 def table(config: RealConfig) -> str:
     """Return the table of all result files, in Markdown: error rates pooled over seeds, and the paired differences."""
-    header = "bed, system, seeds, search, error rate, difference to none, codebook accuracy, label bytes an hour, "
-    header += "fastest training in s, peak GiB"
+    header = ["bed", "system", "seeds", "search", "error rate", "difference to none", "latency in ms", "RTF"]
+    header += ["codebook accuracy", "label bytes an hour", "fastest training in s", "peak GiB"]
     cells = []
     for bed in BEDS:
         for system in ("none", "l2", "mvq"):
             results = finished(config, bed, system)
-            for method in METHODS if results else ():
+            for method in BEDS[bed].searches if results else ():
                 cells.append(_cells(config, bed, system, method, results))
-    return markdown_table(header.split(", "), cells)
+    return markdown_table(header, cells)
 
 
 def _cells(config: RealConfig, bed: str, system: str, method: str, results: dict[int, dict]) -> list[str]:
     found = decodings(results, bed, method)
     _, errors, ref_lens = stack_utterances(found, [str(seed) for seed in results])
     rate = confidence_interval(errors.sum(axis=0), len(found) * ref_lens, 10000)
-    versus = config.results / f"{bed}_{system}_vs_none_{method}.json"
+    versus = versus_file(config, bed, system, method)
     difference = read_json(versus) if versus.exists() else {"difference": "-", "seeds": []}
     note = "" if set(difference["seeds"]) in (set(), set(results)) else f" (seeds {difference['seeds']})"
     accuracy = [r["last_step"]["kd_codebook_acc"] for r in results.values() if "kd_codebook_acc" in r["last_step"]]
@@ -269,6 +295,8 @@ def _cells(config: RealConfig, bed: str, system: str, method: str, results: dict
         method,
         f"{RATE_NAMES[found[0]['unit']]} {rate} %" if BEDS[bed].error_rates else "not reported",
         difference["difference"] + note,
+        f"{1000 * found[0]['algorithmic_latency']:.1f}" if found[0].get("algorithmic_latency") else "utterance",
+        f"{min(r['rtf'] for r in found):.3f}",  # as with the training below
         f"{100 * mean(accuracy):.1f} %" if accuracy else "-",
         f"{labels['file_bytes_per_hour']:,.0f}" if labels else "-",
         f"{min(t['seconds'] for t in training):,.0f}",  # what else the machine did meanwhile only adds to it

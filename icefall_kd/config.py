@@ -135,6 +135,21 @@ class ModelConfig:
     """Dimension of the joiner."""
     context_size: int = 2
     """Tokens of context of the stateless decoder."""
+    streaming: bool = False
+    """A student that hears chunk by chunk; each training batch draws a chunk size and a left context from these:"""
+    chunk_size: list[int] = field(default_factory=lambda: [16, 8, 32, -1])
+    """Chunk sizes in encoder frames of 40 ms, -1: the whole utterance.  The first serves validation and, unless
+    decode.py is told otherwise, decoding."""
+    left_context_frames: list[int] = field(default_factory=lambda: [64, 32, 128, -1])
+    """Encoder frames before its chunk that a frame sees, -1: all; the first as above."""
+    convolution: Literal["causal", "chunk"] = "causal"
+    """Of a streaming student: causal (no later frame), or chunk (later frames of the same chunk, Li et al. 2023)."""
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "left_context_frames"):
+            values = getattr(self, name)
+            if not values or any(value < 1 and value != -1 for value in values):
+                raise ConfigError(f"--{name.replace('_', '-')} is {values}; give frames of 40 ms, -1 for no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +203,11 @@ class KdConfig:
     """Quantizer file, needed for mvq with online labels."""
     online_refine_iters: int = 5
     """Refinement searches of online codes; as many as the stored labels had."""
+    kd_delay: int = 0
+    """Student frames of 40 ms by which teacher labels come late: a streaming layer has not heard yet what they tell."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, kd_delay=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,6 +486,14 @@ class DecodeConfig:
     """Use the running averages of the two end points of the range."""
     max_duration: float = 200.0
     """Seconds of audio a batch."""
+    decode_chunk_size: int | None = None
+    """Streaming models: encoder frames of 40 ms a chunk, -1: the whole utterance; None: the first trained with."""
+    left_context_frames: int | None = None
+    """Streaming models: encoder frames seen before a chunk, -1: all; None: the first trained with."""
+    chunk_by_chunk: bool = False
+    """Streaming models: go through utterances chunk by chunk with caches, not once under a chunk mask; same results."""
+    tail_padding: float = 0.0
+    """Streaming models: seconds of silence put behind each utterance, as clients of a recogniser do."""
     unit: Literal["auto", "word", "char", "mixed", "token"] = "auto"
     """Scoring unit; auto: the tokenizer's (word for bpe and char, char for hanzi, token for pinyin);
     mixed: Chinese characters and whole words of other scripts."""
@@ -477,7 +505,7 @@ class DecodeConfig:
     """torch threads on a CPU."""
 
     def __post_init__(self) -> None:
-        _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0)
+        _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
         if not self.temperature > 0:
             raise ConfigError(f"--temperature is {self.temperature}; it must be above 0")
 
@@ -503,9 +531,16 @@ class ExportConfig:
     """Epochs (or checkpoints) averaged."""
     use_averaged_model: bool = True
     """Use the running averages of the two end points of the range."""
+    decode_chunk_size: int | None = None
+    """Streaming models: encoder frames of 40 ms a chunk, -1: a model of whole utterances; None: the first trained
+    with."""
+    left_context_frames: int | None = None
+    """Streaming models: encoder frames seen before a chunk; None: the first trained with."""
 
     def __post_init__(self) -> None:
         _at_least(self, epoch=1, iter=1, avg=1)
+        if self.left_context_frames == -1 and self.decode_chunk_size != -1:
+            raise ConfigError("--left-context-frames is -1; the caches of an exported model have one size: name it")
         if self.format == "torchscript" and self.quantize != "none":
             raise ConfigError(
                 f"--quantize {self.quantize} with --format torchscript: TorchScript is offered in float32 alone; "

@@ -111,3 +111,25 @@ def conv2d_subsampled_len(num_frames):
     """
     length = ((num_frames - 1) // 2 - 1) // 2
     return max(length, 0) if isinstance(length, int) else length.clamp(min=0)
+
+
+def chunk_num_frames(chunk_size: int) -> int:
+    """Return the Fbank frames that a streaming encoder needs for a chunk of ``chunk_size`` encoder frames.
+
+    Encoder frame t sees Fbank frames 4t ... 4t + 8: three convolutions of kernel 3, the last two of stride 2, none
+    padded on the left (models/subsampling.py).  The next chunk begins 4 * chunk_size frames later.
+    """
+    return 4 * chunk_size + 5
+
+
+def front_end_latency() -> float:
+    """Return the seconds of audio behind an encoder frame's own 40 ms that it hears.
+
+    Its last Fbank frame, 4t + 8, ends 17.5 ms after the frame's beginning at (4t + 8) * 10 ms (25 ms centred on 10 ms).
+    """
+    return (4 + 1) * 0.01 + 0.0075
+
+
+def algorithmic_latency(chunk_size: int) -> float:
+    """Return the seconds that the first frame of a chunk waits until the encoder can see it, computation left out."""
+    return chunk_size * 0.04 + front_end_latency()

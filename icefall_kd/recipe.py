@@ -14,6 +14,7 @@ from icefall_kd.data.datamodule import DataModule, decoding_batches, load_cuts
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
 from icefall_kd.errors import ConfigError
+from icefall_kd.models.streaming import choose_chunks
 from icefall_kd.results import parts_by_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
@@ -72,61 +73,67 @@ def _furnish(exp_dir: Path, tokenizer: Tokenizer, data: DataModule) -> None:
         stream.writelines(json.dumps(asdict(x), ensure_ascii=False) + "\n" for x in data.rejected)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained system, ready to be used."""
-
-    system: System
-    """In evaluation mode, on the CPU, without distillation heads."""
-    tokenizer: Tokenizer
-    """The training's."""
-    config: TrainConfig
-    """The training's."""
-    files_used: str
-    """Which checkpoint files the parameters come from."""
-
-
-def load_system(exp_dir: Path, epoch: int | None, iter: int | None, avg: int, use_averaged_model: bool) -> Trained:
-    """Load the parameters of ``exp_dir`` that the options name, as decode.py and local/export.py have them.
-
-    Raises:
-        ConfigError: there is no such folder, the range of files is impossible, or the parameters do not fit.
-        DataError: a file is missing or damaged.
-    """
-    if not exp_dir.is_dir():
-        raise ConfigError(f"--exp-dir {exp_dir} does not exist; train first")
-    tokenizer = Tokenizer.load(exp_dir / "tokenizer")
-    state_dict, saved, used = load_for_decoding(exp_dir, epoch, iter, avg, use_averaged_model, tokenizer.hash)
-    logger.info("parameters from %s", used)
-    config = config_from_dict(TrainConfig, saved)
-    system = build_system(config, tokenizer.vocab_size, inference=True)
-    # Distillation heads are of no use here; anything else must fit.
-    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
-    load_model(system, kept, source=f"{exp_dir} ({used})")
-    return Trained(system.eval(), tokenizer, config, used)
-
-
 def decode_main(argv: list[str] | None = None) -> int:
     """Decode test sets, score them and print error rates with confidence intervals."""
     decode(parse_config(DecodeConfig, argv, prog="decode.py", description=decode_main.__doc__))
     return 0
 
 
-def decode(config: DecodeConfig) -> dict[str, dict]:
-    """Decode and score the test sets of ``config``; return the results of each by its name."""
+@dataclass(frozen=True)
+class Trained:
+    """A trained system, ready to recognise."""
+
+    system: System
+    """In evaluation mode, on the device, without distillation heads."""
+    tokenizer: Tokenizer
+    config: TrainConfig
+    """Options of the training."""
+    files_used: str
+    """Which checkpoint files the parameters come from."""
+
+
+def load_system(config: DecodeConfig) -> Trained:
+    """Load the parameters that the options name from an exp_dir, and give the encoder the chunks that they name.
+
+    Raises:
+        ConfigError: there is no such exp_dir, or its model cannot be run with these chunks.
+        DataError: no readable checkpoint, or one of another tokenizer.
+    """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    if config.exp_dir.is_dir():  # else loading says so
+    if not config.exp_dir.is_dir():
+        raise ConfigError(f"--exp-dir {config.exp_dir} does not exist; train first")
+    tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
+    state_dict, saved, used = load_for_decoding(
+        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
+    )
+    logger.info("parameters from %s", used)
+    train_config = config_from_dict(TrainConfig, saved)
+    chunks = choose_chunks(
+        train_config.model, config.decode_chunk_size, config.left_context_frames, config.chunk_by_chunk
+    )
+    system = build_system(train_config, tokenizer.vocab_size, inference=True)
+    # Distillation heads are of no use here; anything else must fit.
+    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
+    load_model(system, kept, source=f"{config.exp_dir} ({used})")
+    system.model.encoder.chunks = chunks
+    system.to(pick_device(config.device)).eval()
+    return Trained(system, tokenizer, train_config, used)
+
+
+def decode(config: DecodeConfig) -> dict[str, dict]:
+    """Decode and score the test sets of ``config``; return the results of each by its name."""
+    if config.exp_dir.is_dir():
         setup_logging(config.exp_dir, f"decode-{config.decoding_method}")
-    trained = load_system(config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model)
-    system, tokenizer = trained.system.to(pick_device(config.device)), trained.tokenizer
+    trained = load_system(config)
+    system, tokenizer, used = trained.system, trained.tokenizer, trained.files_used
     batches = {
         name: decoding_batches(
             cuts, tokenizer, max_duration=config.max_duration, features=_features_of(cuts)
         )
         for name, cuts in ((n, part_cuts(config.manifest_dir, p)) for n, p in parts_by_name(config.test_parts).items())
     }
-    return decode_parts(system, tokenizer, batches, config, files_used=trained.files_used)
+    return decode_parts(system, tokenizer, batches, config, files_used=used)
 
 
 def _features_of(cuts: CutSet) -> str:

@@ -99,8 +99,8 @@ class Row:
 
     @property
     def search(self) -> str:
-        """Return the name of the search, "-" before any decoding."""
-        return next((r["decoding_method"] for results in self.results.values() for r in results), "-")
+        """Return the name of the search, with the chunk where there is one; "-" before any decoding."""
+        return next((search_name(r) for results in self.results.values() for r in results), "-")
 
     @property
     def parameters(self) -> int | None:
@@ -155,6 +155,12 @@ def read_run(exp_dir: Path, decoding_method: str | None = None, suffix: str | No
         labels=_labels_of(exp_dir, saved["config"]),
         results=find_results(exp_dir, decoding_method=decoding_method, suffix=suffix),
     )
+
+
+def search_name(result: dict) -> str:
+    """Return the name of a result's search, with the chunk where there is one."""
+    chunk = result.get("chunk_size", -1)
+    return result["decoding_method"] + (f", chunks of {40 * chunk} ms" if chunk > 0 else "")
 
 
 def find_results(
@@ -301,7 +307,7 @@ def build_rows(runs: Sequence[Run]) -> list[Row]:
 def _rows_of(group: list[Run]) -> list[Row]:
     config = group[0].config
     key = (config.get("system", "?"), config.get("kd", "none"))
-    name = SYSTEM_NAMES.get(key, " ".join(key))
+    name = ("streaming " if config.get("streaming") else "") + SYSTEM_NAMES.get(key, " ".join(key))
     by_decoding: dict[str, Row] = {}
     for run in group:
         for suffix in dict.fromkeys(result["suffix"] for result in run.results):

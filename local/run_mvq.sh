@@ -17,6 +17,9 @@ data_dir=                  # Prepared data; empty: data/CORPUS
 exp_dir=                   # Experiments; empty: exp/CORPUS
 systems="none mvq"         # Students: none, mvq, l1, l2
 seeds=42                   # Seeds, with spaces: one training of each system a seed
+streaming=false            # Students that hear chunk by chunk
+decode_chunks="8 16"       # Streaming: chunk sizes to decode with, in encoder frames of 40 ms, with spaces
+left_context_frames=64     # Streaming: encoder frames before the chunk that decoding sees
 teacher=whisper-tiny.en    # Hub id, folder, state dict, exp_dir, FILE.py:CLASS, whisper-tiny.en or whisper-base
 layer=-1                   # Teacher block, from 1; -1: the last; several as 6,12: a quantizer and label set each
 normalize_embeddings=false # LayerNorm of the embeddings before the quantizer
@@ -76,6 +79,12 @@ fi
 if [[ $short == true ]]; then
   phase1_steps=30 phase2_steps=20 quantizer_utts=20
   train_args="$train_args --num-epochs 3"
+fi
+student_tag="" chunk_sizes=(-1)
+if [[ $streaming == true ]]; then
+  student_tag=-streaming
+  read -r -a chunk_sizes <<< "$decode_chunks"
+  train_args="--streaming true $train_args"
 fi
 
 marker_dir=$exp_dir/.done
@@ -200,13 +209,17 @@ stage_3_labels() { # Extract and verify the teacher's labels
   fi
 }
 
+student_dir() { # student_dir SYSTEM SEED: the exp_dir of a student
+  echo "$exp_dir/$1$student_tag-seed$2"
+}
+
 stage_4_train() { # Train every student
   local system seed dir launch=(python3) labels label_dirs lang
   lang=$(lang_dir)
   ((num_gpus <= 1)) || launch=(torchrun --standalone --nproc-per-node "$num_gpus")
   for seed in $seeds; do
     for system in $systems; do
-      dir=$exp_dir/$system-seed$seed
+      dir=$(student_dir "$system" "$seed")
       label_dirs=()
       case $system in
         mvq) label_dirs=("${codes_dirs[@]}") ;;
@@ -215,7 +228,7 @@ stage_4_train() { # Train every student
       labels=()
       [[ $system == none ]] || labels=(--label-dir "$(commas "${label_dirs[@]}")")
       # No --code: an edited line of the library does not throw a week of training away.
-      begin --name "$system-seed$seed" --option train_args train_parts valid_parts --input "$config" \
+      begin --name "$system$student_tag-seed$seed" --option train_args train_parts valid_parts --input "$config" \
         "${train_cuts[@]}" "$lang/tokenizer.json" "${label_dirs[@]}" --output "$dir/train_summary.json" || continue
       if [[ $force == true && -e $dir ]]; then # train.py would go on with it, or find it finished
         log "the training in $dir is moved to $dir.old"
@@ -231,18 +244,30 @@ stage_4_train() { # Train every student
   done
 }
 
+decode_one() { # decode_one SYSTEM SEED METHOD CHUNK: all test parts; a CHUNK of -1: whole utterances
+  local dir name=$1$student_tag-seed$2-$3 words=()
+  dir=$(student_dir "$1" "$2")
+  if [[ $streaming == true ]]; then
+    name+=-chunk$4-left$left_context_frames
+    words=(--decode-chunk-size "$4")
+    (($4 < 0)) || words+=(--left-context-frames "$left_context_frames" --chunk-by-chunk true)
+  fi
+  begin --name "$name" --option decode_args test_parts --input "$dir/train_summary.json" "${test_cuts[@]}" \
+    --output "$dir/$3" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || return 0
+  # shellcheck disable=SC2086
+  OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
+    --decoding-method "$3" "${words[@]}" $decode_args
+  finish
+}
+
 stage_5_decode() { # Decode and score
-  local system seed dir method
+  local system seed method chunk
   for seed in $seeds; do
     for system in $systems; do
-      dir=$exp_dir/$system-seed$seed
       for method in $decoding_methods; do
-        begin --name "$system-seed$seed-$method" --option decode_args test_parts --input "$dir/train_summary.json" \
-          "${test_cuts[@]}" --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || continue
-        # shellcheck disable=SC2086
-        OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
-          --decoding-method "$method" $decode_args
-        finish
+        for chunk in "${chunk_sizes[@]}"; do
+          decode_one "$system" "$seed" "$method" "$chunk"
+        done
       done
     done
   done
@@ -252,7 +277,7 @@ stage_6_results() { # Print the table of results
   local system seed dirs=()
   for seed in $seeds; do
     for system in $systems; do
-      dirs+=("$exp_dir/$system-seed$seed")
+      dirs+=("$(student_dir "$system" "$seed")")
     done
   done
   python3 ../../local/results.py --exp-dirs "$(IFS=,; echo "${dirs[*]}")" --table demo --out "$exp_dir/results.md"

@@ -26,7 +26,8 @@ def decoding(part: str, method: str, errors: list[int]) -> dict:
     zeros = [0] * len(errors)
     utterances = {"ids": IDS, "ref_hash": ["h"] * 40, "ref_len": REF_LENS, "ins": zeros, "del": zeros, "sub": errors}
     rate = 100 * sum(errors) / sum(REF_LENS)
-    return {"part": part, "decoding_method": method, "unit": "word", "error_rate": rate, "utterances": utterances}
+    names = {"part": part, "decoding_method": method, "unit": "word", "rtf": 0.0125}
+    return {**names, "error_rate": rate, "utterances": utterances}
 
 
 def write_exp_dir(folder: Path, part: str, errors: list[int], kd: dict) -> None:
@@ -69,7 +70,34 @@ def test_runs_are_collected_compared_and_tabled(driver, tmp_path):
     rows = {tuple(cell.strip() for cell in line.split("|")[1:5]) for line in table.splitlines()[2:]}
     methods = ("greedy_search", "modified_beam_search")
     assert rows == {("barista", system, "1, 2", method) for system in ("none", "mvq") for method in methods}
-    assert "25.0 %" in table and found["difference"] in table
+    assert "25.0 %" in table and found["difference"] in table and "| utterance | 0.013 |" in table
+
+
+def test_decodings_of_several_chunk_sizes_are_kept_apart(driver, tmp_path):
+    config = driver.RealConfig(exp_root=tmp_path, results=tmp_path / "results", beds=["barista_streaming"])
+    for system, errors in (("none", [3] * 40), ("mvq", [1] * 40)):
+        exp_dir = tmp_path / "barista" / f"{system}-streaming-seed1"
+        write_exp_dir(exp_dir, "dev", errors, {})
+        for old in exp_dir.glob("*/results-x.json"):
+            result = read_json(old)
+            old.unlink()
+            for chunk, more in ((8, 1), (16, 0)):
+                worse = [e + more for e in errors]
+                heard = {"chunk_size": chunk, "algorithmic_latency": 0.04 * chunk + 0.0575}
+                again = {**decoding("dev", result["decoding_method"], worse), **heard}
+                write_json(old.with_name(f"results-{chunk}.json"), again)
+        driver.write_result(
+            driver.result_file(config, "barista_streaming", system, 1),
+            driver.collect(exp_dir, "barista_streaming", system, 1),
+        )
+    driver.compare(config)
+    names = [f"greedy_search, chunks of {ms} ms" for ms in (320, 640)]
+    assert set(names) < set(driver.BEDS["barista_streaming"].searches)
+    lines = [line for name in names for line in driver.table(config).splitlines() if f"| {name} |" in line]
+    rates = [line.split("|")[5].split()[1] for line in lines]
+    assert rates == ["80.00", "40.00", "60.00", "20.00"]  # none and mvq at 320 ms, then at 640 ms
+    assert [line.split("|")[7].strip() for line in lines] == ["377.5", "377.5", "697.5", "697.5"]
+    assert (tmp_path / "results" / "barista_streaming_mvq_vs_none_greedy_search_320ms.json").exists()
 
 
 def test_a_failed_command_ends_the_driver_with_its_exit_code(driver):
@@ -80,7 +108,7 @@ def test_a_failed_command_ends_the_driver_with_its_exit_code(driver):
 
 def test_every_bed_names_a_configuration_and_a_recipe(driver, repo):
     for name, bed in driver.BEDS.items():
-        assert (repo / "benchmarks" / "conf" / f"{name}.yaml").is_file()
+        assert (repo / "benchmarks" / "conf" / f"{bed.shares or name}.yaml").is_file()
         assert (repo / "egs" / bed.recipe / "run_mvq.sh").is_file()
         assert len(set(bed.runs)) == len(bed.runs)
 

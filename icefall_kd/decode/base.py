@@ -1,7 +1,7 @@
 """What a search returns and what every search offers to the runner."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,32 @@ class Decoder(Protocol):
                 gets the empty hypothesis with score 0.
         Returns:
             N lists of hypotheses.
+        """
+        ...
+
+
+@runtime_checkable
+class StatefulDecoder(Decoder, Protocol):
+    """A search that also goes on from a state, chunk by chunk; ``decode`` is start, advance and result."""
+
+    def start(self, n: int) -> Any:
+        """Return the state of ``n`` streams of which nothing has been heard."""
+        ...
+
+    def advance(self, state: Any, encoder_out: Tensor, encoder_out_lens: Tensor) -> None:
+        """Consume the next frames of each stream, changing ``state``.
+
+        Args:
+            state: what ``start`` returned.
+            encoder_out: (N, T', C); frames beyond the lengths are ignored.
+            encoder_out_lens: (N,) new frames of each stream, 0 <= length <= T'.
+        """
+        ...
+
+    def result(self, state: Any) -> list[list[Hypothesis]]:
+        """Return what ``decode`` would for the frames heard so far, times from the start of each stream.
+
+        The state stays as it is.
         """
         ...
 

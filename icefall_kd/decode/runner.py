@@ -24,9 +24,11 @@ import torch
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
-from icefall_kd.decode.base import Decoder, Hypothesis
+from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
+from icefall_kd.decode.streaming import pad_with_silence
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import conv2d_subsampled_len
+from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len
+from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
 from icefall_kd.scoring import Score, per_utterance, score, summarize, write_errs, write_recogs, write_summary
@@ -79,13 +81,16 @@ def build_decoder(system, config: DecodeConfig) -> Decoder:
     return entry if isinstance(entry, Decoder) else entry(config)
 
 
-def decode_suffix(config: DecodeConfig, files_used: str = "", context_size: int | None = None) -> str:
+def decode_suffix(
+    config: DecodeConfig, files_used: str = "", context_size: int | None = None, chunks: Chunks = WHOLE_UTTERANCE
+) -> str:
     """Return the part of the file names that says which parameters and which search, as in icefall.
 
     Args:
         config: options of decode.py.
         files_used: what load_for_decoding says it took; its last file counts when no option names one.
         context_size: of the stateless decoder; None: left out.
+        chunks: what the encoder sees.
     """
     found = re.findall(r"(epoch|checkpoint)-(\d+)", files_used)
     kind, number = found[-1] if found else ("epoch", "newest")
@@ -103,6 +108,11 @@ def decode_suffix(config: DecodeConfig, files_used: str = "", context_size: int 
             parts.append(f"temperature-{config.temperature}")
     else:
         parts.append(config.decoding_method)
+    if chunks != WHOLE_UTTERANCE:
+        parts[0] += f"_chunk-{chunks.chunk_size}_left-context-{chunks.left_context_frames}"
+        parts[0] += "_streaming" if config.chunk_by_chunk else ""
+    if config.tail_padding:
+        parts.append(f"tail-padding-{config.tail_padding}")
     if config.blank_penalty:
         parts.append(f"blank-penalty-{config.blank_penalty}")
     if config.use_averaged_model:
@@ -111,7 +121,14 @@ def decode_suffix(config: DecodeConfig, files_used: str = "", context_size: int 
 
 
 @torch.no_grad()
-def decode_batches(system, decoder: Decoder, batches: Iterable[Batch], warm_up: bool = True) -> Decoded:
+def decode_batches(
+    system,
+    decoder: Decoder,
+    batches: Iterable[Batch],
+    warm_up: bool = True,
+    chunk_by_chunk: bool = False,
+    tail_padding: float = 0.0,
+) -> Decoded:
     """Decode the batches of one part.
 
     Args:
@@ -119,16 +136,19 @@ def decode_batches(system, decoder: Decoder, batches: Iterable[Batch], warm_up: 
         decoder: the search.
         batches: the part, in any order.
         warm_up: run the first batch twice and leave its first run out of the times.
+        chunk_by_chunk: use ``system.encode_chunks(batch)``, which yields the same by chunks; a StatefulDecoder goes on
+            chunk by chunk as well.
+        tail_padding: seconds of silence behind each utterance.
     """
     device = next(system.parameters()).device
     out = Decoded()
     for batch in batches:
-        batch = _long_enough(batch).to(device)
+        batch = _long_enough(_padded(batch, tail_padding)).to(device)
         if warm_up:
-            seconds = _run(system, decoder, batch, device)[1:]
+            seconds = _run(system, decoder, batch, device, chunk_by_chunk)[1:]
             out.warm_up_seconds = sum(seconds)
             warm_up = False
-        nbest, encoder_seconds, search_seconds = _run(system, decoder, batch, device)
+        nbest, encoder_seconds, search_seconds = _run(system, decoder, batch, device, chunk_by_chunk)
         out.encoder_seconds += encoder_seconds
         out.search_seconds += search_seconds
         out.audio_seconds += sum(batch.durations) if batch.durations else int(batch.x_lens.sum()) * _FRAME_SHIFT
@@ -148,12 +168,44 @@ def _long_enough(batch: Batch) -> Batch:
     return dataclasses.replace(batch, features=torch.cat([batch.features, padding], dim=1))
 
 
-def _run(system, decoder: Decoder, batch: Batch, device: torch.device) -> tuple[list[list[Hypothesis]], float, float]:
+def _padded(batch: Batch, seconds: float) -> Batch:
+    if not seconds or batch.features is None:
+        return batch
+    features, x_lens = pad_with_silence(batch.features, batch.x_lens, round(seconds / _FRAME_SHIFT))
+    return dataclasses.replace(batch, features=features, x_lens=x_lens)
+
+
+def _run(
+    system, decoder: Decoder, batch: Batch, device: torch.device, chunk_by_chunk: bool
+) -> tuple[list[list[Hypothesis]], float, float]:
+    """Return the n-best lists, the seconds of the encoder and those of the search."""
+    if chunk_by_chunk:
+        return _run_chunks(system, decoder, batch, device)
     begin = _now(device)
     encoder_out, encoder_out_lens = system.encode(batch)
     middle = _now(device)
     nbest = decoder.decode(encoder_out, encoder_out_lens)
     return nbest, middle - begin, _now(device) - middle
+
+
+def _run_chunks(system, decoder: Decoder, batch: Batch, device: torch.device):
+    goes_on = isinstance(decoder, StatefulDecoder)
+    state, whole, searching, begin = decoder.start(len(batch)) if goes_on else None, [], 0.0, _now(device)
+    for encoder_out, encoder_out_lens in system.encode_chunks(batch):
+        middle = _now(device)
+        if goes_on:
+            decoder.advance(state, encoder_out, encoder_out_lens)
+        else:
+            whole.append((encoder_out, encoder_out_lens))
+        searching += _now(device) - middle
+    middle = _now(device)
+    if goes_on:
+        nbest = decoder.result(state)
+    else:
+        outs, lens = zip(*whole, strict=True)
+        nbest = decoder.decode(torch.cat(outs, dim=1), torch.stack(lens).sum(0))
+    end = _now(device)
+    return nbest, middle - begin - searching, searching + end - middle
 
 
 def _now(device: torch.device) -> float:
@@ -203,17 +255,21 @@ def decode_parts(
     """
     system.eval()
     decoder = build_decoder(system, config)
+    chunks = getattr(getattr(getattr(system, "model", None), "encoder", None), "chunks", WHOLE_UTTERANCE)
     if suffix is None:
         network = getattr(getattr(system, "model", None), "decoder", None)
-        suffix = decode_suffix(config, files_used, getattr(network, "context_size", None))
+        suffix = decode_suffix(config, files_used, getattr(network, "context_size", None), chunks)
     res_dir = Path(res_dir) if res_dir is not None else config.exp_dir / config.decoding_method
     record = {
         "parameters": sum(p.numel() for p in system.parameters()),
+        **latency(chunks),
         **_provenance(config, tokenizer, files_used, next(system.parameters()).device),
     }
     results = {}
     for part, part_batches in batches.items():
-        decoded = decode_batches(system, decoder, part_batches, warm_up=not results)
+        decoded = decode_batches(
+            system, decoder, part_batches, not results, config.chunk_by_chunk, config.tail_padding
+        )
         if not decoded.ids:
             raise DataError(f"part {part} has no utterance to decode; check its cut set and --max-duration")
         scored = score_decoded(decoded, tokenizer, config.unit)
@@ -228,6 +284,12 @@ def decode_parts(
         write_json(res_dir / f"results-{name}.json", results[part])
         print(_line(scored, results[part]), flush=True)
     return results
+
+
+def latency(chunks: Chunks) -> dict:
+    """Return what the results say of how long a stream waits: chunk, left context and seconds, None without chunks."""
+    seconds = algorithmic_latency(chunks.chunk_size) if chunks.chunk_size > 0 else None
+    return {**chunks._asdict(), "algorithmic_latency": seconds}
 
 
 def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.device) -> dict:
@@ -263,4 +325,7 @@ def _line(scored: Score, result: dict) -> str:
         line += " 95% interval {:.2f} to {:.2f}".format(*result["interval"])
     if result["rtf"] is not None:
         line += f", RTF {result['rtf']:.4f} ({result['rtf_with_warm_up']:.4f} with warm-up)"
-    return line
+    if result["algorithmic_latency"] is None:
+        return line + ", latency: the whole utterance"
+    chunk, seconds = 40 * result["chunk_size"], 1000 * result["algorithmic_latency"]
+    return line + f", algorithmic latency {seconds:.1f} ms (chunks of {chunk} ms)"

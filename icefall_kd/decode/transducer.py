@@ -3,63 +3,24 @@
 Both emit at most one symbol per frame (Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR
 training", 2022, section on decoding; icefall's conventions for the start context and the final choice).
 The decoder's output is a function of the last ``context_size`` tokens alone, so each context is
-embedded, convolved and projected once a call, whatever the number of hypotheses that share it.
+embedded, convolved and projected once, whatever the number of hypotheses that share it.
+
+A search goes on from a state: ``start`` makes one for N streams, ``advance`` consumes frames, as many as there
+are, and ``result`` reads the hypotheses at any time.  However the frames are cut, the result is the same.  A state
+keeps what its hypotheses hold (tokens and times) and a bounded table of decoder outputs, nothing else.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from icefall_kd.config import DecodeConfig
 from icefall_kd.decode.base import UNK_ID, Hypothesis, logits_to_scores
+from icefall_kd.decode.context_table import ContextTable
 from icefall_kd.errors import ConfigError
-
-
-class _ContextTable:
-    """Projected decoder outputs of all contexts seen in one call, one row each."""
-
-    def __init__(self, model) -> None:
-        self.model = model
-        self.context_size = model.decoder.context_size
-        self.blank_id = model.decoder.blank_id
-        self.index: dict[tuple[int, ...], int] = {}
-        self.pending: list[tuple[int, ...]] = []
-        self.rows: Tensor | None = None
-        self.used = 0
-
-    @property
-    def start(self) -> tuple[int, ...]:
-        return (-1,) * (self.context_size - 1) + (self.blank_id,)
-
-    def row(self, context: tuple[int, ...]) -> int:
-        """Return the row of a context; a new one is computed at the next :meth:`gather`."""
-        row = self.index.get(context)
-        if row is None:
-            row = self.index[context] = len(self.index)
-            self.pending.append(context)
-        return row
-
-    def after(self, context: tuple[int, ...], token: int) -> tuple[int, ...]:
-        """Return the context that follows ``context`` when ``token`` is emitted."""
-        return (*context[1:], token)
-
-    def gather(self, rows: list[int], device: torch.device) -> Tensor:
-        """Return the projected decoder outputs (len(rows), C) of the given rows."""
-        if self.pending:
-            y = torch.tensor(self.pending, dtype=torch.int64, device=device)
-            new = self.model.joiner.decoder_proj(self.model.decoder(y)[:, -1])
-            need = self.used + len(new)
-            if self.rows is None or need > len(self.rows):
-                grown = new.new_empty((max(64, 2 * need), new.size(1)))
-                if self.rows is not None:
-                    grown[: self.used] = self.rows[: self.used]
-                self.rows = grown
-            self.rows[self.used : need] = new
-            self.used = need
-            self.pending = []
-        return self.rows[torch.tensor(rows, dtype=torch.int64, device=device)]
 
 
 def _check_model(model) -> None:
@@ -70,18 +31,36 @@ def _check_model(model) -> None:
         )
 
 
-def _by_length(encoder_out: Tensor, encoder_out_lens: Tensor) -> tuple[list[int], list[int]]:
-    """Return utterance indexes, longest first, and their lengths in that order."""
+def _by_length(encoder_out: Tensor, encoder_out_lens: Tensor, streams: int) -> tuple[list[int], list[int]]:
+    """Return stream indexes, longest first, and their lengths in that order."""
     if encoder_out.ndim != 3 or encoder_out_lens.shape != encoder_out.shape[:1]:
         raise ConfigError(
             f"a search needs encoder_out (N, T', C) and encoder_out_lens (N,), "
             f"got {tuple(encoder_out.shape)} and {tuple(encoder_out_lens.shape)}"
         )
     lens = encoder_out_lens.tolist()
+    if len(lens) != streams:
+        raise ConfigError(f"the state holds {streams} streams, encoder_out has {len(lens)}")
     if lens and not 0 <= min(lens) <= max(lens) <= encoder_out.size(1):
         raise ConfigError(f"encoder_out_lens {lens} do not fit in {encoder_out.size(1)} frames of encoder_out")
     order = sorted(range(len(lens)), key=lambda i: -lens[i])
     return order, [lens[i] for i in order]
+
+
+@dataclass
+class GreedyState:
+    """What :class:`GreedySearch` knows of N streams."""
+
+    table: ContextTable
+    frames: list[int]
+    """Frames that each stream has consumed."""
+    tokens: list[list[int]]
+    times: list[list[int]]
+    contexts: list[tuple[int, ...]]
+    decoder_out: Tensor
+    """Projected decoder output of each stream, (N, C)."""
+    scores: Tensor
+    """(N,) float32."""
 
 
 class GreedySearch:
@@ -105,30 +84,32 @@ class GreedySearch:
         return cls(model, blank_penalty=config.blank_penalty)
 
     @torch.no_grad()
-    def decode(self, encoder_out: Tensor, encoder_out_lens: Tensor) -> list[list[Hypothesis]]:
-        """Return one hypothesis an utterance.
-
-        Args:
-            encoder_out: (N, T', C).
-            encoder_out_lens: (N,).
-        Returns:
-            N lists of one :class:`Hypothesis`; the score is the sum of the log-probabilities of the
-            chosen symbols, blanks included.
-        """
-        order, lens = _by_length(encoder_out, encoder_out_lens)
-        n = len(order)
-        if n == 0:
-            return []
-        table = _ContextTable(self.model)
-        joiner, device = self.model.joiner, encoder_out.device
-        skipped = {table.blank_id, self.unk_id}
-        contexts = [table.start] * n
-        tokens: list[list[int]] = [[] for _ in range(n)]
-        times: list[list[int]] = [[] for _ in range(n)]
-        frames = joiner.encoder_proj(encoder_out[order])  # (N, T', C), longest first
+    def start(self, n: int) -> GreedyState:
+        """Return the state of ``n`` streams of which nothing has been heard."""
+        table, device = ContextTable(self.model), self.model.joiner.output_linear.weight.device
         decoder_out = table.gather([table.row(table.start)] * n, device)
         scores = torch.zeros(n, dtype=torch.float32, device=device)
-        active = n
+        tokens, times = [[] for _ in range(n)], [[] for _ in range(n)]
+        return GreedyState(table, [0] * n, tokens, times, [table.start] * n, decoder_out, scores)
+
+    @torch.no_grad()
+    def advance(self, state: GreedyState, encoder_out: Tensor, encoder_out_lens: Tensor) -> None:
+        """Consume the next frames of each stream.
+
+        Args:
+            state: changed in place.
+            encoder_out: (N, T', C).
+            encoder_out_lens: (N,) new frames of each stream, 0 for none.
+        """
+        order, lens = _by_length(encoder_out, encoder_out_lens, len(state.frames))
+        if not order:
+            return
+        table, joiner, device = state.table, self.model.joiner, encoder_out.device
+        table.forget()
+        skipped = {table.blank_id, self.unk_id}
+        frames = joiner.encoder_proj(encoder_out[order])  # (N, T', C), longest first
+        decoder_out, scores = state.decoder_out[order], state.scores[order]
+        active = len(order)
         for t in range(lens[0]):
             while lens[active - 1] <= t:
                 active -= 1
@@ -139,24 +120,44 @@ class GreedySearch:
             changed = []
             for i, symbol in enumerate(symbols.tolist()):
                 if symbol not in skipped:
-                    tokens[i].append(symbol)
-                    times[i].append(t)
-                    contexts[i] = table.after(contexts[i], symbol)
+                    k = order[i]
+                    state.tokens[k].append(symbol)
+                    state.times[k].append(state.frames[k] + t)
+                    state.contexts[k] = table.after(state.contexts[k], symbol)
                     changed.append(i)
             if changed:
-                decoder_out[changed] = table.gather([table.row(contexts[i]) for i in changed], device)
-        result: list[list[Hypothesis]] = [[] for _ in range(n)]
-        for i, (place, score) in enumerate(zip(order, scores.tolist(), strict=True)):
-            result[place] = [Hypothesis(tokens[i], score, times[i])]
-        return result
+                rows = [table.row(state.contexts[order[i]]) for i in changed]
+                decoder_out[changed] = table.gather(rows, device)
+        state.decoder_out[order], state.scores[order] = decoder_out, scores
+        for k, length in zip(order, lens, strict=True):
+            state.frames[k] += length
+
+    def result(self, state: GreedyState) -> list[list[Hypothesis]]:
+        """Return one hypothesis a stream, of what it has heard; the state stays as it is."""
+        found = zip(state.tokens, state.scores.tolist(), state.times, strict=True)
+        return [[Hypothesis(list(tokens), score, list(times))] for tokens, score, times in found]
+
+    def decode(self, encoder_out: Tensor, encoder_out_lens: Tensor) -> list[list[Hypothesis]]:
+        """Return one hypothesis an utterance.
+
+        Args:
+            encoder_out: (N, T', C).
+            encoder_out_lens: (N,).
+        Returns:
+            N lists of one :class:`Hypothesis`; the score is the sum of the log-probabilities of the
+            chosen symbols, blanks included.
+        """
+        state = self.start(len(encoder_out))
+        self.advance(state, encoder_out, encoder_out_lens)
+        return self.result(state)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Prefix:
     """A token sequence of one utterance, as a node of that utterance's prefix tree.
 
     Two hypotheses hold the same tokens exactly when they point at the same node, so merging needs no
-    comparison of sequences.
+    comparison of sequences.  A node holds its parent, not its children: what no hypothesis begins with is freed.
     """
 
     parent: "_Prefix | None"
@@ -164,14 +165,16 @@ class _Prefix:
     length: int
     context: tuple[int, ...]
     row: int
-    children: dict[int, "_Prefix"] = field(default_factory=dict)
+    children: "WeakValueDictionary[int, _Prefix] | None" = None
 
-    def child(self, token: int, table: _ContextTable) -> "_Prefix":
+    def child(self, token: int, table: ContextTable) -> "_Prefix":
+        if self.children is None:
+            self.children = WeakValueDictionary()
         node = self.children.get(token)
         if node is None:
-            context = table.after(self.context, token)
-            node = _Prefix(self, token, self.length + 1, context, table.row(context))
+            node = _Prefix(self, token, self.length + 1, table.after(self.context, token), 0)
             self.children[token] = node
+        node.row = table.row(node.context)  # the table may have been emptied since
         return node
 
     def tokens(self) -> list[int]:
@@ -233,6 +236,17 @@ def _linked(times: tuple | None) -> list[int]:
     return out[::-1]
 
 
+@dataclass
+class BeamState:
+    """What :class:`ModifiedBeamSearch` knows of N streams."""
+
+    table: ContextTable
+    frames: list[int]
+    """Frames that each stream has consumed."""
+    beams: list[list[_Hyp]]
+    """Hypotheses of each stream."""
+
+
 class ModifiedBeamSearch:
     """Beam search with at most one symbol per frame; equal token sequences are merged.
 
@@ -280,7 +294,50 @@ class ModifiedBeamSearch:
             temperature=config.temperature,
         )
 
+    def start(self, n: int) -> BeamState:
+        """Return the state of ``n`` streams of which nothing has been heard."""
+        table = ContextTable(self.model)
+        row = table.row(table.start)
+        beams = [[_Hyp(_Prefix(None, -1, 0, table.start, row), 0.0, 0.0, None)] for _ in range(n)]
+        return BeamState(table, [0] * n, beams)
+
     @torch.no_grad()
+    def advance(self, state: BeamState, encoder_out: Tensor, encoder_out_lens: Tensor) -> None:
+        """Consume the next frames of each stream.
+
+        Args:
+            state: changed in place.
+            encoder_out: (N, T', C).
+            encoder_out_lens: (N,) new frames of each stream, 0 for none.
+        """
+        order, lens = _by_length(encoder_out, encoder_out_lens, len(state.frames))
+        if not order:
+            return
+        table, device = state.table, encoder_out.device
+        if table.forget():
+            for hyp in (h for beam in state.beams for h in beam):
+                hyp.prefix.row = table.row(hyp.prefix.context)
+        skipped = {table.blank_id, self.unk_id}
+        frames = self.model.joiner.encoder_proj(encoder_out[order])  # (N, T', C), longest first
+        beams = [state.beams[k] for k in order]
+        active = len(order)
+        for t in range(lens[0]):
+            while lens[active - 1] <= t:
+                active -= 1
+            for i, candidates in enumerate(self._expand(beams[:active], frames[:active, t], table, device)):
+                beams[i] = _extend(beams[i], candidates, state.frames[order[i]] + t, skipped, table)
+        for k, length, beam in zip(order, lens, beams, strict=True):
+            state.beams[k] = beam
+            state.frames[k] += length
+
+    def result(self, state: BeamState) -> list[list[Hypothesis]]:
+        """Return the n-best list of each stream, of what it has heard; the state stays as it is."""
+        nbest = []
+        for beam in state.beams:
+            ranked = sorted(beam, key=lambda h: -h.score / (h.prefix.length + state.table.context_size))
+            nbest.append([Hypothesis(h.prefix.tokens(), h.score, _linked(h.times)) for h in ranked[: self.nbest]])
+        return nbest
+
     def decode(self, encoder_out: Tensor, encoder_out_lens: Tensor) -> list[list[Hypothesis]]:
         """Return the n-best list of each utterance.
 
@@ -293,27 +350,11 @@ class ModifiedBeamSearch:
         Returns:
             N lists of up to ``nbest`` :class:`Hypothesis`, best first.
         """
-        order, lens = _by_length(encoder_out, encoder_out_lens)
-        if not order:
-            return []
-        table = _ContextTable(self.model)
-        device, skipped = encoder_out.device, {table.blank_id, self.unk_id}
-        frames = self.model.joiner.encoder_proj(encoder_out[order])  # (N, T', C), longest first
-        root_row = table.row(table.start)
-        beams = [[_Hyp(_Prefix(None, -1, 0, table.start, root_row), 0.0, 0.0, None)] for _ in order]
-        active = len(order)
-        for t in range(lens[0]):
-            while lens[active - 1] <= t:
-                active -= 1
-            for i, candidates in enumerate(self._expand(beams[:active], frames[:active, t], table, device)):
-                beams[i] = _extend(beams[i], candidates, t, skipped, table)
-        result: list[list[Hypothesis]] = [[] for _ in order]
-        for place, beam in zip(order, beams, strict=True):
-            beam.sort(key=lambda h: -h.score / (h.prefix.length + table.context_size))
-            result[place] = [Hypothesis(h.prefix.tokens(), h.score, _linked(h.times)) for h in beam[: self.nbest]]
-        return result
+        state = self.start(len(encoder_out))
+        self.advance(state, encoder_out, encoder_out_lens)
+        return self.result(state)
 
-    def _expand(self, beams: list[list[_Hyp]], frame: Tensor, table: _ContextTable, device: torch.device):
+    def _expand(self, beams: list[list[_Hyp]], frame: Tensor, table: ContextTable, device: torch.device):
         """Yield the ``beam_size`` best (score, hypothesis, log-probability, symbol) of each utterance.
 
         Args:

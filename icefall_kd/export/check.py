@@ -12,6 +12,8 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 # Lengths of the batches that an offline encoder is checked with: odd and even, padded, the shortest, one frame alone.
 BATCHES = ((7,), (8,), (11,), (64,), (203, 97, 8), (333,), (50, 121), (3, 40))
+# Chunks that a streaming encoder is checked with, and one more.
+CHUNKS = 6
 # Largest difference of float32 outputs, relative to the largest output (at least 1).
 TOLERANCE = 1e-4
 # An int8 graph is another function; only what no longer resembles the model is refused: root mean square of the
@@ -84,6 +86,37 @@ def check_graph(graph: Graph, run: Run, cases: list[tuple[Tensor, ...]], int8: b
         for one, other in zip(expected, found, strict=True):
             errors.add(one, other, where)
     return errors.verdict(int8)
+
+
+@torch.no_grad()
+def check_stream(graph: Graph, run: Run, feature_dim: int, int8: bool) -> dict[str, float]:
+    """Compare a streaming encoder with its module over :data:`CHUNKS` chunks of two streams, one a chunk behind.
+
+    Each side goes on from the caches that it made itself; the outputs and the last caches are compared.
+
+    Returns and raises as :func:`check_graph`.
+    """
+    window, hop = graph.metadata["T"], graph.metadata["decode_chunk_len"]
+    features = log_mel_noise(2, window + hop * CHUNKS, feature_dim)
+    states = tuple(torch.zeros_like(x) for x in graph.example[1:3])
+    expected = found = (None, *states)
+    errors = _Errors(graph.name)
+    for i in range(CHUNKS + 1):
+        x, processed = features[:, i * hop : i * hop + window], torch.tensor([i * hop, max(i - 1, 0) * hop])
+        if i == 1:  # the second stream begins with this chunk
+            expected, found = (tuple(_forget_second(y) for y in out) for out in (expected, found))
+        expected = graph.module(x, *expected[1:], processed)
+        found = run(x, *found[1:], processed)
+        errors.add(expected[0], found[0], f"chunk {i + 1}")
+    for one, other in zip(expected[1:], found[1:], strict=True):
+        errors.add(one, other, f"the caches after {CHUNKS + 1} chunks")
+    return errors.verdict(int8)
+
+
+def _forget_second(cache: Tensor) -> Tensor:
+    if cache.dim() != 4:  # the output of the chunk before, not read again
+        return cache
+    return torch.stack([cache[:, :, 0], torch.zeros_like(cache[:, :, 1])], dim=2)
 
 
 def offline_cases(feature_dim: int) -> list[tuple[Tensor, ...]]:

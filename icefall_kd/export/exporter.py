@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from icefall_kd.config import ExportConfig
+from icefall_kd.config import DecodeConfig, ExportConfig
 from icefall_kd.data.features import FRAME_SHIFT, NUM_BINS
 from icefall_kd.errors import ConfigError
-from icefall_kd.export.check import Run, check_graph, label_cases, offline_cases
-from icefall_kd.export.graphs import Graph, offline_graphs
+from icefall_kd.export.check import Run, check_graph, check_stream, label_cases, offline_cases
+from icefall_kd.export.graphs import Graph, offline_graphs, streaming_graphs
 from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx, write_onnx
+from icefall_kd.models.streaming import choose_chunks
 from icefall_kd.recipe import load_system
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_folder, write_json, write_text
@@ -20,6 +21,8 @@ from icefall_kd.text.tokenizer import SPACE, Tokenizer
 logger = logging.getLogger(__name__)
 
 RECORD = "export.json"
+# Options that say which model is exported, with the names that they have in decode.py.
+PARAMETERS = ("epoch", "iter", "avg", "use_averaged_model", "decode_chunk_size", "left_context_frames")
 # Graphs with int8 weights; the decoder is an embedding and one small product.
 _QUANTIZED = ("encoder", "joiner")
 
@@ -35,10 +38,9 @@ def export(config: ExportConfig) -> dict:
     if config.format != "torchscript":
         require_onnx()
     with atomic_folder(config.out_dir, RECORD) as folder:
-        parameters = {name: getattr(config, name) for name in ("epoch", "iter", "avg", "use_averaged_model")}
-        trained = load_system(config.exp_dir, **parameters)
-        system, tokenizer = trained.system.eval().requires_grad_(False), trained.tokenizer
-        model = system.model
+        parameters = {name: getattr(config, name) for name in PARAMETERS}
+        trained = load_system(DecodeConfig(exp_dir=config.exp_dir, device="cpu", **parameters))
+        model, tokenizer = trained.system.requires_grad_(False).model, trained.tokenizer
         if model.joiner is None:
             raise ConfigError(f"{config.exp_dir} has no transducer (--transducer-scale 0); nothing is exported")
         feature_dim = trained.config.model.feature_dim
@@ -47,14 +49,21 @@ def export(config: ExportConfig) -> dict:
         # A seed of its own: the same model gives the same files and the same figures of the check.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            graphs = offline_graphs(model, feature_dim)
+            if trained.config.model.streaming and config.decode_chunk_size != -1:
+                chunks = choose_chunks(
+                    trained.config.model, config.decode_chunk_size, config.left_context_frames, chunk_by_chunk=True
+                )
+                graphs = streaming_graphs(model, feature_dim, chunks)
+            else:
+                chunks, graphs = None, offline_graphs(model, feature_dim)
             files, checks = _write_graphs(graphs, config, folder, feature_dim)
         tokenizer.save(folder)
         if config.format == "sherpa-onnx":
             write_text(folder / "tokens.txt", sherpa_tokens(tokenizer))
         record = {
             "format": config.format,
-            "streaming": False,
+            "streaming": chunks is not None,
+            "chunks": chunks._asdict() if chunks is not None else None,
             "files": files,
             "parameters": parameters,
             "files_used": trained.files_used,
@@ -79,7 +88,6 @@ def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, featu
     if config.quantize == "int8":
         files["int8"] = {}
     for graph in graphs:
-        cases = offline_cases(feature_dim) if graph.name == "encoder" else label_cases(graph)
         path = folder / f"{graph.name}{suffix}"
         if config.format == "torchscript":
             _write_torchscript(graph, path)
@@ -91,9 +99,16 @@ def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, featu
                 quantize_onnx(fp32, path)
             found[graph.name] = path.name
             if path.name not in checks:
-                checks[path.name] = check_graph(graph, _open(path), cases, int8=precision == "int8")
+                checks[path.name] = _check(graph, _open(path), feature_dim, int8=precision == "int8")
                 _report(path, checks[path.name])
     return files, checks
+
+
+def _check(graph: Graph, run: Run, feature_dim: int, int8: bool) -> dict[str, float]:
+    if "cached_attn" in graph.inputs:
+        return check_stream(graph, run, feature_dim, int8)
+    cases = offline_cases(feature_dim) if graph.name == "encoder" else label_cases(graph)
+    return check_graph(graph, run, cases, int8)
 
 
 def _open(path: Path) -> Run:

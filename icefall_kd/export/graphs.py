@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icefall_kd.data.batch import LOG_EPS
+from icefall_kd.frames import chunk_num_frames
+from icefall_kd.models.streaming import Chunks, StreamingState
 from icefall_kd.models.transducer import TransducerModel
 
 # Frames without which the subsampling has no output: so many of silence are appended, beyond every length.
@@ -48,6 +50,35 @@ class OfflineEncoder(nn.Module):
         x = F.pad(x, (0, 0, 0, _SHORTEST), value=LOG_EPS)
         out = self.encoder(x, x_lens)
         return self.projection(out.encoder_out), out.encoder_out_lens
+
+
+class StreamingEncoder(nn.Module):
+    """Encoder and its projection, of one chunk of each stream.
+
+    A client hears silence behind the end of an utterance, so every frame of a chunk is valid.
+    """
+
+    def __init__(self, model: TransducerModel) -> None:
+        super().__init__()
+        self.encoder, self.projection = model.encoder, model.joiner.encoder_proj
+
+    def forward(
+        self, x: Tensor, cached_attn: Tensor, cached_conv: Tensor, processed_lens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode a chunk; see :class:`icefall_kd.models.streaming.StreamingState` for the caches.
+
+        Args:
+            x: (N, 4C + 5, F) log-mel frames.
+            cached_attn: (layers, left, N, C').
+            cached_conv: (layers, K, N, C').
+            processed_lens: (N,) log-mel frames (not encoder frames: sherpa-onnx counts those) before the chunk.
+        Returns:
+            (N, C, J), and both caches for the next chunk.
+        """
+        state = StreamingState(cached_attn, cached_conv, torch.div(processed_lens, 4, rounding_mode="floor"))
+        x_lens = torch.full_like(processed_lens, x.shape[1])
+        out, _, state = self.encoder.forward_chunk(x, x_lens, state)
+        return self.projection(out), state.cached_attn, state.cached_conv
 
 
 class DecoderGraph(nn.Module):
@@ -88,6 +119,33 @@ def offline_graphs(model: TransducerModel, feature_dim: int) -> list[Graph]:
         {"encoder_out": {0: "N", 1: "T_out"}, "encoder_out_lens": {0: "N"}},
         (log_mel_noise(2, 103, feature_dim), torch.tensor([103, 71])),
         {"model_type": "conformer", "version": 1},
+    )
+    return [encoder, *label_graphs(model)]
+
+
+def streaming_graphs(model: TransducerModel, feature_dim: int, chunks: Chunks) -> list[Graph]:
+    """Return the graphs of a model that hears chunk by chunk."""
+    window = chunk_num_frames(chunks.chunk_size)
+    attn, conv, _ = model.encoder.init_states(2, chunks)
+    processed = torch.tensor([8 * chunks.chunk_size, 0])
+    states = {"cached_attn": {2: "N"}, "cached_conv": {2: "N"}}
+    encoder = Graph(
+        "encoder",
+        StreamingEncoder(model).eval(),
+        {"x": {0: "N"}, **states, "processed_lens": {0: "N"}},
+        {"encoder_out": {0: "N"}, **{f"new_{name}": axes for name, axes in states.items()}},
+        (log_mel_noise(2, window, feature_dim), torch.randn_like(attn), torch.randn_like(conv), processed),
+        {
+            "model_type": "conformer",
+            "version": 1,
+            "num_encoder_layers": model.encoder.num_layers,
+            "T": window,
+            "decode_chunk_len": 4 * chunks.chunk_size,
+            "left_context": chunks.left_context_frames,
+            "encoder_dim": model.encoder.dim,
+            "pad_length": window - 4 * chunks.chunk_size,
+            "cnn_module_kernel": conv.shape[1] + 1,
+        },
     )
     return [encoder, *label_graphs(model)]
 

@@ -113,6 +113,26 @@ def join_embeddings(labels: Labels, encoder_out_lens: Tensor, ratio: int) -> tup
     return spread.reshape(n, total // ratio, ratio * c), valid.reshape(n, total // ratio, ratio)
 
 
+def delay_frames(joined: Tensor, encoder_out_lens: Tensor, delay: int, padding: float) -> Tensor:
+    """Shift labels to later student frames, for students that hear the audio as it comes.
+
+    Args:
+        joined: (N, T', ...) labels of :func:`join_frames` or :func:`join_embeddings`, or their mask.
+        encoder_out_lens: (N,) student frames of each utterance.
+        delay: student frames d: frame t gets the labels of frame t - d.
+        padding: value of the first d frames and of those behind the end; the labels of the last d frames are dropped.
+    Returns:
+        (N, T', ...).
+    """
+    if delay == 0:
+        return joined
+    total = joined.shape[1]
+    shifted = torch.full_like(joined, padding)
+    shifted[:, delay:] = joined[:, : max(total - delay, 0)]
+    behind = torch.arange(total, device=joined.device) >= encoder_out_lens.to(joined.device).unsqueeze(1)
+    return shifted.masked_fill(behind.reshape(*behind.shape, *(1 for _ in joined.shape[2:])), padding)
+
+
 def surplus_bounds(formula: FrameFormula, student_hop: int = STUDENT_HOP) -> tuple[int, int]:
     """Return the least and largest possible ``label_len - ratio * T'`` of an utterance with T' > 0.
 

@@ -22,23 +22,24 @@ class RelativePositions(nn.Module):
         # Not a buffer: its size follows the lengths seen, which differ between ranks that exchange buffers.
         self.table = torch.zeros(0, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the embeddings of the distances T-1, ..., -(T-1).
+    def forward(self, x: Tensor, left: int = 0) -> Tensor:
+        """Return the embeddings of the distances left+T-1, ..., -(T-1).
 
         Args:
             x: (N, T, C), read for its length, device and dtype.
+            left: cached frames before x that its frames attend to as well.
         Returns:
-            (2T-1, C).
+            (left+2T-1, C).
         """
         num_frames = x.shape[1]
         if torch.jit.is_tracing():  # the graph must hold for every length: no table of those seen so far
-            return self._sinusoids(num_frames, x.device).to(x.dtype)
+            return self._sinusoids(left + num_frames, x.device)[: left + 2 * num_frames - 1].to(x.dtype)
         known = (self.table.shape[0] + 1) // 2
-        if known < num_frames or self.table.device != x.device:
-            known = max(num_frames, 2 * known)
+        if known < left + num_frames or self.table.device != x.device:
+            known = max(left + num_frames, 2 * known)
             with torch.inference_mode(False):  # a table made while validating serves the next training step too
                 self.table = self._sinusoids(known, x.device)
-        return self.table[known - num_frames : known + num_frames - 1].to(x.dtype)
+        return self.table[known - left - num_frames : known + num_frames - 1].to(x.dtype)
 
     def _sinusoids(self, num_frames: int, device: torch.device) -> Tensor:
         distance = torch.arange(num_frames - 1, -num_frames, -1.0, dtype=torch.float64)
@@ -53,20 +54,22 @@ def relative_shift(scores: Tensor) -> Tensor:
     """Re-index scores by distance to scores by key, without copying.
 
     Args:
-        scores: (N, H, T, 2T-1) contiguous; column m holds the distance T-1-m (query minus key).
+        scores: (N, H, T, K+T-1) contiguous, of T queries, the last of K keys; column m holds the distance K-1-m
+            (query minus key).
     Returns:
-        (N, H, T, T) view; entry (i, j) is scores[i, T-1-i+j].
+        (N, H, T, K) view; entry (i, j) is scores[i, T-1-i+j].
     """
-    num_frames = scores.shape[2]
+    num_frames, row = scores.shape[2], scores.shape[3] - 1
     if torch.jit.is_tracing():
         # The shift of Dai et al. 2019, appendix B: it copies, but a graph of it holds for one frame, too.
         n, h, t, width = scores.shape
-        return F.pad(scores, (1, 0)).reshape(n, h, width + 1, t)[:, :, 1:].reshape(n, h, t, width)[..., :t]
+        shifted = F.pad(scores, (1, 0)).reshape(n, h, width + 1, t)[:, :, 1:].reshape(n, h, t, width)
+        return shifted[..., : width - t + 1]
     if num_frames == 1:
         return scores
-    # Row i starts T-1-i after its own beginning: in flat memory, rows of length 2T-2 that start at T-1.
-    flat = scores.flatten(2)[..., num_frames - 1 : num_frames - 1 + num_frames * (2 * num_frames - 2)]
-    return flat.unflatten(2, (num_frames, 2 * num_frames - 2))[..., :num_frames]
+    # Row i starts T-1-i after its own beginning: in flat memory, rows of length K+T-2 that start at T-1.
+    flat = scores.flatten(2)[..., num_frames - 1 : num_frames - 1 + num_frames * row]
+    return flat.unflatten(2, (num_frames, row))[..., : row - num_frames + 2]
 
 
 class RelativeSelfAttention(nn.Module):
@@ -86,32 +89,33 @@ class RelativeSelfAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(num_heads, 1, dim // num_heads))
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, left: int = 0) -> Tensor:
         """Attend.
 
         Args:
-            x: (N, T, C).
-            positions: (2T-1, C) of :class:`RelativePositions`.
-            mask: bool that broadcasts to (N, H, T, T), True where attention is forbidden.
+            x: (N, K, C): frames of which the first ``left`` are seen and do not look.
+            positions: (K+T-1, C) of :class:`RelativePositions`, T = K - left.
+            mask: bool that broadcasts to (N, H, T, K), True where attention is forbidden.
+            left: cached frames in front.
         Returns:
             (N, T, C).
         """
         heads = self.num_heads
-        qkv = self.qkv(x).view(*x.shape[:2], 3, heads, -1)  # (N, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, T, 3, H, D) -> 3 x (N, H, T, D)
-        q = q * (q.shape[-1] ** -0.5)
-        p = self.position(positions).view(positions.shape[0], heads, -1)  # (2T-1, H, D)
-        p = p.permute(1, 2, 0)  # (2T-1, H, D) -> (H, D, 2T-1)
+        qkv = self.qkv(x).view(*x.shape[:2], 3, heads, -1)  # (N, K, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, K, 3, H, D) -> 3 x (N, H, K, D)
+        q = q[:, :, left:] * (q.shape[-1] ** -0.5)
+        p = self.position(positions).view(positions.shape[0], heads, -1)  # (K+T-1, H, D)
+        p = p.permute(1, 2, 0)  # (K+T-1, H, D) -> (H, D, K+T-1)
         bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
         y = _attend(q, k, v, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (N, H, T, D) -> (N, T, C)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Return softmax(q k^T + bias) v for (N, H, T, D) and a bias (N, H, T, T)."""
+    """Return softmax(q k^T + bias) v for q (N, H, T, D), k and v (N, H, K, D) and a bias (N, H, T, K)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
     # With a bias that needs a gradient, torch has no fused kernel for CPUs: its composite path makes
     # several passes over the scores more than this.
-    scores = torch.baddbmm(bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))  # (N * H, T, T)
+    scores = torch.baddbmm(bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))  # (N * H, T, K)
     return torch.bmm(scores.softmax(2), v.flatten(0, 1)).view_as(q)

@@ -14,7 +14,8 @@ from icefall_kd.errors import ConfigError
 from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.models.attention import RelativePositions, RelativeSelfAttention
 from icefall_kd.models.dropout import Dropout
-from icefall_kd.models.masks import make_attention_mask, make_pad_mask
+from icefall_kd.models.masks import chunk_mask, make_attention_mask, make_pad_mask
+from icefall_kd.models.streaming import Chunks, StreamingState, default_chunks, draw_chunks
 from icefall_kd.models.subsampling import Conv2dSubsampling
 
 # What a bypassed layer still contributes: the residual keeps every parameter's gradient alive.
@@ -100,9 +101,13 @@ class ConvolutionModule(nn.Module):
 
     LayerNorm stands where the paper has BatchNorm: statistics over a padded batch would make an
     utterance depend on its neighbours, and a stream has no batch.
+
+    What a frame sees, by ``kind``: "full", kernel // 2 frames on both sides; "causal", kernel - 1 frames before it;
+    "chunk", kernel // 2 frames on both sides of which those behind its chunk count as zero (dynamic chunk
+    convolution, Li et al. 2023, arXiv 2304.09325), so that one kernel serves every chunk size.
     """
 
-    def __init__(self, dim: int, kernel: int, dropout: float) -> None:
+    def __init__(self, dim: int, kernel: int, dropout: float, kind: str = "full") -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.gate = nn.Linear(dim, 2 * dim)
@@ -110,46 +115,97 @@ class ConvolutionModule(nn.Module):
         self.inner_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
+        self.kind = kind
+        self.left = kernel - 1 if kind == "causal" else kernel // 2
+        self.right = kernel - 1 - self.left
 
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, padding: Tensor, chunk_size: int = -1, cache: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Convolve over the valid frames.
 
         Args:
             x: (N, T, C).
             padding: (N, T, 1) bool, True at padding, which enters the convolution as zero.
+            chunk_size: frames of a chunk, -1: one chunk; only the kind "chunk" asks.
+            cache: (N, left, C) the last inputs of the depthwise convolution before x, which is one chunk; None: x
+                is a whole utterance.
         Returns:
-            (N, T, C).
+            (N, T, C), and the cache of the next chunk.
         """
         x = F.glu(self.gate(self.norm(x)), dim=-1).masked_fill(padding, 0.0)
+        if cache is not None:
+            x = torch.cat([cache, x], dim=1)
+            cache = x[:, x.shape[1] - self.left :]
+            x = self._depthwise(x, 0, self.right)
+        elif self.kind == "chunk" and 0 < chunk_size < x.shape[1]:
+            x = self._depthwise_chunks(x, chunk_size)
+        else:
+            x = self._depthwise(x, self.left, self.right)
+        return self.dropout(self.out(F.silu(self.inner_norm(x)))), cache
+
+    def _depthwise(self, x: Tensor, left: int, right: int) -> Tensor:
+        """Convolve (N, T, C) with so many zeros on both sides."""
         # A 2-D convolution of height one over (N, C, 1, T): the permuted view is channels-last memory, for
         # which CPUs have a depthwise kernel that is an order of magnitude faster than conv1d's.
+        conv, both = self.depthwise, left if left == right else 0
+        if left != right:
+            x = F.pad(x, (0, 0, left, right))
         x = x.transpose(1, 2).unsqueeze(2)  # (N, T, C) -> (N, C, 1, T)
-        conv = self.depthwise
-        x = F.conv2d(x, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups)
-        x = x.squeeze(2).transpose(1, 2)  # (N, C, 1, T) -> (N, T, C)
-        return self.dropout(self.out(F.silu(self.inner_norm(x))))
+        x = F.conv2d(x, conv.weight.unsqueeze(2), conv.bias, padding=(0, both), groups=conv.groups)
+        return x.squeeze(2).transpose(1, 2)  # (N, C, 1, T) -> (N, T, C)
+
+    def _depthwise_chunks(self, x: Tensor, chunk_size: int) -> Tensor:
+        """Convolve every chunk of (N, T, C) with the frames before it and zeros behind it."""
+        n, num_frames, _ = x.shape
+        x = F.pad(x, (0, 0, self.left, -num_frames % chunk_size))
+        x = x.unfold(1, self.left + chunk_size, chunk_size).transpose(2, 3)  # (N, chunks, C, W) -> (N, chunks, W, C)
+        x = self._depthwise(F.pad(x, (0, 0, 0, self.right)).flatten(0, 1), 0, 0)  # (N * chunks, chunk_size, C)
+        return x.unflatten(0, (n, -1)).flatten(1, 2)[:, :num_frames]
 
 
 class ConformerLayer(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020, eq. 1)."""
 
-    def __init__(self, shape: EncoderShape, dropout: float) -> None:
+    def __init__(self, shape: EncoderShape, dropout: float, convolution: str = "full") -> None:
         super().__init__()
         self.feed_forward1 = FeedForward(shape.dim, shape.feedforward_dim, dropout)
         self.attention_norm = nn.LayerNorm(shape.dim)
         self.attention = RelativeSelfAttention(shape.dim, shape.num_heads)
-        self.convolution = ConvolutionModule(shape.dim, shape.cnn_kernel, dropout)
+        self.convolution = ConvolutionModule(shape.dim, shape.cnn_kernel, dropout, convolution)
         self.feed_forward2 = FeedForward(shape.dim, shape.feedforward_dim, dropout)
         self.norm = nn.LayerNorm(shape.dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, attention_mask: Tensor, padding: Tensor) -> Tensor:
-        """Map (N, T, C) to (N, T, C); see the modules for the masks."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention_mask: Tensor,
+        padding: Tensor,
+        chunk_size: int = -1,
+        caches: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Map (N, T, C) to (N, T, C); see the modules for masks and chunks.
+
+        Args:
+            caches: of x that is one chunk: (N, left, C) inputs of attention and (N, K, C) of the convolution before
+                it; None: x is a whole utterance.
+        Returns:
+            (N, T, C), and the caches of the next chunk.
+        """
+        attn_cache, conv_cache = caches if caches is not None else (None, None)
         x = torch.add(x, self.feed_forward1(x), alpha=0.5)
-        x = x + self.dropout(self.attention(self.attention_norm(x), positions, attention_mask))
-        x = x + self.convolution(x, padding)
+        seen, left = self.attention_norm(x), 0
+        if attn_cache is not None:
+            left = attn_cache.shape[1]
+            seen = torch.cat([attn_cache, seen], dim=1)
+            attn_cache = seen[:, seen.shape[1] - left :]
+        x = x + self.dropout(self.attention(seen, positions, attention_mask, left))
+        y, conv_cache = self.convolution(x, padding, chunk_size, conv_cache)
+        x = x + y
         x = torch.add(x, self.feed_forward2(x), alpha=0.5)
-        return self.norm(x)
+        return self.norm(x), None if caches is None else (attn_cache, conv_cache)
 
 
 class Conformer(nn.Module):
@@ -160,17 +216,25 @@ class Conformer(nn.Module):
     activation balancers and learned scales of every weight; this one uses LayerNorm before each module and
     at the end of each layer, so that taps are normalised too, and Swish, which is one fused kernel.
     The optional layer dropout bypasses a whole layer with the recipe's weight of 0.1.
+
+    With ``cfg.streaming`` a frame sees its chunk and a limited left context: those of ``self.chunks``, in training
+    those drawn anew for every batch.  :meth:`forward_chunk` goes through a stream chunk by chunk and gives what
+    :meth:`forward` gives under the mask.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
+        self.cfg = cfg
         self.shape = EncoderShape.from_config(cfg)
         self.layer_dropout = cfg.layer_dropout
+        self.chunks: Chunks = default_chunks(cfg)
         self.subsampling = Conv2dSubsampling(
-            cfg.feature_dim, self.shape.dim, tuple(cfg.subsampling_channels), dropout=cfg.dropout
+            cfg.feature_dim, self.shape.dim, tuple(cfg.subsampling_channels), cfg.dropout, cfg.streaming
         )
         self.positions = RelativePositions(self.shape.dim)
-        self.layers = nn.ModuleList(ConformerLayer(self.shape, cfg.dropout) for _ in range(self.shape.num_layers))
+        kind = cfg.convolution if cfg.streaming else "full"
+        layers = (ConformerLayer(self.shape, cfg.dropout, kind) for _ in range(self.shape.num_layers))
+        self.layers = nn.ModuleList(layers)
 
     @property
     def dim(self) -> int:
@@ -201,17 +265,63 @@ class Conformer(nn.Module):
             DataError: when T is too short for one output frame.
         """
         self.check_taps(taps)
+        chunks = draw_chunks(self.cfg) if self.training else self.chunks
         x, lens = self.subsampling(features, x_lens)
         pad_mask = make_pad_mask(lens, x.shape[1])
-        attention_mask, padding = make_attention_mask(pad_mask), pad_mask.unsqueeze(-1)
+        allowed = None
+        if chunks.chunk_size > 0:
+            frames = torch.arange(x.shape[1], device=x.device)
+            allowed = chunk_mask(frames, frames, *chunks)
+        attention_mask, padding = make_attention_mask(pad_mask, allowed), pad_mask.unsqueeze(-1)
         positions = self.positions(x)
         tapped = {}
         for number, layer in enumerate(self.layers, start=1):
-            y = layer(x, positions, attention_mask, padding)
+            y, _ = layer(x, positions, attention_mask, padding, chunks.chunk_size)
             x = self._maybe_bypass(x, y)
             if number in taps:
                 tapped[number] = x
         return EncoderOutput(x, lens, tapped)
+
+    def init_states(self, batch_size: int, chunks: Chunks, device: torch.device | str = "cpu") -> StreamingState:
+        """Return the state of N streams that have not begun; the caches have the size of ``chunks``."""
+        layers, kernel = len(self.layers), self.layers[0].convolution.left
+        return StreamingState(
+            torch.zeros(layers, chunks.left_context_frames, batch_size, self.dim, device=device),
+            torch.zeros(layers, kernel, batch_size, self.dim, device=device),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def forward_chunk(
+        self, features: Tensor, x_lens: Tensor, states: StreamingState
+    ) -> tuple[Tensor, Tensor, StreamingState]:
+        """Encode the next chunk of N streams, of a streaming encoder.
+
+        Args:
+            features: (N, 4C + 5, F) log-mel frames from the chunk's first on, of which the last 5 come again as the
+                first of the next chunk (frames.chunk_num_frames).
+            x_lens: (N,) those of them that belong to the utterance: less than 4C + 5 at its end, 0 behind it.
+            states: of :meth:`init_states` or of the chunk before.
+        Returns:
+            encoder_out (N, C, C'), encoder_out_lens (N,) valid frames of it, and the states of the next chunk.
+        """
+        cached_attn, cached_conv, processed_lens = states
+        x = self.subsampling.forward_chunk(features, x_lens)
+        size, left = x.shape[1], cached_attn.shape[1]
+        lens = self.output_lens(x_lens)
+        pad_mask = make_pad_mask(lens, size)
+        begin = processed_lens.unsqueeze(1)
+        queries = begin + torch.arange(size, device=x.device)
+        keys = begin + torch.arange(-left, size, device=x.device)
+        behind = torch.cat([pad_mask.new_zeros(pad_mask.shape[0], left), pad_mask], dim=1)
+        attention_mask = make_attention_mask(behind, chunk_mask(queries, keys, size, left))
+        positions, padding = self.positions(x, left), pad_mask.unsqueeze(-1)
+        attn, conv = [], []
+        for i, layer in enumerate(self.layers):
+            caches = cached_attn[i].transpose(0, 1), cached_conv[i].transpose(0, 1)  # (L, N, C) -> (N, L, C)
+            x, caches = layer(x, positions, attention_mask, padding, size, caches)
+            attn.append(caches[0].transpose(0, 1))
+            conv.append(caches[1].transpose(0, 1))
+        return x, lens, StreamingState(torch.stack(attn), torch.stack(conv), processed_lens + size)
 
     def check_taps(self, taps: Sequence[int]) -> None:
         """Raise a ConfigError for a tap that is not one of the layers 1..num_layers."""

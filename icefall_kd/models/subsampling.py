@@ -21,6 +21,9 @@ class Conv2dSubsampling(nn.Module):
 
     Channels and strides are those of icefall's Conformer recipes (strides 1, 2, 2; the first convolution
     is padded by one, the others not at all).  Ours: fixed shift and scale of the input, ReLU, LayerNorm.
+
+    A streaming front end looks at frames t ... t+2 where the other looks at t-1 ... t+1 (the padding stands at the
+    end alone): as many frames come out, and a chunk needs no frame of the chunk before it.
     """
 
     def __init__(
@@ -29,12 +32,14 @@ class Conv2dSubsampling(nn.Module):
         dim: int,
         channels: tuple[int, int, int] = (8, 32, 128),
         dropout: float = 0.1,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
+        self.streaming = streaming
         if feature_dim < 7:
             raise ConfigError(f"--feature-dim is {feature_dim}; the subsampling needs at least 7 bins")
         c1, c2, c3 = channels
-        self.conv1 = nn.Conv2d(1, c1, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv2d(1, c1, kernel_size=3, padding=(0 if streaming else 1, 1))
         self.conv2 = nn.Conv2d(c1, c2, kernel_size=3, stride=2)
         self.conv3 = nn.Conv2d(c2, c3, kernel_size=3, stride=2)
         # The bins shrink like the frames do.
@@ -57,11 +62,28 @@ class Conv2dSubsampling(nn.Module):
         if conv2d_subsampled_len(num_frames) < 1:
             raise DataError(f"a batch of {num_frames} frames gives no encoder frame; utterances need at least 7 frames")
         # The last valid output sees one frame beyond the utterance: zero, as at the end of an unpadded one.
-        padding = make_pad_mask(x_lens, num_frames).unsqueeze(-1)
+        if self.streaming:
+            features = F.pad(features, (0, 0, 0, 2))
+        return self._convolve(features, x_lens), conv2d_subsampled_len(x_lens)
+
+    def forward_chunk(self, features: Tensor, x_lens: Tensor) -> Tensor:
+        """Subsample the frames of one chunk, of a streaming front end.
+
+        Args:
+            features: (N, 4C + 5, F) log-mel frames, the first being frame 4p of the utterance for a chunk that starts
+                at encoder frame p.
+            x_lens: (N,) those of them that belong to the utterance.
+        Returns:
+            (N, C, C') vectors, equal to those of :meth:`forward` for the whole utterance.
+        """
+        return self._convolve(features, x_lens)
+
+    def _convolve(self, features: Tensor, x_lens: Tensor) -> Tensor:
+        padding = make_pad_mask(x_lens, features.shape[1]).unsqueeze(-1)
         x = ((features - LOG_MEL_MEAN) * (1.0 / LOG_MEL_STD)).masked_fill(padding, 0.0)
         x = x.unsqueeze(1).to(memory_format=torch.channels_last)  # (N, 1, T, F)
         x = F.relu(self.conv1(x), inplace=True)
         x = F.relu(self.conv2(x), inplace=True)
         x = F.relu(self.conv3(x), inplace=True)  # (N, C3, T', F')
         x = x.permute(0, 2, 3, 1).flatten(2)  # (N, C3, T', F') -> (N, T', F' * C3): a view in channels-last memory
-        return self.dropout(self.norm(self.out(x))), conv2d_subsampled_len(x_lens)
+        return self.dropout(self.norm(self.out(x)))

@@ -12,6 +12,7 @@ Every term is a sum over the batch, so that the recipe's published scales keep t
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from icefall_kd.config import ENCODER_SIZES, KdConfig, TrainConfig
-from icefall_kd.data.batch import Batch, Labels
+from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.decode.ctc import CtcGreedySearch
+from icefall_kd.decode.streaming import encode_chunks
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FrameFormula, conv2d_subsampled_len
-from icefall_kd.labels.align import check_lengths, join_embeddings, join_frames, label_ratio
+from icefall_kd.labels.align import check_lengths, delay_frames, join_embeddings, join_frames, label_ratio
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.codebook import CodebookLoss
 from icefall_kd.losses.ctc import ctc_loss
@@ -189,6 +191,10 @@ class MvqSystem(System):
         out = self.model.encoder(batch.features, batch.x_lens)
         return out.encoder_out, out.encoder_out_lens
 
+    def encode_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield encoder_out (N, C, C') and encoder_out_lens (N,) of each chunk of the encoder's ``chunks``."""
+        return encode_chunks(self.model.encoder, batch.features, batch.x_lens, self.model.encoder.chunks)
+
     def losses(self, batch: Batch, step: int) -> LossTerms:
         """Return simple, pruned, ctc and, in training, distillation losses of ``batch``."""
         taps = tuple(t.layer for t in self.targets) if self.training else ()
@@ -232,13 +238,16 @@ class MvqSystem(System):
         lens = out.encoder_out_lens
         tap = out.taps[target.layer][:, : int(lens.max())]  # a batch may be padded beyond its longest utterance
         if target.source.kind == "embeddings":
-            joined, valid = join_embeddings(labels, lens, target.ratio)
+            joined, valid = (
+                delay_frames(x, lens, self.kd.kd_delay, 0) for x in join_embeddings(labels, lens, target.ratio)
+            )
             loss = self.heads[target.name](tap, joined, valid)
             terms[f"{target.name}_{self.kd.kd}_loss"] = LossTerm(
                 loss.value, target.scale, loss.num_frames, per_utterance=loss.per_utterance
             )
             return
         codes = join_frames(labels, lens, target.ratio)  # (N, T', ratio * Q)
+        codes = delay_frames(codes, lens, self.kd.kd_delay, IGNORE)
         loss = self.heads[target.name](tap, codes)
         terms[f"{target.name}_codebook_loss"] = LossTerm(
             loss.value, target.scale, loss.num_frames, per_utterance=loss.per_utterance

@@ -14,6 +14,7 @@ from icefall_kd.data.features import FbankExtractor
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import FBANK_CONV2D, fbank_num_frames
 from icefall_kd.models.conformer import Conformer
+from icefall_kd.models.streaming import WHOLE_UTTERANCE, widest_chunks
 from icefall_kd.teachers.pretrained import Precision, PretrainedTeacher, pick_layer
 from icefall_kd.train.average import load_trained
 from icefall_kd.train.checkpoint import load_model, state_sha256
@@ -74,6 +75,7 @@ class ExperimentTeacher(PretrainedTeacher):
         if not encoder_state:
             raise ConfigError(f"teacher {exp_dir}: no parameters named {ENCODER_PREFIX}*; this training has no encoder")
         encoder = Conformer(config_from_dict(TrainConfig, saved).model)
+        encoder.chunks = widest_chunks(encoder.cfg)
         load_model(encoder, encoder_state, strict=True, source=f"{exp_dir} ({used})")
         sha256 = state_sha256(encoder_state)
         identity = {"teacher": str(exp_dir), "source": f"exp_dir, {used}", "weights_sha256": sha256}
@@ -81,7 +83,8 @@ class ExperimentTeacher(PretrainedTeacher):
 
     def provenance(self) -> dict:
         """Return plain data that identifies the labels of this teacher, the feature extractor included."""
-        return {**super().provenance(), "feature_extractor": self.extractor.info()}
+        seen = {} if self.encoder.chunks == WHOLE_UTTERANCE else self.encoder.chunks._asdict()
+        return {**super().provenance(), "feature_extractor": self.extractor.info(), **seen}
 
     @property
     def _blocks(self) -> nn.ModuleList:

@@ -139,3 +139,25 @@ def test_online_labels_are_checked_like_stored_ones(quantized):
     online.teacher.shift = -1
     with pytest.raises(DataError, match=r"second.*48 label frames.*gives 49 for its 15999 samples"):
         online.labels(dataclasses.replace(batch, x_lens=frames))
+
+
+def test_delayed_labels_keep_padding_on_both_ends():
+    codes = torch.tensor([[[1], [2], [3], [4], [5]], [[6], [7], [8], [IGNORE], [IGNORE]]])
+    lens = torch.tensor([5, 3])
+    late = align.delay_frames(codes, lens, 2, IGNORE)[..., 0].tolist()
+    assert late == [[IGNORE, IGNORE, 1, 2, 3], [IGNORE, IGNORE, 6, IGNORE, IGNORE]]
+    assert align.delay_frames(codes, lens, 0, IGNORE) is codes
+    for delay in (5, 9):
+        assert (align.delay_frames(codes, lens, delay, IGNORE) == IGNORE).all()
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert align.delay_frames(mask, torch.tensor([3, 2]), 1, 0).tolist() == [[False, True, True], [False, True, False]]
+
+
+def test_delayed_labels_move_by_frames_of_the_student():
+    # Two teacher frames a student frame: label frame 2t + k of frame t is seen at frame t + delay.
+    values = torch.arange(24).reshape(1, 8, 3)
+    lens = torch.tensor([4])
+    joined = align.join_frames(Labels(values, torch.tensor([8])), lens, 2)
+    late = align.delay_frames(joined, lens, 1, IGNORE)
+    assert torch.equal(late[0, 1:], joined[0, :-1])
+    assert late[0, 1].tolist() == values[0, :2].flatten().tolist()

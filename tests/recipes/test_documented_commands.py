@@ -63,6 +63,7 @@ class Checkout:
             "/my/recordings": write_trans(root / "my recordings"),
             "/corpora/aishell": write_aishell(root / "corpora/aishell"),
             "NAME...": "whisper-base",
+            "speech.wav": next((root / "data/audio").glob("*.wav")),
             "my_teacher.py:MyTeacher": write_own_teacher(root),
             **_published_indexes(root / "published"),
         }  # fmt: skip

@@ -37,7 +37,7 @@ case $1 in
     echo "$* " >> "$LOG.words"
     ;;
   *train.py) echo "$* " >> "$LOG.words"; write "${o[--exp-dir]}/train_summary.json" x ;;
-  *decode.py) mkdir -p "${o[--exp-dir]}/${o[--decoding-method]}" ;;
+  *decode.py) echo "$* " >> "$LOG.decodings"; mkdir -p "${o[--exp-dir]}/${o[--decoding-method]}" ;;
 esac
 """
 PREPARED = ["check_corpus.py", "make_manifests.py", "compute_features.py", "make_tokens.py", "validate_data.py"]
@@ -146,3 +146,19 @@ def test_two_tokenizers_and_no_choice_stop_the_training(recipe):
     assert "no single tokenizer among" in recipe.run("--stage", "1", code=2)[1]
     chosen = ["--stage", "4", "--stop-stage", "4", "--token-kind", "bpe", "--systems", "none"]
     assert recipe.run(*chosen)[0] == ["train.py"]
+
+
+def test_streaming_students_have_names_of_their_own_and_are_decoded_at_each_chunk_size(recipe):
+    recipe.run("--systems", "mvq")
+    options = ["--systems", "mvq", "--streaming", "true"]
+    assert recipe.run(*options)[0] == ["train.py", "decode.py", "decode.py", "results.py"]
+    training = Path(f"{recipe.log}.words").read_text().splitlines()[-1]
+    assert "--exp-dir exp/trans/mvq-streaming-seed42 " in training and "--streaming true " in training
+    decodings = Path(f"{recipe.log}.decodings").read_text().splitlines()[-2:]
+    for chunk, decoding in zip((8, 16), decodings, strict=True):
+        words = f"--decode-chunk-size {chunk} --left-context-frames 64 --chunk-by-chunk true "
+        assert words in decoding and "mvq-streaming-seed42" in decoding
+    assert recipe.run(*options)[0] == ["results.py"]
+    # Another chunk size is decoded, nothing else.
+    assert recipe.run(*options, "--decode-chunks", "8 32")[0] == ["decode.py", "results.py"]
+    assert recipe.run("--systems", "mvq")[0] == ["results.py"]

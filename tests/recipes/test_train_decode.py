@@ -113,6 +113,22 @@ def test_a_stopped_training_ends_like_an_uninterrupted_one(corpus, trained, tmp_
     assert same(model_of(tmp_path / "exp"), model_of(trained))
 
 
+def test_a_streaming_training_resumes_with_the_chunks_it_would_have_drawn(corpus, trained, tmp_path):
+    streaming = ["--streaming", "true", "--chunk-size", "4,2,-1", "--left-context-frames", "8,4", "--kd-delay", "1"]
+    train_main(command(corpus, tmp_path / "whole", *streaming))
+    train_main(command(corpus, tmp_path / "parts", *streaming, "--max-steps", "3"))
+    train_main(command(corpus, tmp_path / "parts", *streaming))
+    assert same(model_of(tmp_path / "parts"), model_of(tmp_path / "whole"))
+    assert not same(model_of(tmp_path / "whole"), model_of(trained))
+    options = {"exp_dir": tmp_path / "whole", "manifest_dir": corpus / "fbank", "test_parts": ["dev"], "bootstrap": 0}
+    options |= {"device": "cpu", "num_threads": 1}
+    results = [decode(DecodeConfig(**options, chunk_by_chunk=caches))["dev"] for caches in (False, True)]
+    assert results[0]["utterances"] == results[1]["utterances"]
+    assert [(r["chunk_size"], r["left_context_frames"]) for r in results] == [(4, 8)] * 2
+    with pytest.raises(ConfigError, match="--decode-chunk-size 4: this model sees whole utterances"):
+        decode(DecodeConfig(**options | {"exp_dir": trained}, decode_chunk_size=4))
+
+
 def test_a_refused_training_leaves_the_tokenizer_alone(corpus, trained, tmp_path):
     Tokenizer.train_char([*WORDS, "zzz"]).save(tmp_path / "lang")
     before = Tokenizer.load(trained / "tokenizer").hash

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from icefall_kd.cli import options_of
+from icefall_kd.cli import config_to_dict, options_of
 from icefall_kd.config import ModelConfig, TeacherConfig, TrainConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
@@ -74,3 +74,19 @@ def test_a_training_without_an_encoder_is_refused(tmp_path):
     save_checkpoint(tmp_path / "epoch-1.pt", {"model": {"x": torch.ones(1)}, "config": {}, "train": {"step": 1}})
     with pytest.raises(ConfigError, match="no encoder"):
         teacher_of(tmp_path)
+
+
+@pytest.mark.parametrize("sizes, seen", [([4, 2, -1], {}), ([4, 8], {"chunk_size": 8, "left_context_frames": -1})])
+def test_a_streaming_model_teaches_with_the_most_that_it_can_see(tmp_path, sizes, seen):
+    model = dataclasses.replace(MODEL, streaming=True, chunk_size=sizes, left_context_frames=[8, -1])
+    config = TrainConfig(model=model)
+    state = {f"model.{k}": v for k, v in TransducerModel(model, 10, transducer=False).state_dict().items()}
+    train = {"step": 3, "average_period": 100, "epoch": 1}
+    save_checkpoint(tmp_path / "epoch-1.pt", {"model": state, "config": config_to_dict(config), "train": train})
+    teacher = teacher_of(tmp_path)
+    provenance = teacher.provenance()
+    assert {k: v for k, v in provenance.items() if k in ("chunk_size", "left_context_frames")} == seen
+    audio = [0.1 * torch.randn(16000), 0.1 * torch.randn(5000)]
+    both = teacher.extract(Batch.from_audio(audio)).arrays["embeddings"]
+    alone = teacher.extract(Batch.from_audio(audio[1:])).arrays["embeddings"][0]
+    assert (both[1, : len(alone)] - alone).abs().max() <= 1e-5 * alone.abs().max()
