@@ -38,6 +38,8 @@ class ExportedConfig:
     """Parts of manifest-dir, paths of lhotse cut sets, or folders of audio with *.trans.txt."""
     manifest_dir: Path = Path("data/fbank")
     """Folder of cuts_<part>.jsonl.gz."""
+    tail_padding: float = 0.8
+    """Seconds of silence behind each utterance, of streaming models."""
     bootstrap: int = 1000
     """Bootstrap samples of the confidence intervals."""
     out: Path | None = None
@@ -46,14 +48,27 @@ class ExportedConfig:
 
 def eager(config: ExportedConfig, cuts, record: dict) -> tuple[dict[str, str], dict]:
     """Decode with the model of exp-dir; return the texts by utterance, and the real-time factors."""
-    trained = load_system(config.exp_dir, **record["parameters"])
+    options = DecodeConfig(
+        exp_dir=config.exp_dir,
+        decoding_method="greedy_search",
+        device="cpu",
+        **record["parameters"],
+        chunk_by_chunk=record["streaming"],
+    )
+    trained = load_system(options)
     if (trained.files_used, trained.tokenizer.hash) != (record["files_used"], record["tokenizer_hash"]):
         raise ConfigError(f"{config.model_dir} was exported from other parameters than {config.exp_dir} has now")
     tokenizer = trained.tokenizer
     features = "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
     batches = decoding_batches(cuts, tokenizer, max_duration=200.0, features=features)
-    options = DecodeConfig(exp_dir=config.exp_dir, decoding_method="greedy_search", device="cpu")
-    decoded = decode_batches(trained.system, build_decoder(trained.system, options), batches)
+    tail_padding = config.tail_padding if record["streaming"] else 0.0
+    decoded = decode_batches(
+        trained.system,
+        build_decoder(trained.system, options),
+        batches,
+        chunk_by_chunk=record["streaming"],
+        tail_padding=tail_padding,
+    )
     texts = [tokenizer.decode(nbest[0].tokens) for nbest in decoded.nbest]
     return dict(zip(decoded.ids, texts, strict=True)), decoded.rtf()
 
@@ -69,7 +84,7 @@ def compare(config: ExportedConfig, part: str, cuts, record: dict) -> list[dict]
     texts = {"decode.py": ([reference[i] for i in ids], rtf["rtf"])}
     for precision in record["files"]:
         recognizer = SherpaRecognizer(config.model_dir, precision)
-        found = [recognizer.transcribe(wave) for wave in waves]
+        found = [recognizer.transcribe(wave, config.tail_padding) for wave in waves]
         texts[f"sherpa-onnx {precision}"] = ([t.text for t in found], sum(t.seconds for t in found) / audio)
     rows = []
     for name, (hyps, factor) in texts.items():

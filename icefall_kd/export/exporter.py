@@ -54,6 +54,7 @@ def export(config: ExportConfig) -> dict:
                     trained.config.model, config.decode_chunk_size, config.left_context_frames, chunk_by_chunk=True
                 )
                 graphs = streaming_graphs(model, feature_dim, chunks)
+                parameters |= {"decode_chunk_size": chunks[0], "left_context_frames": chunks[1]}
             else:
                 chunks, graphs = None, offline_graphs(model, feature_dim)
             files, checks = _write_graphs(graphs, config, folder, feature_dim)
@@ -63,7 +64,6 @@ def export(config: ExportConfig) -> dict:
         record = {
             "format": config.format,
             "streaming": chunks is not None,
-            "chunks": chunks._asdict() if chunks is not None else None,
             "files": files,
             "parameters": parameters,
             "files_used": trained.files_used,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from icefall_kd.data.features import FRAME_SHIFT
 from icefall_kd.errors import ConfigError
 from icefall_kd.export.exporter import RECORD
 from icefall_kd.runtime.files import read_json
@@ -63,12 +64,36 @@ class SherpaRecognizer:
             decoding_method="greedy_search",
         )
 
-    def transcribe(self, wave: np.ndarray) -> Transcript:
-        """Decode (S,) float32 samples in [-1, 1] at 16 kHz."""
+    def transcribe(self, wave: np.ndarray, tail_padding: float = 0.0) -> Transcript:
+        """Decode (S,) float32 samples in [-1, 1] at 16 kHz.
+
+        Args:
+            wave: the samples.
+            tail_padding: seconds of silence behind them that a streaming model hears, as of decode.py; it hears up to
+                a chunk more, since only whole chunks are decoded.
+        """
         begin = time.perf_counter()
+        text, tokens, timestamps = self._stream(wave, tail_padding) if self.streaming else self._whole(wave)
+        return Transcript(" ".join(text.split()), tokens, timestamps, time.perf_counter() - begin)
+
+    def _whole(self, wave: np.ndarray) -> tuple[str, list[str], list[float]]:
         stream = self._recognizer.create_stream()
         stream.accept_waveform(RATE, wave)
         self._recognizer.decode_stream(stream)
-        result = stream.result
-        seconds = time.perf_counter() - begin
-        return Transcript(" ".join(result.text.split()), list(result.tokens), list(result.timestamps), seconds)
+        return stream.result.text, list(stream.result.tokens), list(stream.result.timestamps)
+
+    def _stream(self, wave: np.ndarray, tail_padding: float) -> tuple[str, list[str], list[float]]:
+        metadata = self.record["graphs"]["encoder"]["metadata"]
+        hop, samples = metadata["decode_chunk_len"], round(RATE * FRAME_SHIFT)
+        padded = len(wave) + round(tail_padding * RATE)
+        num_chunks = -(-padded // (hop * samples))
+        # A chunk is decoded when a frame behind its last one is complete, half a window later.
+        needed = ((num_chunks - 1) * hop + metadata["T"] + 3) * samples
+        stream = self._recognizer.create_stream()
+        stream.accept_waveform(RATE, np.pad(wave, (0, max(needed - len(wave), 0))))
+        for _ in range(num_chunks):
+            if not self._recognizer.is_ready(stream):
+                break
+            self._recognizer.decode_stream(stream)
+        result = self._recognizer.get_result_all(stream)
+        return result.text, list(result.tokens), list(result.timestamps)
