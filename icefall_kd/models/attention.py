@@ -32,6 +32,8 @@ class RelativePositions(nn.Module):
             (left+2T-1, C).
         """
         num_frames = x.shape[1]
+        if torch.jit.is_tracing():  # the graph must hold for every length: no table of those seen so far
+            return self._sinusoids(left + num_frames, x.device)[: left + 2 * num_frames - 1].to(x.dtype)
         known = (self.table.shape[0] + 1) // 2
         if known < left + num_frames or self.table.device != x.device:
             known = max(left + num_frames, 2 * known)
@@ -43,7 +45,9 @@ class RelativePositions(nn.Module):
         distance = torch.arange(num_frames - 1, -num_frames, -1.0, dtype=torch.float64)
         rate = torch.exp(torch.arange(0, self.dim, 2, dtype=torch.float64) * (-math.log(10000.0) / self.dim))
         angle = distance.unsqueeze(1) * rate
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, : self.dim].float().to(device)
+        # ONNX Runtime has no cosine of doubles.
+        cos = (angle + math.pi / 2).sin() if torch.jit.is_tracing() else angle.cos()
+        return torch.stack([angle.sin(), cos], dim=-1).flatten(1)[:, : self.dim].float().to(device)
 
 
 def relative_shift(scores: Tensor) -> Tensor:
@@ -56,6 +60,11 @@ def relative_shift(scores: Tensor) -> Tensor:
         (N, H, T, K) view; entry (i, j) is scores[i, T-1-i+j].
     """
     num_frames, row = scores.shape[2], scores.shape[3] - 1
+    if torch.jit.is_tracing():
+        # The shift of Dai et al. 2019, appendix B: it copies, but a graph of it holds for one frame, too.
+        n, h, t, width = scores.shape
+        shifted = F.pad(scores, (1, 0)).reshape(n, h, width + 1, t)[:, :, 1:].reshape(n, h, t, width)
+        return shifted[..., : width - t + 1]
     if num_frames == 1:
         return scores
     # Row i starts T-1-i after its own beginning: in flat memory, rows of length K+T-2 that start at T-1.
@@ -92,10 +101,11 @@ class RelativeSelfAttention(nn.Module):
             (N, T, C).
         """
         heads = self.num_heads
-        qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (N, K, 3, H, D)
+        qkv = self.qkv(x).view(*x.shape[:2], 3, heads, -1)  # (N, K, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, K, 3, H, D) -> 3 x (N, H, K, D)
         q = q[:, :, left:] * (q.shape[-1] ** -0.5)
-        p = self.position(positions).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # (K+T-1, H, D) -> (H, D, K+T-1)
+        p = self.position(positions).view(positions.shape[0], heads, -1)  # (K+T-1, H, D)
+        p = p.permute(1, 2, 0)  # (K+T-1, H, D) -> (H, D, K+T-1)
         bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
         y = _attend(q, k, v, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (N, H, T, D) -> (N, T, C)

@@ -143,6 +143,38 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
+    """Yield a new folder to fill; on success it replaces ``path``, on failure it is removed.
+
+    Args:
+        path: The target folder; missing parents are created.
+        marker: A file that every such folder holds; one without it is somebody else's and stays.
+
+    Raises:
+        ConfigError: ``path`` is there, and neither empty nor one of ours.
+    """
+    import shutil  # as above
+
+    path = Path(path)
+    if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists and holds no {marker}, so it is left as it is; name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
+    tmp, old = temporary_name(path), temporary_name(path)
+    tmp.mkdir()
+    try:
+        yield tmp
+        if path.exists():
+            os.rename(path, old)
+        os.rename(tmp, path)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _fsync_folder(path.parent)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path, "w") as stream:

@@ -1,0 +1,150 @@
+"""Export a trained transducer: trace, quantize, check against the model, and only then put into place."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from icefall_kd.config import DecodeConfig, ExportConfig
+from icefall_kd.data.features import FRAME_SHIFT, NUM_BINS
+from icefall_kd.errors import ConfigError
+from icefall_kd.export.check import Run, check_graph, check_stream, label_cases, offline_cases
+from icefall_kd.export.graphs import Graph, offline_graphs, streaming_graphs
+from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx, write_onnx
+from icefall_kd.models.streaming import choose_chunks
+from icefall_kd.recipe import load_system
+from icefall_kd.runtime.env import environment
+from icefall_kd.runtime.files import atomic_folder, write_json, write_text
+from icefall_kd.text.tokenizer import SPACE, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+RECORD = "export.json"
+# Options that say which model is exported, with the names that they have in decode.py.
+PARAMETERS = ("epoch", "iter", "avg", "use_averaged_model", "decode_chunk_size", "left_context_frames")
+# Graphs with int8 weights; the decoder is an embedding and one small product.
+_QUANTIZED = ("encoder", "joiner")
+
+
+def export(config: ExportConfig) -> dict:
+    """Export what ``config`` names and return what export.json holds.
+
+    Raises:
+        ConfigError: the model has no transducer, a package is missing, out-dir holds something else, or the format
+            does not offer what is asked for.
+        NumericError: an exported graph differs from the model.
+    """
+    if config.format != "torchscript":
+        require_onnx()
+    with atomic_folder(config.out_dir, RECORD) as folder:
+        parameters = {name: getattr(config, name) for name in PARAMETERS}
+        trained = load_system(DecodeConfig(exp_dir=config.exp_dir, device="cpu", **parameters))
+        model, tokenizer = trained.system.requires_grad_(False).model, trained.tokenizer
+        if model.joiner is None:
+            raise ConfigError(f"{config.exp_dir} has no transducer (--transducer-scale 0); nothing is exported")
+        feature_dim = trained.config.model.feature_dim
+        if config.format == "sherpa-onnx" and feature_dim != NUM_BINS:
+            raise ConfigError(f"{config.exp_dir} hears {feature_dim} bins; sherpa-onnx is told of {NUM_BINS}")
+        # A seed of its own: the same model gives the same files and the same figures of the check.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if trained.config.model.streaming and config.decode_chunk_size != -1:
+                chunks = choose_chunks(
+                    trained.config.model, config.decode_chunk_size, config.left_context_frames, chunk_by_chunk=True
+                )
+                graphs = streaming_graphs(model, feature_dim, chunks)
+                parameters |= {"decode_chunk_size": chunks[0], "left_context_frames": chunks[1]}
+            else:
+                chunks, graphs = None, offline_graphs(model, feature_dim)
+            files, checks = _write_graphs(graphs, config, folder, feature_dim)
+        tokenizer.save(folder)
+        if config.format == "sherpa-onnx":
+            write_text(folder / "tokens.txt", sherpa_tokens(tokenizer))
+        record = {
+            "format": config.format,
+            "streaming": chunks is not None,
+            "files": files,
+            "parameters": parameters,
+            "files_used": trained.files_used,
+            "tokenizer_hash": tokenizer.hash,
+            "vocab_size": tokenizer.vocab_size,
+            "context_size": model.decoder.context_size,
+            "features": {"bins": feature_dim, "frame_shift": FRAME_SHIFT, "sampling_rate": 16000},
+            "graphs": {g.name: {"inputs": g.inputs, "outputs": g.outputs, "metadata": g.metadata} for g in graphs},
+            "checks": checks,
+            "environment": environment(),
+        }
+        write_json(folder / RECORD, record)
+    logger.info("wrote %s", config.out_dir)
+    return record
+
+
+def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, feature_dim: int) -> tuple[dict, dict]:
+    """Write and check every graph; return the file of each by precision, and the outcomes of the checks by file."""
+    suffix = ".pt" if config.format == "torchscript" else ".onnx"
+    files: dict[str, dict[str, str]] = {"fp32": {}}
+    checks = {}
+    if config.quantize == "int8":
+        files["int8"] = {}
+    for graph in graphs:
+        path = folder / f"{graph.name}{suffix}"
+        if config.format == "torchscript":
+            _write_torchscript(graph, path)
+        else:
+            write_onnx(graph, path, graph.metadata if config.format == "sherpa-onnx" else {})
+        for precision, found in files.items():
+            if precision == "int8" and graph.name in _QUANTIZED:
+                fp32, path = path, path.with_suffix(f".int8{suffix}")
+                quantize_onnx(fp32, path)
+            found[graph.name] = path.name
+            if path.name not in checks:
+                checks[path.name] = _check(graph, _open(path), feature_dim, int8=precision == "int8")
+                _report(path, checks[path.name])
+    return files, checks
+
+
+def _check(graph: Graph, run: Run, feature_dim: int, int8: bool) -> dict[str, float]:
+    if "cached_attn" in graph.inputs:
+        return check_stream(graph, run, feature_dim, int8)
+    cases = offline_cases(feature_dim) if graph.name == "encoder" else label_cases(graph)
+    return check_graph(graph, run, cases, int8)
+
+
+def _open(path: Path) -> Run:
+    if path.suffix == ".onnx":
+        return open_onnx(path)
+    module = torch.jit.load(path)
+
+    def run(*inputs):
+        out = module(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    return run
+
+
+def _write_torchscript(graph: Graph, path: Path) -> None:
+    with warnings.catch_warnings():
+        # What the tracer doubts is compared with the model afterwards; that torch.jit is old is known.
+        warnings.simplefilter("ignore")
+        torch.jit.trace(graph.module, graph.example, check_trace=False).save(path)
+
+
+def _report(path: Path, check: dict[str, float]) -> None:
+    logger.info(
+        "%s: %.1f MB, differs from the model by at most %.1e (relative root mean square %.1e)",
+        path.name,
+        path.stat().st_size / 1e6,
+        check["largest_difference"],
+        check["relative_rms_difference"],
+    )
+
+
+def sherpa_tokens(tokenizer: Tokenizer) -> str:
+    """Return tokens.txt as sherpa-onnx reads it, which joins tokens and makes a space of each leading U+2581.
+
+    Pinyin tokens, which our texts separate by spaces, get that mark in front.
+    """
+    special = {tokenizer.blank_id, tokenizer.sos_id, tokenizer.unk_id, tokenizer.mask_id}
+    mark = SPACE if tokenizer.kind == "pinyin" else ""
+    return "".join(f"{'' if i in special else mark}{token} {i}\n" for i, token in enumerate(tokenizer.tokens))
