@@ -101,8 +101,8 @@ ENCODER_FRAME_SHIFT = FBANK_CONV2D.hop / 16000
 def encoder_seconds(frame: int) -> float:
     """Return where an encoder frame (0-based) begins, in seconds: 0.04 a frame, as icefall counts.
 
-    The frame lasts until the next begins; the convolutions in front of the encoder see 7.5 ms more on the left of
-    it, and 37.5 ms more on the right.
+    The frame lasts until the next begins; the convolutions in front of the encoder hear 17.5 ms more on the left of
+    it and 47.5 ms more on the right, in a streaming model 7.5 and 57.5 ms.
     """
     return round(frame * ENCODER_FRAME_SHIFT, 6)
 

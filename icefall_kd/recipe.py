@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lhotse import CutSet
 
 from icefall_kd.cli import config_from_dict, parse_config
 from icefall_kd.config import DecodeConfig, TrainConfig
+from icefall_kd.data.batch import Batch
 from icefall_kd.data.datamodule import DataModule, decoding_batches, load_cuts
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
@@ -131,16 +133,10 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
     trained = load_system(config)
     system, tokenizer, used = trained.system, trained.tokenizer, trained.files_used
     batches = {
-        name: decoding_batches(
-            cuts, tokenizer, max_duration=config.max_duration, features=_features_of(cuts)
-        )
-        for name, cuts in ((n, part_cuts(config.manifest_dir, p)) for n, p in parts_by_name(config.test_parts).items())
+        name: part_batches(config.manifest_dir, part, tokenizer, config.max_duration)
+        for name, part in parts_by_name(config.test_parts).items()
     }
     return decode_parts(system, tokenizer, batches, config, files_used=used)
-
-
-def _features_of(cuts: CutSet) -> str:
-    return "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
 
 
 def part_cuts(manifest_dir: Path, part: str) -> CutSet:
@@ -148,3 +144,10 @@ def part_cuts(manifest_dir: Path, part: str) -> CutSet:
     if Path(part).is_dir():
         return cuts_from_folder(Path(part))
     return load_cuts(manifest_dir, [part])
+
+
+def part_batches(manifest_dir: Path, part: str, tokenizer: Tokenizer, max_duration: float) -> Iterable[Batch]:
+    """Return the batches of a part to decode, with stored features where all of its cuts have them."""
+    cuts = part_cuts(manifest_dir, part)
+    features = "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
+    return decoding_batches(cuts, tokenizer, max_duration=max_duration, features=features)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from icefall_kd.cli import config_from_dict, parse_config
-from icefall_kd.config import TrainConfig
-from icefall_kd.data.datamodule import decoding_batches
+from icefall_kd.cli import parse_config
+from icefall_kd.config import DecodeConfig
 from icefall_kd.decode.alignment import (
     Timed,
     cut_alignments,
@@ -26,14 +25,10 @@ from icefall_kd.decode.alignment import (
     summarize_delays,
 )
 from icefall_kd.errors import ConfigError, DataError, run_main
-from icefall_kd.recipe import part_cuts
-from icefall_kd.runtime.env import pick_device
+from icefall_kd.recipe import load_system, part_batches, part_cuts
 from icefall_kd.runtime.files import write_json
 from icefall_kd.runtime.log import setup_logging
-from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
-from icefall_kd.train.average import load_trained
-from icefall_kd.train.checkpoint import load_model
 
 logger = logging.getLogger("emission_delay")
 
@@ -72,20 +67,13 @@ class DelayConfig:
 
 def _aligned(config: DelayConfig, tokenizer: Tokenizer) -> dict[str, list[Timed]]:
     """Return the tokens of --part, aligned by the CTC head of --align-exp-dir."""
-    own = Tokenizer.load(config.align_exp_dir / "tokenizer")
-    if own.hash != tokenizer.hash:
+    trained = load_system(DecodeConfig(exp_dir=config.align_exp_dir, device=config.device))
+    if trained.tokenizer.hash != tokenizer.hash:
         raise ConfigError(f"{config.align_exp_dir} has other tokens than {config.exp_dir}; align by one of the same")
-    state, saved, used = load_trained(config.align_exp_dir)
-    system = build_system(config_from_dict(TrainConfig, saved), own.vocab_size, inference=True)
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith("heads.")}
-    load_model(system, kept, source=f"{config.align_exp_dir} ({used})")
-    if system.model.ctc_output is None:
+    if trained.system.model.ctc_output is None:
         raise ConfigError(f"{config.align_exp_dir} has no CTC head (it was trained with --ctc-scale 0)")
-    system.to(pick_device(config.device)).eval()
-    cuts = part_cuts(config.manifest_dir, config.part)
-    features = "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
-    batches = decoding_batches(cuts, own, max_duration=config.max_duration, features=features)
-    found = dict(forced_alignments(system, own, batches))
+    batches = part_batches(config.manifest_dir, config.part, tokenizer, config.max_duration)
+    found = dict(forced_alignments(trained.system, tokenizer, batches))
     short = [name for name, times in found.items() if times is None]
     if short:
         logger.warning("%d utterances are too short for their text and are left out: %s", len(short), short[:3])
