@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
         system.model.joiner.output_linear.weight.mul_(5)
     state = system.state_dict()
     averages = {name: value.double() for name, value in state.items()}
-    content = {"model": state, "model_avg": averages, "train": {"step": 9, "average_period": 100}}
+    content = {"model": state, "model_avg": averages, "train": {"step": 9, "average_period": 3}}
     save_checkpoint(
         root / "exp/epoch-1.pt", content | {"config": config_to_dict(config), "tokenizer_hash": tokenizer.hash}
     )
