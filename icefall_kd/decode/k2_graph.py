@@ -118,7 +118,7 @@ class FastBeamSearch:
             summed over the word sequence's paths in the lattice.
         """
         kept, lens = _not_empty(encoder_out_lens)
-        result: list[list[Hypothesis]] = [[Hypothesis([], 0.0, [])] for _ in range(encoder_out.size(0))]
+        result: list[list[Hypothesis]] = [[_nothing(self.graph, 0.0)] for _ in range(encoder_out.size(0))]
         if not kept:
             return result
         k2, joiner = self.k2, self.model.joiner
@@ -149,8 +149,13 @@ class FastBeamSearch:
             rests = take_paths(k2, partial, self.graph, Paths())
             found = [hyps or rest for hyps, rest in zip(found, rests, strict=True)]
         for place, length, hyps in zip(kept, lens, found, strict=True):
-            result[place] = [_transducer_hypothesis(path[:length], score, text) for path, score, text in hyps]
+            made = [_transducer_hypothesis(path[:length], score, text) for path, score, text in hyps]
+            result[place] = made or [_nothing(self.graph, -math.inf)]
         return result
+
+
+def _nothing(graph: Graph, score: float) -> Hypothesis:
+    return Hypothesis([], score, [], graph.text([]))
 
 
 def _transducer_hypothesis(path: list[int], score: float, text: str | None) -> Hypothesis:
@@ -227,7 +232,7 @@ class CtcGraphSearch:
             first frame of its run.
         """
         kept, lens = _not_empty(encoder_out_lens)
-        result: list[list[Hypothesis]] = [[Hypothesis([], 0.0, [])] for _ in range(encoder_out.size(0))]
+        result: list[list[Hypothesis]] = [[_nothing(self.graph, 0.0)] for _ in range(encoder_out.size(0))]
         if not kept:
             return result
         k2 = self.k2
@@ -245,8 +250,8 @@ class CtcGraphSearch:
             logger.warning("%d of %d utterances end inside a word of the graph and stay empty; try a larger --beam",
                            lost, len(found))  # fmt: skip
         for place, hyps in zip(chosen, found, strict=True):
-            hyps = hyps or [([], -math.inf, self.graph.text([]))]
-            result[place] = [Hypothesis(*self._collapse(path, score), text) for path, score, text in hyps]
+            made = [Hypothesis(*self._collapse(path, score), text) for path, score, text in hyps]
+            result[place] = made or [_nothing(self.graph, -math.inf)]
         return result
 
     def _collapse(self, path: list[int], score: float) -> tuple[list[int], float, list[int]]:

@@ -18,10 +18,12 @@ from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.recipe import decode
 from icefall_kd.results import build_rows, read_run
 from icefall_kd.results_table import full_table
+from icefall_kd.runtime.tensors import write_tensors
 from icefall_kd.scoring import read_recogs
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
-from icefall_kd.train.checkpoint import save_checkpoint
+from icefall_kd.train.average import averaged_checkpoint, load_weights, save_weights
+from icefall_kd.train.checkpoint import load_checkpoint, save_checkpoint
 from icefall_kd.train.state import write_config
 
 TEXTS = {"utt-a": "ONE TWO", "utt-b": "THREE", "utt-c": "TWO THREE ONE"}
@@ -66,6 +68,21 @@ def test_every_search_decodes_a_folder_of_audio(trained, method):
     ids, refs, _ = read_recogs(next((exp_dir / method).glob("recogs-speech-epoch-2*")))
     assert [" ".join(r) for r in refs] == list(TEXTS.values())
     assert len(ids) == 3
+
+
+def test_weights_in_safetensors_decode_as_their_checkpoint_does(trained, tmp_path):
+    audio, exp_dir = trained
+    source, weights = exp_dir / "epoch-1.pt", tmp_path / "last-1-up-to-epoch-1.safetensors"
+    save_weights(weights, averaged_checkpoint(source, load_checkpoint(source)["model"]))
+    options = {"exp_dir": exp_dir, "test_parts": [str(audio)], "device": "cpu", "epoch": 1, "bootstrap": 0}
+    expected = decode(DecodeConfig(use_averaged_model=False, **options))["speech"]
+    result = decode(DecodeConfig(weights=weights, **options))["speech"]
+    assert result["utterances"] == expected["utterances"] and result["files_used"] == weights.name
+    with pytest.raises(ConfigError, match="was trained with tokenizer"):
+        load_weights(weights, "another")
+    with pytest.raises(DataError, match="is not from local/average"):
+        write_tensors(weights, {}, {"x": "y"})
+        load_weights(weights, "another")
 
 
 def noise(file, **lengths):

@@ -8,8 +8,9 @@ import torch
 
 from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import Batch
+from icefall_kd.decode.base import Hypothesis
 from icefall_kd.decode.ctc import CtcGreedySearch
-from icefall_kd.decode.runner import decode_parts, decode_suffix
+from icefall_kd.decode.runner import Decoded, decode_parts, decode_suffix, score_decoded
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.scoring import read_recogs
 from icefall_kd.text.tokenizer import Tokenizer
@@ -138,6 +139,18 @@ def test_a_reference_token_that_the_table_lacks_is_an_error(tmp_path):
     result = decode_parts(system, pinyin, {"test": [batch]}, config)["test"]
     assert (result["unit"], result["num_ref"]) == ("token", 4)
     assert result["errors"] >= 3
+
+
+def test_words_of_a_search_are_scored_instead_of_its_tokens():
+    pinyin = Tokenizer.train_pinyin(["中国"])
+    tokens = pinyin.encode("中国")
+    found = Decoded(ids=["u"], refs=["中国"], nbest=[[Hypothesis(tokens, -1.0, text="中果")]])
+    scored = score_decoded(found, pinyin, "char")
+    assert (scored.refs, scored.hyps) == ([["中", "国"]], [["中", "果"]])
+    assert score_decoded(found, pinyin, "auto").num_errors == 0  # the tokens are right
+    found.nbest = [[Hypothesis(tokens, -1.0)]]
+    with pytest.raises(ConfigError, match="this model writes pinyin"):
+        score_decoded(found, pinyin, "char")
 
 
 def test_parts_without_transcripts_are_recognised_without_a_rate(tmp_path, tokenizer):

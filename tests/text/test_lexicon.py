@@ -1,8 +1,11 @@
 """Words, their spellings, and the symbols that keep spellings apart."""
 
 import pytest
+from micro_corpus import write_part
 
-from icefall_kd.errors import DataError
+from icefall_kd.data.prepare import LexiconConfig, make_lexicon
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.files import write_json
 from icefall_kd.text.lexicon import Lexicon, disambiguate
 from icefall_kd.text.tokenizer import SPACE, Tokenizer
 
@@ -56,3 +59,33 @@ def test_every_closed_spelling_is_unique_and_begins_no_other():
     closed = [(*pieces, f"#{mark}") if mark else pieces for pieces, mark in zip(spellings, marks, strict=True)]
     assert len(set(closed)) == len(closed)
     assert not any(one != other and other[: len(one)] == one for one in closed for other in closed)
+
+
+def corpus(folder, language="en"):
+    write_part(folder, "train", [0.2, 0.2, 0.2], features=False)
+    write_part(folder, "dev", [0.2] * 5, features=False)  # of other words, which the graphs must not know
+    write_json(folder / "corpus.json", {"parts": {"train": {}, "dev": {}}, "language": language})
+    return folder
+
+
+def test_the_lexicon_holds_the_words_of_the_training_parts_and_of_more_text(tmp_path):
+    data, lang = corpus(tmp_path / "data"), tmp_path / "lang"
+    Tokenizer.train_char(["one two three four five"]).save(lang)
+    lexicon = make_lexicon(LexiconConfig(data_dir=data, lang_dir=lang))
+    assert lexicon.words == ["<eps>", "four", "one", "three", "two", "#0", "<s>", "</s>"]
+    assert (lang / "lm_text.txt").read_text() == "one two\nthree\nfour\n"
+    Tokenizer.train_char(["ONE TWO", "one two three four"]).save(lang)
+    (tmp_path / "more.txt").write_text("two, one!\n\nNOW\n")
+    lexicon = make_lexicon(LexiconConfig(data_dir=data, lang_dir=lang, text=[tmp_path / "more.txt"]))
+    assert set(lexicon.words[1:-3]) == {"ONE", "TWO", "four", "one", "three", "two", "NOW"}
+    assert (lang / "lm_text.txt").read_text() == "one two\nthree\nfour\nTWO ONE\nNOW\n"
+    (tmp_path / "given.txt").write_text("TWO\nONE T W\n")
+    lexicon = make_lexicon(LexiconConfig(data_dir=data, lang_dir=lang, lexicon=tmp_path / "given.txt"))
+    assert lexicon.entries == [("ONE", ("T", "W")), ("TWO", ("T", "W", "O"))]
+
+
+def test_mandarin_with_bpe_needs_a_lexicon(tmp_path):
+    data = corpus(tmp_path, "zh")
+    Tokenizer.train_bpe(["one two three four"] * 9, 16).save(tmp_path / "lang")
+    with pytest.raises(ConfigError, match="give --lexicon FILE"):
+        make_lexicon(LexiconConfig(data_dir=data, lang_dir=tmp_path / "lang"))
