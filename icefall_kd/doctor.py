@@ -93,6 +93,9 @@ def checks() -> list[Check]:
                  remedy="pip install fast_rnnt; without it the losses run in PyTorch"),
         _package("kaldifeat", "kaldifeat.FbankOptions()", "optional",
                  remedy=f"{wheel}; without kaldifeat lhotse computes the features"),
+        _package("onnx", "onnx.helper.make_node('Sin', ['x'], ['y'])", "optional"),
+        _package("onnxruntime", "onnxruntime.get_available_providers()", "optional"),
+        _package("sherpa_onnx", "sherpa_onnx.OfflineRecognizer", "optional", "sherpa-onnx"),
     ]
     tools = [
         Check(group="tools", name="gcc", command="gcc", remedy="install gcc with the system's package manager"),
