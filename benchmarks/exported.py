@@ -118,7 +118,8 @@ def main() -> None:
         rows += compare(config, name, cuts, record)
     if config.out is not None:
         sizes = {f.name: f.stat().st_size for f in sorted(config.model_dir.glob("*.onnx"))}
-        write_json(config.out, {**measured_on(), "sherpa_onnx": package_version("sherpa-onnx"), "bytes": sizes, "rows": rows})
+        versions = {"sherpa_onnx": package_version("sherpa-onnx")}
+        write_json(config.out, {**measured_on(), **versions, "bytes": sizes, "rows": rows})
 
 
 if __name__ == "__main__":
