@@ -1,6 +1,8 @@
 # make demo   prepare the demo corpus, distil, print the table of error rates
 # make test   run the unit tests
 # make test-all   run all tests: test, test-recipes (every recipe on small corpora), test-faults (kills, damage)
+# make test-k2    the tests of k2, in an environment of its own (Python 3.11, 3.5 GB)
+# make test-native   build kaldifeat and fast_rnnt from source and test with them (minutes of compiling)
 # make lint   ruff and shellcheck
 # make env    the virtual environment that the others use (made by them when needed)
 # make clean  remove caches; data and experiments stay
@@ -10,13 +12,14 @@
 
 SHELL := /bin/bash
 VENV ?= .venv
+VENV_K2 ?= .venv-k2
 PYTHON ?=
 TESTS ?=
 TEST_JOBS ?= 2
 DEMO_SHORT ?=
-export VENV PYTHON TEST_JOBS
+export VENV VENV_K2 PYTHON TEST_JOBS
 
-.PHONY: env demo test test-recipes test-faults test-all lint clean
+.PHONY: env demo test test-recipes test-faults test-all test-k2 test-native lint clean
 .DEFAULT_GOAL := demo
 
 env:
@@ -35,14 +38,21 @@ test-recipes test-faults: test-%: env
 test-all: env
 	@local/test_all.sh
 
+test-k2:
+	@local/make_k2_env.sh
+	@PYTHONPATH=. $(VENV_K2)/bin/python -m pytest -q tests/with_k2
+
+test-native: env
+	@local/test_native.sh
+
 lint: env
 	@code=0; $(VENV)/bin/ruff check . || code=1; \
-	{ git ls-files '*.sh' .ci/run 2> /dev/null || find . -name '*.sh' -not -path './$(VENV)/*'; } \
+	{ git ls-files '*.sh' .ci/run 2> /dev/null || find . -name '*.sh' -not -path './$(VENV)/*' -not -path './.venv-*'; } \
 	  | xargs $(VENV)/bin/shellcheck && echo "shellcheck: All checks passed!" || code=1; \
 	exit $$code
 
 clean:
-	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 	@rm -rf .pytest_cache .ruff_cache build icefall_kd.egg-info
 	@echo "Caches are gone.  Kept, to be removed by hand:"
-	@du -sh $(VENV) egs/*/data egs/*/exp egs/*/download 2> /dev/null || true
+	@du -sh $(VENV) .venv-* egs/*/data egs/*/exp egs/*/download 2> /dev/null || true

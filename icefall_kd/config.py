@@ -456,6 +456,13 @@ class LoopConfig:
         _at_least(self, max_steps=1, valid_interval=1, keep_epochs=1, keep_best=0, max_skips=0, start_epoch=1)
 
 
+DecodingMethod = Literal[
+    "greedy_search", "modified_beam_search", "ctc_greedy_search",
+    "fast_beam_search", "fast_beam_search_nbest", "fast_beam_search_LG", "fast_beam_search_nbest_LG",
+    "ctc_decoding", "ctc_decoding_HLG", "ctc_decoding_nbest_HLG",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """Decoding and scoring."""
@@ -466,8 +473,8 @@ class DecodeConfig:
     """Parts of manifest-dir, paths of lhotse cut sets, or folders of audio with *.trans.txt."""
     manifest_dir: Path = Path("data/fbank")
     """Folder of cuts_<part>.jsonl.gz."""
-    decoding_method: Literal["greedy_search", "modified_beam_search", "ctc_greedy_search"] = "greedy_search"
-    """Search."""
+    decoding_method: DecodingMethod = "greedy_search"
+    """Search; those over graphs (fast_beam_search..., ctc_decoding...) need k2."""
     beam_size: int = 4
     """Beam of modified_beam_search."""
     nbest: int = 1
@@ -476,6 +483,39 @@ class DecodeConfig:
     """Subtracted from the blank's logit in transducer searches; above 0: fewer deletions."""
     temperature: float = 1.0
     """Divides the logits in modified_beam_search."""
+    lm: Path | None = None
+    """Language model over tokens for modified_beam_search: an ARPA file (local/make_ngram.py --lang-dir) or the folder
+    of local/train_lm.py; see docs/decoding.md."""
+    lm_scale: float = 0.3
+    """Scale of its log-probabilities."""
+    lodr_arpa: Path | None = None
+    """ARPA file of a low-order token n-gram of the training text that is subtracted beside --lm (LODR)."""
+    lodr_scale: float = -0.16
+    """Scale of that n-gram's log-probabilities, below 0."""
+    hotwords: Path | None = None
+    """File of phrases that modified_beam_search prefers, one a line; "NEW YORK :2.5" gives a score of its own."""
+    hotwords_score: float = 1.5
+    """Score of each token of a phrase that has none of its own."""
+    ctm: bool = False
+    """Write ctm-<part>-<suffix>.ctm: begin and length of every word."""
+    lang_dir: Path | None = None
+    """Folder of LG.safetensors and HLG.safetensors, for the methods named after them."""
+    beam: float = 20.0
+    """Graph searches: log-probability behind the best state at which a state is dropped."""
+    max_contexts: int = 8
+    """fast_beam_search: different decoder contexts a frame."""
+    max_states: int = 64
+    """fast_beam_search: states a frame."""
+    output_beam: float = 8.0
+    """ctc_decoding: the beam of the lattice, behind its best path."""
+    ngram_lm_scale: float = 0.01
+    """Scale of LG's scores."""
+    hlg_scale: float = 0.6
+    """Scale of HLG's scores."""
+    num_paths: int = 200
+    """Methods with nbest: paths drawn from the lattice."""
+    nbest_scale: float = 0.5
+    """Methods with nbest: scale of the scores that paths are drawn with; smaller: more different ones."""
     epoch: int | None = None
     """Decode epoch-N.pt; None (and no --iter): the newest."""
     iter: int | None = None
@@ -484,6 +524,8 @@ class DecodeConfig:
     """Epochs (or checkpoints) averaged."""
     use_averaged_model: bool = True
     """Use the running averages of the two end points of the range."""
+    weights: Path | None = None
+    """Decode this file of local/average.py --out NAME.safetensors; no option about epochs then counts."""
     max_duration: float = 200.0
     """Seconds of audio a batch."""
     decode_chunk_size: int | None = None
@@ -506,8 +548,18 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
-        if not self.temperature > 0:
-            raise ConfigError(f"--temperature is {self.temperature}; it must be above 0")
+        _at_least(self, beam=0, max_contexts=1, max_states=1, output_beam=0, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
+        for name in ("temperature", "nbest_scale"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        added = [f"--{name}" for name in ("lm", "hotwords") if getattr(self, name) is not None]
+        if added and self.decoding_method != "modified_beam_search":
+            raise ConfigError(
+                f"{' and '.join(added)} with --decoding-method {self.decoding_method}: only modified_beam_search "
+                "weighs hypotheses that they could change; add --decoding-method modified_beam_search"
+            )
+        if self.lodr_arpa is not None and (self.lm is None or not self.lodr_scale < 0):
+            raise ConfigError(f"--lodr-arpa goes with --lm, and --lodr-scale (now {self.lodr_scale}) is below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Literal
 
 from icefall_kd.errors import ConfigError, run_main
 from icefall_kd.runtime.env import package_version
+from icefall_kd.runtime.optional import k2_remedy, wheel_name
 
 State = Literal["works", "missing", "broken"]
 INSTALL = "make env"
@@ -52,8 +53,6 @@ class Finding:
 def checks() -> list[Check]:
     """Return all checks, in the order of the table."""
     torch_version = (package_version("torch") or "X.Y.Z").split("+")[0]
-    python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    wheel = f"a wheel whose name holds +cpu.torch{torch_version} (or +cudaN.torch{torch_version}) and {python_tag}"
     python = "import sys; assert sys.version_info >= (3, 11), 'older than 3.11'; print(sys.version.split()[0])"
     required = [
         Check(group="required", name="python", code=python, remedy="make env PYTHON=python3.11"),
@@ -88,11 +87,15 @@ def checks() -> list[Check]:
             code=gpu,
             remedy=f"a machine with a GPU, its driver, and torch {torch_version} built for CUDA; training runs on CPU",
         ),
-        _package("k2", "k2.rnnt_loss_pruned", "optional", remedy=f"{wheel}; without k2 the losses run in PyTorch"),
+        _package("k2", "k2.rnnt_loss_pruned", "optional",
+                 remedy=f"{k2_remedy()}; without k2 the losses run in PyTorch, and no search over graphs"),
         _package("fast_rnnt", "fast_rnnt.rnnt_loss_pruned", "optional",
-                 remedy="pip install fast_rnnt; without it the losses run in PyTorch"),
+                 remedy="make test-native shows how to build it; without it the losses run in PyTorch"),
         _package("kaldifeat", "kaldifeat.FbankOptions()", "optional",
-                 remedy=f"{wheel}; without kaldifeat lhotse computes the features"),
+                 remedy=f"a wheel whose name holds {wheel_name()}, or make test-native, which shows how to build it; "
+                 "without kaldifeat lhotse computes the features"),
+        _package("kaldilm", "kaldilm.arpa2fst", "optional",
+                 remedy="pip install kaldilm==1.15.5; only the stage of decoding graphs needs it"),
         _package("onnx", "onnx.helper.make_node('Sin', ['x'], ['y'])", "optional"),
         _package("onnxruntime", "onnxruntime.get_available_providers()", "optional"),
         _package("sherpa_onnx", "sherpa_onnx.OfflineRecognizer", "optional", "sherpa-onnx"),

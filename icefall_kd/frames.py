@@ -94,6 +94,17 @@ WHISPER_CONV = FrameFormula(kernels=(320,), strides=(320,), right_pad=True)
 # Our own encoders: log-mel frames of 25 ms every 10 ms centred by padding (see fbank_num_frames), then two un-padded
 # convolutions of kernel 3 and stride 2 (see conv2d_subsampled_len): hop 640.
 FBANK_CONV2D = FrameFormula(kernels=(400, 3, 3), strides=(160, 2, 2), pad=320)
+# Seconds between two frames of our encoders.
+ENCODER_FRAME_SHIFT = FBANK_CONV2D.hop / 16000
+
+
+def encoder_seconds(frame: int) -> float:
+    """Return where an encoder frame (0-based) begins, in seconds: 0.04 a frame, as icefall counts.
+
+    The frame lasts until the next begins; the convolutions in front of the encoder hear 17.5 ms more on the left of
+    it and 47.5 ms more on the right, in a streaming model 7.5 and 57.5 ms.
+    """
+    return round(frame * ENCODER_FRAME_SHIFT, 6)
 
 
 def fbank_num_frames(num_samples: int, hop: int = 160) -> int:

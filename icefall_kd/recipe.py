@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lhotse import CutSet
 
 from icefall_kd.cli import config_from_dict, parse_config
 from icefall_kd.config import DecodeConfig, TrainConfig
+from icefall_kd.data.batch import Batch
 from icefall_kd.data.datamodule import DataModule, decoding_batches, load_cuts
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
@@ -23,7 +25,7 @@ from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.systems.base import System
 from icefall_kd.text.tokenizer import Tokenizer
-from icefall_kd.train.average import load_for_decoding
+from icefall_kd.train.average import load_for_decoding, load_weights
 from icefall_kd.train.checkpoint import load_model
 from icefall_kd.train.loop import train
 
@@ -104,9 +106,12 @@ def load_system(config: DecodeConfig) -> Trained:
     if not config.exp_dir.is_dir():
         raise ConfigError(f"--exp-dir {config.exp_dir} does not exist; train first")
     tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
-    state_dict, saved, used = load_for_decoding(
-        config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
-    )
+    if config.weights is not None:
+        state_dict, saved, used = load_weights(config.weights, tokenizer.hash)
+    else:
+        state_dict, saved, used = load_for_decoding(
+            config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
+        )
     logger.info("parameters from %s", used)
     train_config = config_from_dict(TrainConfig, saved)
     chunks = choose_chunks(
@@ -128,16 +133,10 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
     trained = load_system(config)
     system, tokenizer, used = trained.system, trained.tokenizer, trained.files_used
     batches = {
-        name: decoding_batches(
-            cuts, tokenizer, max_duration=config.max_duration, features=_features_of(cuts)
-        )
-        for name, cuts in ((n, part_cuts(config.manifest_dir, p)) for n, p in parts_by_name(config.test_parts).items())
+        name: part_batches(config.manifest_dir, part, tokenizer, config.max_duration)
+        for name, part in parts_by_name(config.test_parts).items()
     }
     return decode_parts(system, tokenizer, batches, config, files_used=used)
-
-
-def _features_of(cuts: CutSet) -> str:
-    return "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
 
 
 def part_cuts(manifest_dir: Path, part: str) -> CutSet:
@@ -145,3 +144,10 @@ def part_cuts(manifest_dir: Path, part: str) -> CutSet:
     if Path(part).is_dir():
         return cuts_from_folder(Path(part))
     return load_cuts(manifest_dir, [part])
+
+
+def part_batches(manifest_dir: Path, part: str, tokenizer: Tokenizer, max_duration: float) -> Iterable[Batch]:
+    """Return the batches of a part to decode, with stored features where all of its cuts have them."""
+    cuts = part_cuts(manifest_dir, part)
+    features = "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
+    return decoding_batches(cuts, tokenizer, max_duration=max_duration, features=features)

@@ -24,6 +24,7 @@ from icefall_kd.train.average import (
     best_n,
     last_n,
     range_ends,
+    save_weights,
 )
 from icefall_kd.train.checkpoint import save_checkpoint
 
@@ -47,7 +48,8 @@ class AverageConfig:
     epoch: int | None = None
     """Last epoch of the range; None: the newest."""
     out: Path | None = None
-    """File to write; None: a name after the options, in exp-dir."""
+    """File to write, a checkpoint or (NAME.safetensors) weights for decode.py --weights, which any version of torch
+    reads; None: a checkpoint with a name after the options, in exp-dir."""
 
     def __post_init__(self) -> None:
         chosen = [x for x in (self.last, self.best, self.from_averaged) if x is not None]
@@ -77,7 +79,8 @@ def main() -> None:
         model, source = average_checkpoints(files), files[-1]
         name = f"last-{config.last}-up-to-{source.stem}.pt"
     out = config.out if config.out is not None else config.exp_dir / name
-    save_checkpoint(out, averaged_checkpoint(source, model))
+    save = save_weights if out.suffix == ".safetensors" else save_checkpoint
+    save(out, averaged_checkpoint(source, model))
     logger.info("averaged %s", ", ".join(f.name for f in files))
     for file in files:
         print(f"used {file}")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything is written below --data-dir: manifests/ (cut sets), fbank/ (the same with features), lang_*/ (tokens),
-# rejected/ (what was unfit, with reasons), corpus.json (counts, hours, fingerprint).  Run the same line again to go
+# rejected/ (what was unfit, with reasons), corpus.json (counts, hours, fingerprint).  With --graphs true lang_*/ also
+# gets the lexicon, the language model and the graphs of decoding with k2 (docs/graph_decoding.md).  Run the same line again to go
 # on where it stopped.  Relative paths are relative to the recipe's folder.
 #
 # Started by egs/*/prepare.sh, which hold the defaults of their recipe.
@@ -23,6 +24,11 @@ partial=false         # accept a corpus that holds less than was published
 max_utts=""           # take only so many utterances of each part
 musan=false           # prepare noise for augmentation, too
 musan_dir=""          # folder of MUSAN; empty: download/musan, downloaded
+graphs=false          # make the graphs of decoding with k2, too: L, G, LG, HLG
+lexicon=""            # lexicon of the graphs (WORD token token ... a line, or WORD alone); empty: the words of the texts
+lm_text=""            # text files, comma-separated, besides the training transcripts; a sentence a line
+lm_order=3            # order of the n-gram model that is made of them
+arpa=""               # n-gram model of the words in ARPA format; empty: made here
 demo_language=en      # language of the demo corpus: en, zh
 demo_options=""       # options of local/prepare_demo.py
 short=false           # a small demo corpus, or 200 utterances a part
@@ -136,6 +142,31 @@ stage_5_validation() { # Check everything that training assumes
     --code icefall_kd/data/{validate,filters}.py local/validate_data.py || return 0
   python3 ../../local/validate_data.py --data-dir "$data_dir" --lang-dir "$lang_dir" --features "$features" \
     --max-reject-ratio "$max_reject_ratio"
+}
+
+stage_6_lexicon() { # Lexicon: words, and the tokens that spell them (--graphs true)
+  local files=()
+  [[ $graphs == true ]] || return 0
+  IFS=, read -r -a files <<< "$lm_text"
+  begin --option lexicon lm_text --input "$data_dir/corpus.json" "$lang_dir/tokenizer.json" \
+    ${lexicon:+"$lexicon"} "${files[@]}" --output "$lang_dir/lexicon.txt" "$lang_dir/words.txt" "$lang_dir/lm_text.txt" \
+    --code icefall_kd/text/{lexicon,tokenizer,normalize}.py icefall_kd/data/prepare.py local/make_lexicon.py || return 0
+  python3 ../../local/make_lexicon.py --data-dir "$data_dir" --lang-dir "$lang_dir" --lexicon "${lexicon:-none}" \
+    ${lm_text:+--text "$lm_text"}
+}
+
+stage_7_language_model() { # n-gram model of the words (--graphs true, unless --arpa names one)
+  [[ $graphs == true && -z $arpa ]] || return 0
+  begin --option lm_order --input "$lang_dir/lm_text.txt" --output "$lang_dir/lm.arpa" \
+    --code icefall_kd/text/ngram.py local/make_ngram.py || return 0
+  python3 ../../local/make_ngram.py --text "$lang_dir/lm_text.txt" --order "$lm_order" --out "$lang_dir/lm.arpa"
+}
+
+stage_8_graphs() { # L, G, LG and HLG; needs k2 (--graphs true)
+  [[ $graphs == true ]] || return 0
+  begin --input "$lang_dir"/{tokenizer.json,lexicon.txt,words.txt} "${arpa:-$lang_dir/lm.arpa}" \
+    --output "$lang_dir"/{L,L_disambig,G,LG,HLG}.safetensors --code icefall_kd/text/{graphs,lexicon}.py || return 0
+  python3 ../../local/make_graphs.py --lang-dir "$lang_dir" --arpa "${arpa:-$lang_dir/lm.arpa}"
 }
 
 run_stages

@@ -41,7 +41,7 @@ def main() -> None:
     """Print a line whenever the text changes: seconds of audio read, and the text so far."""
     config = parse_config(StreamConfig, description=__doc__)
     trained = load_system(config.decode)
-    encoder, search = trained.system.model.encoder, build_decoder(trained.system, config.decode)
+    encoder, search = trained.system.model.encoder, build_decoder(trained.system, config.decode, trained.tokenizer)
     stream, text = Stream(encoder, search, encoder.chunks), ""
     for samples in blocks(config):
         stream.accept(samples)

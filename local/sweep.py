@@ -23,7 +23,7 @@ from icefall_kd.scoring import RATE_NAMES
 logger = logging.getLogger("sweep")
 
 # Options of decode.py that do not alter what is recognised and how it is scored.
-_IRRELEVANT = ("exp_dir", "test_parts", "manifest_dir", "max_duration", "bootstrap", "device", "num_threads")
+_IRRELEVANT = ("exp_dir", "test_parts", "manifest_dir", "max_duration", "bootstrap", "device", "num_threads", "ctm")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ def test_what_is_not_installed_is_missing(monkeypatch):
 def test_the_remedy_names_the_wheel_for_this_torch():
     remedy = check_named("k2").remedy
     assert f"cp3{sys.version_info.minor}" in remedy and "+cpu.torch2." in remedy
+    assert "local/make_k2_env.sh" in remedy and "\n" not in remedy
 
 
 def test_the_whole_command_with_a_broken_k2(tmp_path):

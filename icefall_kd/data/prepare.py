@@ -1,8 +1,8 @@
-"""The stages of data preparation behind ``prepare.sh``: manifests, tokens, validation of the result."""
+"""The stages of data preparation behind ``prepare.sh``: manifests, tokens, lexicon."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +13,9 @@ from icefall_kd.data.manifests import cuts_file, iterate_cuts, part_of, write_cu
 from icefall_kd.data.recordings import Reject, check_rejects, make_cuts, prepare_cut_set, with_speed_copies
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.keys import label_key
-from icefall_kd.runtime.files import fingerprint, read_json, write_json
-from icefall_kd.text.normalize import NORMALIZATION
+from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, write_json
+from icefall_kd.text.lexicon import Lexicon
+from icefall_kd.text.normalize import NORMALIZATION, normalize_text
 from icefall_kd.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -162,17 +163,22 @@ class TokenConfig:
         return self.data_dir / f"lang_{self.token_kind}{suffix}"
 
 
-def make_tokens(config: TokenConfig) -> Tokenizer:
-    """Train a tokenizer on the transcripts of the training parts (of all, where none is for training)."""
-    parts = list(read_json(config.data_dir / "corpus.json")["parts"])
+def training_texts(data_dir: Path) -> list[str]:
+    """Return the transcripts of the training parts (of all, where none is for training), speed copies left out."""
+    parts = list(read_json(data_dir / "corpus.json")["parts"])
     chosen = [p for p in parts if is_train(p)] or parts
     texts = {
         cut.supervisions[0].id: cut.supervisions[0].text
         for part in chosen
-        for cut in iterate_cuts(cuts_file(config.data_dir / "manifests", part))
+        for cut in iterate_cuts(cuts_file(data_dir / "manifests", part))
         if label_key(cut).endswith("|1/1")
     }
-    lines = list(texts.values())
+    return list(texts.values())
+
+
+def make_tokens(config: TokenConfig) -> Tokenizer:
+    """Train a tokenizer on the transcripts of the training parts."""
+    lines = training_texts(config.data_dir)
     if config.token_kind == "bpe":
         tokenizer = Tokenizer.train_bpe(lines, config.vocab_size)
     elif config.token_kind == "char":
@@ -184,3 +190,49 @@ def make_tokens(config: TokenConfig) -> Tokenizer:
         "%s: %d %s tokens of %d transcripts", config.lang_dir, tokenizer.vocab_size, config.token_kind, len(lines)
     )
     return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LexiconConfig:
+    """Which words the decoding graphs know."""
+
+    data_dir: Path
+    """Folder of everything prepared; manifests/ lies in it."""
+    lang_dir: Path
+    """Folder of the tokenizer; lexicon.txt, words.txt and lm_text.txt are written here."""
+    lexicon: Path | None = None
+    """Ready-made lexicon (WORD token token ... a line, or WORD alone); None: the words of the texts."""
+    text: list[Path] = field(default_factory=list)
+    """More text, a sentence a line, besides the transcripts of the training parts; several files as a,b."""
+
+
+def make_lexicon(config: LexiconConfig) -> Lexicon:
+    """Write the lexicon, and the text that the language model of its words is made from, words parted by spaces.
+
+    Raises:
+        ConfigError: bpe tokens with text without spaces, where tokens do not say what a word is.
+        DataError: a file cannot be read, or the lexicon is empty.
+    """
+    tokenizer = Tokenizer.load(config.lang_dir)
+    language = read_json(config.data_dir / "corpus.json")["language"]
+    if language == "zh" and tokenizer.kind == "bpe" and config.lexicon is None:
+        raise ConfigError(
+            "decoding graphs of bpe tokens need words, which Mandarin text does not show: use --token-kind char or "
+            "pinyin, or give --lexicon FILE with --arpa FILE"
+        )
+    texts = training_texts(config.data_dir)
+    for path in config.text:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"the text {path} cannot be read ({error})") from error
+        texts += [normalize_text(line, language) for line in lines]
+    if config.lexicon is None:
+        lexicon = Lexicon.from_texts(texts, tokenizer)
+    else:
+        lexicon = Lexicon.read(config.lexicon, tokenizer)
+    lexicon.write(config.lang_dir)
+    with atomic_write(config.lang_dir / "lm_text.txt", "w") as stream:
+        stream.writelines(" ".join(word for word, _ in tokenizer.spell(text)) + "\n" for text in texts if text)
+    logger.info("%s: %d words, %d spellings", config.lang_dir, len(lexicon.words) - 4, len(lexicon.entries))
+    return lexicon

@@ -1,5 +1,6 @@
 """What a search returns and what every search offers to the runner."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,8 @@ class Hypothesis:
     """Natural log-probability of the hypothesis, as the search that made it defines it."""
     timestamps: list[int] | None = None
     """Encoder frame (0-based) at which each token was emitted."""
+    text: str | None = None
+    """Words of a search over a graph that has them; None: the tokens spell the text."""
 
 
 @runtime_checkable
@@ -61,6 +64,22 @@ class StatefulDecoder(Decoder, Protocol):
 
         The state stays as it is.
         """
+        ...
+
+
+class PrefixScorer(Protocol):
+    """A score of token sequences, one token after the other; a state is never changed once it was returned."""
+
+    def start(self) -> Any:
+        """Return the state before the first token."""
+        ...
+
+    def extend(self, states: Sequence[Any], tokens: Sequence[int]) -> tuple[list[float], list[Any]]:
+        """Return what each token adds after its state, scaled, and the states behind the tokens."""
+        ...
+
+    def final(self, state: Any) -> float:
+        """Return what the end of the sequence adds."""
         ...
 
 

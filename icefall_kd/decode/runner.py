@@ -25,9 +25,10 @@ from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
+from icefall_kd.decode.fusion import build_fusion
 from icefall_kd.decode.streaming import pad_with_silence
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len
+from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len, encoder_seconds
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
@@ -68,17 +69,25 @@ class Decoded:
         return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
-def build_decoder(system, config: DecodeConfig) -> Decoder:
-    """Return the search that ``config`` names, from the system's constructors.
+def build_decoder(system, config: DecodeConfig, tokenizer=None) -> Decoder:
+    """Return the search that ``config`` names, from the system's constructors, with language model and hot words.
 
+    Args:
+        system: the model, on its device.
+        config: options of decode.py.
+        tokenizer: of the training; needed for language models and hot words.
     Raises:
-        ConfigError: the system has no such search; lists those it has.
+        ConfigError: the system has no such search (lists those it has), or a language model is of another tokenizer.
     """
     found = system.decoders()
     if config.decoding_method not in found:
         raise ConfigError(f"--decoding-method {config.decoding_method}: this model offers {', '.join(sorted(found))}")
     entry = found[config.decoding_method]
-    return entry if isinstance(entry, Decoder) else entry(config)
+    decoder = entry if isinstance(entry, Decoder) else entry(config)
+    fusion = build_fusion(config, tokenizer, next(system.parameters()).device)
+    if fusion is not None:
+        decoder.fusion = fusion
+    return decoder
 
 
 def decode_suffix(
@@ -106,6 +115,9 @@ def decode_suffix(
         parts[0] += "__modified_beam_search__beam-size-" + str(config.beam_size)
         if config.temperature != 1.0:
             parts.append(f"temperature-{config.temperature}")
+        parts += _fusion_suffix(config)
+    elif config.decoding_method.startswith(("fast_beam_search", "ctc_decoding")):
+        parts += _graph_suffix(config)
     else:
         parts.append(config.decoding_method)
     if chunks != WHOLE_UTTERANCE:
@@ -118,6 +130,38 @@ def decode_suffix(
     if config.use_averaged_model:
         parts.append("use-averaged-model")
     return "_".join(parts)
+
+
+def _fusion_suffix(config: DecodeConfig) -> list[str]:
+    parts = []
+    if config.lm is not None:
+        parts.append(f"lm-{_plain_name(config.lm)}-scale-{config.lm_scale}")
+    if config.lodr_arpa is not None:
+        parts.append(f"lodr-{_plain_name(config.lodr_arpa)}-scale-{config.lodr_scale}")
+    if config.hotwords is not None:
+        parts.append(f"hotwords-{_plain_name(config.hotwords)}-score-{config.hotwords_score}")
+    return parts
+
+
+def _plain_name(path: Path) -> str:
+    """Return the name of a file or folder as part of another file's name."""
+    name = path.resolve().name.removesuffix(".gz")
+    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(arpa|txt|safetensors)$", "", name))
+
+
+def _graph_suffix(config: DecodeConfig) -> list[str]:
+    """Return the parts of the suffix of a search over a graph."""
+    method = config.decoding_method
+    parts = [method, f"beam-{config.beam}"]
+    if method.startswith("fast"):
+        parts += [f"max-contexts-{config.max_contexts}", f"max-states-{config.max_states}"]
+    else:
+        parts.append(f"output-beam-{config.output_beam}")
+    if "nbest" in method:
+        parts += [f"num-paths-{config.num_paths}", f"nbest-scale-{config.nbest_scale}"]
+    if method.endswith("_LG"):
+        parts.append(f"ngram-lm-scale-{config.ngram_lm_scale}")
+    return [*parts, f"hlg-scale-{config.hlg_scale}"] if method.endswith("_HLG") else parts
 
 
 @torch.no_grad()
@@ -143,7 +187,7 @@ def decode_batches(
     device = next(system.parameters()).device
     out = Decoded()
     for batch in batches:
-        batch = _long_enough(_padded(batch, tail_padding)).to(device)
+        batch = long_enough(_padded(batch, tail_padding)).to(device)
         if warm_up:
             seconds = _run(system, decoder, batch, device, chunk_by_chunk)[1:]
             out.warm_up_seconds = sum(seconds)
@@ -159,7 +203,7 @@ def decode_batches(
     return out
 
 
-def _long_enough(batch: Batch) -> Batch:
+def long_enough(batch: Batch) -> Batch:
     """Pad a batch of utterances that are all too short for an encoder frame; their lengths say so to the search."""
     missing = _SHORTEST - batch.features.size(1) if batch.features is not None else 0
     if missing <= 0:
@@ -217,13 +261,13 @@ def _now(device: torch.device) -> float:
 def score_decoded(decoded: Decoded, tokenizer, unit: str) -> Score:
     """Score the best hypotheses in ``unit`` ("auto": the tokenizer's); "token" compares token strings."""
     unit = tokenizer.unit if unit == "auto" else unit
-    if tokenizer.kind == "pinyin" and unit != "token":
+    best = [nbest[0] for nbest in decoded.nbest]
+    if tokenizer.kind == "pinyin" and unit != "token" and any(hyp.text is None for hyp in best):
         raise ConfigError(f"--unit {unit} compares transcripts, this model writes pinyin; use --unit auto or token")
-    best = [nbest[0].tokens for nbest in decoded.nbest]
     if unit != "token":
-        return score(decoded.refs, [tokenizer.decode(tokens) for tokens in best], decoded.ids, unit)
+        return score(decoded.refs, [_text(hyp, tokenizer) for hyp in best], decoded.ids, unit)
     silent = {tokenizer.blank_id, tokenizer.sos_id, tokenizer.mask_id}
-    hyps = [[tokenizer.tokens[i] for i in tokens if i not in silent] for tokens in best]
+    hyps = [[tokenizer.tokens[i] for i in hyp.tokens if i not in silent] for hyp in best]
     # Not through ids: a reference token that the table lacks must not look like another such token.
     return score([tokenizer.pieces(text) for text in decoded.refs], hyps, decoded.ids, unit)
 
@@ -254,7 +298,7 @@ def decode_parts(
         DataError: a part without utterances, or with a repeated utterance id.
     """
     system.eval()
-    decoder = build_decoder(system, config)
+    decoder = build_decoder(system, config, tokenizer)
     chunks = getattr(getattr(getattr(system, "model", None), "encoder", None), "chunks", WHOLE_UTTERANCE)
     if suffix is None:
         network = getattr(getattr(system, "model", None), "decoder", None)
@@ -280,6 +324,8 @@ def decode_parts(
         write_errs(res_dir / f"errs-{name}.txt", scored)
         write_summary(res_dir / f"wer-summary-{name}.txt", {config.decoding_method: scored.error_rate})
         write_nbest(res_dir / f"nbest-{name}.jsonl", decoded, tokenizer)
+        if config.ctm:
+            write_ctm(res_dir / f"ctm-{name}.ctm", decoded, tokenizer)
         # Last, since its presence says that this part is done.
         write_json(res_dir / f"results-{name}.json", results[part])
         print(_line(scored, results[part]), flush=True)
@@ -307,7 +353,10 @@ def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.
 
 
 def write_nbest(path: Path, decoded: Decoded, tokenizer) -> None:
-    """Write one JSON line an utterance, sorted by id: reference and n-best with scores and frames."""
+    """Write one JSON line an utterance, sorted by id: reference and n-best with scores, frames and seconds.
+
+    ``timestamps`` are encoder frames, ``times`` the seconds where these begin.
+    """
     with atomic_write(path, "w") as f:
         for line in _nbest_lines(decoded, tokenizer):
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -315,8 +364,28 @@ def write_nbest(path: Path, decoded: Decoded, tokenizer) -> None:
 
 def _nbest_lines(decoded: Decoded, tokenizer) -> Iterator[dict]:
     for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
-        hyps = [{"text": tokenizer.decode(h.tokens), **dataclasses.asdict(h)} for h in decoded.nbest[i]]
+        hyps = [{**dataclasses.asdict(h), "text": _text(h, tokenizer)} for h in decoded.nbest[i]]
+        for hyp in hyps:
+            hyp["times"] = [encoder_seconds(t) for t in hyp["timestamps"]] if hyp["timestamps"] is not None else None
         yield {"id": decoded.ids[i], "ref": decoded.refs[i], "nbest": hyps}
+
+
+def _text(hyp: Hypothesis, tokenizer) -> str:
+    return hyp.text if hyp.text is not None else tokenizer.decode(hyp.tokens)
+
+
+def write_ctm(path: Path, decoded: Decoded, tokenizer) -> None:
+    """Write the words of the best hypotheses in NIST's CTM: id, channel, begin and length in seconds, word.
+
+    A word begins with the frame of its first token and ends with that of its last: a transducer emits a token where
+    it is sure, which says little about how long the word was spoken.
+    """
+    with atomic_write(path, "w") as f:
+        for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
+            best = decoded.nbest[i][0]
+            for word, first, last in tokenizer.words(best.tokens):
+                begin, end = (encoder_seconds(t) for t in (best.timestamps[first], best.timestamps[last] + 1))
+                f.write(f"{decoded.ids[i]} 1 {begin:.2f} {end - begin:.2f} {word}\n")
 
 
 def _line(scored: Score, result: dict) -> str:

@@ -10,16 +10,15 @@ are, and ``result`` reads the hypotheses at any time.  However the frames are cu
 keeps what its hypotheses hold (tokens and times) and a bounded table of decoder outputs, nothing else.
 """
 
-import math
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from icefall_kd.config import DecodeConfig
-from icefall_kd.decode.base import UNK_ID, Hypothesis, logits_to_scores
+from icefall_kd.decode.base import UNK_ID, Hypothesis, PrefixScorer, logits_to_scores
 from icefall_kd.decode.context_table import ContextTable
+from icefall_kd.decode.prefixes import Hyp, Prefix, extend
 from icefall_kd.errors import ConfigError
 
 
@@ -152,90 +151,6 @@ class GreedySearch:
         return self.result(state)
 
 
-@dataclass(eq=False)
-class _Prefix:
-    """A token sequence of one utterance, as a node of that utterance's prefix tree.
-
-    Two hypotheses hold the same tokens exactly when they point at the same node, so merging needs no
-    comparison of sequences.  A node holds its parent, not its children: what no hypothesis begins with is freed.
-    """
-
-    parent: "_Prefix | None"
-    token: int
-    length: int
-    context: tuple[int, ...]
-    row: int
-    children: "WeakValueDictionary[int, _Prefix] | None" = None
-
-    def child(self, token: int, table: ContextTable) -> "_Prefix":
-        if self.children is None:
-            self.children = WeakValueDictionary()
-        node = self.children.get(token)
-        if node is None:
-            node = _Prefix(self, token, self.length + 1, table.after(self.context, token), 0)
-            self.children[token] = node
-        node.row = table.row(node.context)  # the table may have been emptied since
-        return node
-
-    def tokens(self) -> list[int]:
-        out: list[int] = []
-        node = self
-        while node.parent is not None:
-            out.append(node.token)
-            node = node.parent
-        return out[::-1]
-
-
-@dataclass(slots=True)
-class _Hyp:
-    """A prefix, the log-probability of all its alignments kept so far, and the frames of the best one."""
-
-    prefix: _Prefix
-    score: float
-    best: float
-    times: tuple | None  # linked list (frame, earlier)
-
-
-def _logaddexp(a: float, b: float) -> float:
-    if a < b:
-        a, b = b, a
-    return a + math.log1p(math.exp(b - a))
-
-
-def _extend(hyps: list[_Hyp], candidates: list[tuple[float, int, float, int]], t: int, skipped, table) -> list[_Hyp]:
-    """Return the hypotheses after frame ``t``, equal token sequences merged by log-add.
-
-    Args:
-        hyps: hypotheses before the frame.
-        candidates: the kept (score, index into hyps, log-probability of the symbol, symbol), best first.
-        t: frame.
-        skipped: symbols that emit nothing.
-        table: the context table.
-    """
-    merged: dict[int, _Hyp] = {}
-    for score, k, log_prob, symbol in candidates:
-        old = hyps[k]
-        prefix = old.prefix if symbol in skipped else old.prefix.child(symbol, table)
-        times = old.times if symbol in skipped else (t, old.times)
-        best = old.best + log_prob
-        present = merged.get(id(prefix))
-        if present is None:
-            merged[id(prefix)] = _Hyp(prefix, score, best, times)
-        else:
-            present.score = _logaddexp(present.score, score)
-            if best > present.best:
-                present.best, present.times = best, times
-    return list(merged.values())
-
-
-def _linked(times: tuple | None) -> list[int]:
-    out = []
-    while times is not None:
-        out.append(times[0])
-        times = times[1]
-    return out[::-1]
-
-
 @dataclass
 class BeamState:
     """What :class:`ModifiedBeamSearch` knows of N streams."""
@@ -243,7 +158,7 @@ class BeamState:
     table: ContextTable
     frames: list[int]
     """Frames that each stream has consumed."""
-    beams: list[list[_Hyp]]
+    beams: list[list[Hyp]]
     """Hypotheses of each stream."""
 
 
@@ -259,6 +174,7 @@ class ModifiedBeamSearch:
         blank_penalty: subtracted from the blank's logit.
         temperature: divides the logits before the softmax.
         unk_id: treated like the blank; None: emitted like any token.
+        fusion: language models and hot words, whose scores are added to those of the hypotheses kept in a frame.
     """
 
     def __init__(
@@ -270,6 +186,7 @@ class ModifiedBeamSearch:
         blank_penalty: float = 0.0,
         temperature: float = 1.0,
         unk_id: int | None = UNK_ID,
+        fusion: PrefixScorer | None = None,
     ) -> None:
         _check_model(model)
         if beam_size < 1 or nbest < 1:
@@ -282,6 +199,7 @@ class ModifiedBeamSearch:
         self.blank_penalty = blank_penalty
         self.temperature = temperature
         self.unk_id = unk_id
+        self.fusion = fusion
 
     @classmethod
     def from_config(cls, model, config: DecodeConfig) -> "ModifiedBeamSearch":
@@ -297,8 +215,8 @@ class ModifiedBeamSearch:
     def start(self, n: int) -> BeamState:
         """Return the state of ``n`` streams of which nothing has been heard."""
         table = ContextTable(self.model)
-        row = table.row(table.start)
-        beams = [[_Hyp(_Prefix(None, -1, 0, table.start, row), 0.0, 0.0, None)] for _ in range(n)]
+        row, states = table.row(table.start), self.fusion.start() if self.fusion is not None else None
+        beams = [[Hyp(Prefix(None, -1, 0, table.start, row, states), 0.0, 0.0, None)] for _ in range(n)]
         return BeamState(table, [0] * n, beams)
 
     @torch.no_grad()
@@ -324,8 +242,9 @@ class ModifiedBeamSearch:
         for t in range(lens[0]):
             while lens[active - 1] <= t:
                 active -= 1
-            for i, candidates in enumerate(self._expand(beams[:active], frames[:active, t], table, device)):
-                beams[i] = _extend(beams[i], candidates, state.frames[order[i]] + t, skipped, table)
+            kept = self._expand(beams[:active], frames[:active, t], table, device)
+            at = [state.frames[k] + t for k in order[:active]]
+            beams[:active] = extend(beams[:active], kept, at, skipped, table, self.fusion)
         for k, length, beam in zip(order, lens, beams, strict=True):
             state.beams[k] = beam
             state.frames[k] += length
@@ -334,15 +253,17 @@ class ModifiedBeamSearch:
         """Return the n-best list of each stream, of what it has heard; the state stays as it is."""
         nbest = []
         for beam in state.beams:
-            ranked = sorted(beam, key=lambda h: -h.score / (h.prefix.length + state.table.context_size))
-            nbest.append([Hypothesis(h.prefix.tokens(), h.score, _linked(h.times)) for h in ranked[: self.nbest]])
+            ended = [(h.score + self.fusion.final(h.prefix.states) if self.fusion else h.score, h) for h in beam]
+            ended.sort(key=lambda x: -x[0] / (x[1].prefix.length + state.table.context_size))
+            nbest.append([Hypothesis(h.prefix.tokens(), score, h.frames()) for score, h in ended[: self.nbest]])
         return nbest
 
     def decode(self, encoder_out: Tensor, encoder_out_lens: Tensor) -> list[list[Hypothesis]]:
         """Return the n-best list of each utterance.
 
         The order is by log-probability over length, the length counting the start context as icefall
-        does; the score is the log-probability of the sequence summed over its kept alignments.
+        does; the score is the log-probability of the sequence summed over its kept alignments, plus what the
+        fusion adds to the sequence.
 
         Args:
             encoder_out: (N, T', C).
@@ -354,7 +275,7 @@ class ModifiedBeamSearch:
         self.advance(state, encoder_out, encoder_out_lens)
         return self.result(state)
 
-    def _expand(self, beams: list[list[_Hyp]], frame: Tensor, table: ContextTable, device: torch.device):
+    def _expand(self, beams: list[list[Hyp]], frame: Tensor, table: ContextTable, device: torch.device):
         """Yield the ``beam_size`` best (score, hypothesis, log-probability, symbol) of each utterance.
 
         Args:

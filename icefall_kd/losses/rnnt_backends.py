@@ -1,7 +1,5 @@
-"""Which library computes the pruned transducer loss: the only module that imports k2 and fast_rnnt."""
+"""Which library computes the pruned transducer loss: k2, fast_rnnt or our own code."""
 
-import importlib
-import logging
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -9,6 +7,7 @@ from types import ModuleType
 import torch
 
 from icefall_kd.errors import ConfigError
+from icefall_kd.runtime.optional import Probe, broken, probe_import
 
 # In the order in which "auto" tries them.
 OUTSIDE = ("k2", "fast_rnnt")
@@ -26,18 +25,6 @@ class Backend:
     """The library; None for our own code."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """The outcome of importing a library."""
-
-    module: ModuleType | None
-    """The library when it works."""
-    reason: str = ""
-    """Why it does not."""
-    installed: bool = True
-    """False when there is nothing of that name to import."""
-
-
 @cache
 def probe(name: str, device: str = "cpu") -> Probe:
     """Import a library once and say whether it works on a device; a broken one is named in a warning, once.
@@ -46,19 +33,17 @@ def probe(name: str, device: str = "cpu") -> Probe:
         name: "k2" or "fast_rnnt".
         device: type of the tensors; a k2 that was built without CUDA imports, and fails at the first loss.
     """
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:  # a binary wheel for another torch raises anything: ImportError, OSError, AttributeError
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            return Probe(None, "it is not installed", installed=False)
-        return _broken(name, f"{type(error).__name__}: {error}".splitlines()[0])
+    found = probe_import(name)
+    module = found.module
+    if module is None:
+        return found
     missing = [function for function in _FUNCTIONS if not hasattr(module, function)]
     if missing:
-        return _broken(name, f"it lacks {', '.join(missing)}")
+        return broken(name, f"it lacks {', '.join(missing)}")
     try:
         _try(module, device)
-    except Exception as error:  # as above
-        return _broken(name, f"on {device}: {type(error).__name__}: {error}".splitlines()[0])
+    except Exception as error:  # as at import, anything
+        return broken(name, f"on {device}: {type(error).__name__}: {error}".splitlines()[0])
     return Probe(module)
 
 
@@ -100,9 +85,3 @@ def _try(module: ModuleType, device: str) -> None:
     ranges = module.get_rnnt_prune_ranges(px_grad=px_grad, py_grad=py_grad, boundary=boundary, s_range=2)
     am, lm = module.do_rnnt_pruning(am=am, lm=lm, ranges=ranges)
     module.rnnt_loss_pruned(logits=am + lm, ranges=ranges, **common)
-
-
-def _broken(name: str, reason: str) -> Probe:
-    """Name a broken library in the log."""
-    logging.getLogger(__name__).warning("%s is installed but broken (%s); it is passed over", name, reason)
-    return Probe(None, reason)

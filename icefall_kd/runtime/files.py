@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gzip
 import hashlib
 import itertools
 import json
@@ -184,6 +185,18 @@ def write_json(path: str | Path, obj: Any) -> None:
     """Write ``obj`` as indented JSON, atomically; key order is kept, NaN and infinity are refused."""
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     write_text(path, text + "\n")
+
+
+def open_text(path: str | Path) -> IO[str]:
+    """Open a text file to read, gzipped or not.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from icefall_kd.config import ENCODER_SIZES, KdConfig, TrainConfig
 from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.decode.ctc import CtcGreedySearch
+from icefall_kd.decode.k2_graph import CtcGraphSearch, FastBeamSearch
 from icefall_kd.decode.streaming import encode_chunks
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError
@@ -264,8 +265,12 @@ class MvqSystem(System):
         if self.model.joiner is not None:
             found["greedy_search"] = lambda config: GreedySearch.from_config(self.model, config)
             found["modified_beam_search"] = lambda config: ModifiedBeamSearch.from_config(self.model, config)
+            for name in ("fast_beam_search", "fast_beam_search_nbest"):
+                found[name] = found[f"{name}_LG"] = lambda config: FastBeamSearch.from_config(self.model, config)
         if self.model.ctc_output is not None:
             found["ctc_greedy_search"] = lambda config: CtcGreedySearch(self.model)
+            for name in ("ctc_decoding", "ctc_decoding_HLG", "ctc_decoding_nbest_HLG"):
+                found[name] = lambda config: CtcGraphSearch.from_config(self.model, config)
         return found
 
     def inference_state_dict(self) -> dict[str, Tensor]:

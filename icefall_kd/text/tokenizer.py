@@ -88,6 +88,21 @@ class Tokenizer:
             return list(text.replace(" ", SPACE))
         return pinyin_pieces(text)
 
+    @property
+    def word_separator(self) -> str | None:
+        """Token between two words; None: the words' own tokens show where they begin, or there are no spaces."""
+        return SPACE if self.kind == "char" and SPACE in self._ids else None
+
+    def spell(self, text: str) -> list[tuple[str, list[str]]]:
+        """Return the words of a normalised text, each with its tokens; without spaces a character is a word.
+
+        Pinyin of a character depends on those around it, so the same word may come with different tokens.
+        """
+        if self.kind == "pinyin":
+            return [(c, pieces) for c, pieces in zip(text, pinyin_of_characters(text), strict=True) if pieces]
+        units = text.split() if self.kind == "bpe" or self.word_separator else [c for c in text if not c.isspace()]
+        return [(unit, self.pieces(unit)) for unit in units]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; blank, sos/eos and mask are left out.
 
@@ -101,6 +116,28 @@ class Tokenizer:
         if self.kind == "pinyin":
             return " ".join(tokens)
         return " ".join("".join(tokens).replace(SPACE, " ").split())
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+        """Return the words of token ids with the places in ``ids`` of their first and last token.
+
+        Words are those of :meth:`decode`; where texts have no spaces every character is one, for pinyin every token.
+        """
+        silent = (self.blank_id, self.sos_id, self.mask_id)
+        found: list[tuple[str, int, int]] = []
+        inside = False  # a word that goes on
+        for place, token in enumerate(ids):
+            if int(token) in silent:
+                continue
+            text = self.tokens[int(token)]
+            for piece in [text] if self.kind == "pinyin" or int(token) == self.unk_id else text:
+                if piece in (SPACE, " "):
+                    inside = False
+                elif inside:
+                    found[-1] = (found[-1][0] + piece, found[-1][1], place)
+                else:
+                    found.append((piece, place, place))
+                    inside = self.unit == "word"
+        return found
 
     def _sentencepiece(self):
         if self._processor is None:
@@ -224,6 +261,11 @@ def pinyin_pieces(text: str) -> list[str]:
 
     The neutral tone is 5.  Readings of characters with several depend on the word, as pypinyin knows it.
     """
+    return [piece for pieces in pinyin_of_characters(text) for piece in pieces]
+
+
+def pinyin_of_characters(text: str) -> list[list[str]]:
+    """Return what :func:`pinyin_pieces` does, of each character by itself; white space has no pieces."""
     try:
         from pypinyin import Style, lazy_pinyin
     except ImportError as error:
@@ -232,10 +274,10 @@ def pinyin_pieces(text: str) -> list[str]:
     def read(style):
         return lazy_pinyin(text, style=style, errors=list, neutral_tone_with_five=True, strict=True)
 
-    pieces: list[str] = []
+    result: list[list[str]] = []
     for initial, final, syllable in zip(read(Style.INITIALS), read(Style.FINALS_TONE3), read(Style.TONE3), strict=True):
         if initial == final == syllable:  # no hanzi
-            pieces += [] if syllable.isspace() else [syllable]
+            result.append([] if syllable.isspace() else [syllable])
         else:
-            pieces += [p for p in (initial, final) if p] or [syllable]
-    return pieces
+            result.append([p for p in (initial, final) if p] or [syllable])
+    return result

@@ -1,6 +1,7 @@
 """Averages of models: running during training, of checkpoints and between two running averages afterwards."""
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icefall_kd.errors import ConfigError
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.tensors import read_tensors, write_tensors
 from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -234,13 +236,16 @@ def load_trained(exp_dir: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 def _config(path: Path, tokenizer_hash: str | None) -> dict[str, Any]:
     """Return the configuration in a checkpoint, unless it was trained with another tokenizer."""
     checkpoint = load_checkpoint(path, mmap=True, verify=False)
-    saved = checkpoint.get("tokenizer_hash", "")
+    _check_hash(path, checkpoint.get("tokenizer_hash", ""), tokenizer_hash)
+    return checkpoint["config"]
+
+
+def _check_hash(path: Path, saved: str, tokenizer_hash: str | None) -> None:
     if saved and tokenizer_hash and saved != tokenizer_hash:
         raise ConfigError(
             f"{path} was trained with tokenizer {saved}, the one to decode with is {tokenizer_hash}; "
             f"put the lang dir of the training back into {path.parent / 'tokenizer'}"
         )
-    return checkpoint["config"]
 
 
 def range_ends(exp_dir: str | Path, kind: str, end: int | None, avg: int) -> tuple[Path | None, Path]:
@@ -283,3 +288,24 @@ def averaged_checkpoint(source: str | Path, state_dict: dict[str, Tensor]) -> di
     checkpoint = load_checkpoint(source)
     kept = {name: copy.copy(checkpoint[name]) for name in ("config", "tokenizer_hash", "train")}
     return {**kept, "model": state_dict}
+
+
+def save_weights(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write the model of an averaged checkpoint as safetensors, which every version of torch reads.
+
+    torch 1.13, with which k2's last wheel on PyPI comes, reads no checkpoint of a later one without running its code.
+    """
+    about = {name: checkpoint[name] for name in ("config", "tokenizer_hash")}
+    write_tensors(path, checkpoint["model"], {"checkpoint": json.dumps(about)})
+
+
+def load_weights(path: Path, tokenizer_hash: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Read what :func:`save_weights` wrote; returns and raises as :func:`load_for_decoding`."""
+    metadata, state_dict = read_tensors(path)
+    try:
+        about = json.loads(metadata["checkpoint"])
+        config, saved = about["config"], about["tokenizer_hash"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not from local/average.py --out FILE.safetensors ({error!r})") from error
+    _check_hash(path, saved, tokenizer_hash)
+    return state_dict, config, path.name

@@ -95,7 +95,7 @@ def test_utterances_without_an_encoder_frame_get_the_empty_hypothesis(trained, t
     assert refs == [["ÉTÉ", "中文", "ONE"]] * 3
     assert hyps[1:] == [[], []]
     lines = next((exp_dir / method).glob("nbest-short-*")).read_text().splitlines()
-    assert json.loads(lines[2])["nbest"] == [{"text": "", "tokens": [], "score": 0.0, "timestamps": []}]
+    assert json.loads(lines[2])["nbest"] == [{"text": "", "tokens": [], "score": 0.0, "timestamps": [], "times": []}]
 
 
 def test_parts_that_cannot_be_decoded_are_refused_before_any_is(trained, tmp_path):

@@ -107,6 +107,7 @@ def test_nbest_lines_hold_text_tokens_score_and_frames(tmp_path, tokenizer):
     assert best["text"] == HEARD["u1"]
     assert best["tokens"] == tokenizer.encode(HEARD["u1"])
     assert best["timestamps"] == list(range(0, 2 * len(best["tokens"]), 2))
+    assert best["times"] == pytest.approx([0.04 * t for t in best["timestamps"]])
     assert best["score"] == pytest.approx(0.0, abs=1e-6)
 
 

@@ -4,29 +4,15 @@ import gc
 
 import pytest
 import torch
+from toy_search import DIM, Model
 
 from icefall_kd.decode import context_table
 from icefall_kd.decode.base import StatefulDecoder
-from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch, _Prefix
+from icefall_kd.decode.prefixes import Prefix
+from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError
-from icefall_kd.models.transducer import Joiner, StatelessDecoder
 
-DIM, VOCAB = 16, 9
 SEARCHES = [GreedySearch, lambda m: ModifiedBeamSearch(m, nbest=4), lambda m: ModifiedBeamSearch(m, 3, temperature=1.3)]
-
-
-class Model(torch.nn.Module):
-    """Decoder and joiner alone, in double precision: what a row's neighbours are then never shows in a float32."""
-
-    def __init__(self, seed: int, context_size: int = 2) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.decoder = StatelessDecoder(VOCAB, 8, context_size=context_size)
-        self.joiner = Joiner(DIM, 8, 12, VOCAB)
-        with torch.no_grad():
-            for p in (self.joiner.encoder_proj, self.joiner.decoder_proj, self.joiner.output_linear):
-                p.weight.mul_(7)
-        self.double().eval()
 
 
 def streams(seed: int, n: int = 5, longest: int = 23):
@@ -53,7 +39,7 @@ def chunks(x, lens, seed: int):
 @pytest.mark.parametrize("context_size", [1, 2, 3])
 def test_any_cutting_of_the_frames_gives_exactly_the_result_of_one_call(search, context_size):
     for seed in range(4):
-        found = search(Model(seed, context_size))
+        found = search(Model(context_size, seed))
         x, lens = streams(seed)
         whole = found.decode(x, lens)
         assert any(hyps[0].tokens for hyps in whole)
@@ -66,7 +52,7 @@ def test_any_cutting_of_the_frames_gives_exactly_the_result_of_one_call(search, 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_partial_results_are_those_of_the_frames_heard_and_leave_the_state_alone(search):
-    found = search(Model(3))
+    found = search(Model(seed=3))
     x, lens = streams(3)
     state, heard = found.start(len(x)), torch.zeros_like(lens)
     assert [[(h.tokens, h.score, h.timestamps) for h in hyps] for hyps in found.result(state)] == [[([], 0.0, [])]] * 5
@@ -82,7 +68,7 @@ def test_partial_results_are_those_of_the_frames_heard_and_leave_the_state_alone
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_state_that_forgets_contexts_gives_the_same_result(search, monkeypatch):
-    found = search(Model(1))
+    found = search(Model(seed=1))
     x, lens = streams(1, longest=60)
     whole = found.decode(x, lens)
     monkeypatch.setattr(context_table, "MAX_CONTEXTS", 4)
@@ -98,8 +84,8 @@ def test_a_state_that_forgets_contexts_gives_the_same_result(search, monkeypatch
 
 
 def test_a_long_stream_keeps_only_the_prefixes_of_its_hypotheses():
-    earlier = [o for o in gc.get_objects() if type(o) is _Prefix]
-    found = ModifiedBeamSearch(Model(2), beam_size=4)
+    earlier = [o for o in gc.get_objects() if type(o) is Prefix]
+    found = ModifiedBeamSearch(Model(seed=2), beam_size=4)
     state = found.start(1)
     g = torch.Generator().manual_seed(0)
     for _ in range(40):
@@ -111,7 +97,7 @@ def test_a_long_stream_keeps_only_the_prefixes_of_its_hypotheses():
             needed.add(id(node))
             node = node.parent
     gc.collect()
-    alive = {id(o) for o in gc.get_objects() if type(o) is _Prefix} - {id(o) for o in earlier}
+    alive = {id(o) for o in gc.get_objects() if type(o) is Prefix} - {id(o) for o in earlier}
     assert alive == needed
     assert len(state.beams[0][0].prefix.tokens()) > 100
 
@@ -119,7 +105,7 @@ def test_a_long_stream_keeps_only_the_prefixes_of_its_hypotheses():
 def test_searches_with_a_state_satisfy_the_protocol_and_refuse_another_number_of_streams():
     x, lens = streams(0)
     for search in SEARCHES:
-        found = search(Model(0))
+        found = search(Model(seed=0))
         assert isinstance(found, StatefulDecoder)
         with pytest.raises(ConfigError, match="the state holds 3 streams, encoder_out has 5"):
             found.advance(found.start(3), x, lens)

@@ -12,13 +12,16 @@ from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.losses import rnnt_backends
 from icefall_kd.losses.rnnt import pruned_transducer_loss
 from icefall_kd.models.transducer import Joiner, StatelessDecoder
+from icefall_kd.runtime import optional
 
 
 @pytest.fixture(autouse=True)
 def fresh_probes():
-    rnnt_backends.probe.cache_clear()
+    for probe in (rnnt_backends.probe, optional.probe_import):
+        probe.cache_clear()
     yield
-    rnnt_backends.probe.cache_clear()
+    for probe in (rnnt_backends.probe, optional.probe_import):
+        probe.cache_clear()
 
 
 def setup(vocab=20, dim=16, frames=12, symbols=6, fewest=0):

@@ -146,3 +146,21 @@ def test_pinyin_is_split_into_initials_and_toned_finals(text, expected):
 def test_pinyin_decodes_to_tokens_separated_by_spaces():
     tokenizer = make("pinyin")[0]
     assert tokenizer.decode(tokenizer.encode("中国")) == "zh ong1 g uo2"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "pinyin"])
+def test_words_are_those_of_the_text_with_the_places_of_their_tokens(kind):
+    tokenizer, texts = make(kind)
+    for text in texts:
+        ids = [tokenizer.blank_id, *tokenizer.encode(text), tokenizer.mask_id]
+        words = tokenizer.words(ids)
+        assert " ".join(word for word, _, _ in words) == tokenizer.decode(ids)
+        assert [first for _, first, _ in words] == sorted(first for _, first, _ in words)
+        for word, first, last in words:
+            assert tokenizer.decode(ids[first : last + 1]) == word
+    assert tokenizer.words([]) == []
+
+
+def test_without_spaces_every_character_is_a_word():
+    tokenizer = Tokenizer.train_char(["你好吗"])
+    assert tokenizer.words(tokenizer.encode("好你")) == [("好", 0, 0), ("你", 1, 1)]
