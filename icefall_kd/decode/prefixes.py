@@ -90,9 +90,8 @@ def extend(
     """
     steps = []
     for hyps, candidates in zip(beams, kept, strict=True):
-        old = [hyps[k].prefix for _, k, _, _ in candidates]
-        symbols = [symbol for *_, symbol in candidates]
-        new = [p if v in skipped else p.child(v, table) for p, v in zip(old, symbols, strict=True)]
+        old = [hyp.prefix for hyp in hyps]
+        new = [old[k] if v in skipped else old[k].child(v, table) for _, k, _, v in candidates]
         steps.append((candidates, new))
     if fusion is not None:
         _score_new([prefix for _, new in steps for prefix in new], fusion)

@@ -1,16 +1,12 @@
 """decode.py with language models, hot words and times, and the scripts around it, on a tiny corpus."""
 
-import contextlib
-import importlib.util
-import io
 import json
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from micro_corpus import write_corpus
+from run_script import script
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig, LoopConfig, ModelConfig, TrainConfig
@@ -23,20 +19,7 @@ from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.checkpoint import save_checkpoint
 from icefall_kd.train.state import write_config
 
-REPO = Path(__file__).resolve().parents[2]
 METHOD = "modified_beam_search"
-
-
-def script(name, *words) -> str:
-    """Run local/<name> in this process; return what it printed."""
-    spec = importlib.util.spec_from_file_location(f"local_{Path(name).stem}", REPO / "local" / name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the command line reads the docstrings of fields
-    spec.loader.exec_module(module)
-    printed = io.StringIO()
-    with mock.patch.object(sys, "argv", [name, *map(str, words)]), contextlib.redirect_stdout(printed):
-        module.main()
-    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,16 @@ import itertools
 import math
 import random
 import string
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from micro_corpus import WORDS, write_corpus
+from run_script import script
 
 from icefall_kd.errors import DataError
 from icefall_kd.runtime.files import read_json
 from icefall_kd.text.ngram import BOS, EOS, UNK, estimate, read_arpa
 from icefall_kd.text.tokenizer import Tokenizer
-
-SCRIPT = Path(__file__).resolve().parents[2] / "local" / "make_ngram.py"
 
 
 def random_text(seed: int, sentences: int = 60, words: str = "abcde"):
@@ -181,8 +177,7 @@ def test_the_script_counts_copies_at_another_speed_once_and_knows_all_tokens(tmp
     out = tmp_path / "lm/tokens.arpa"
     tokenizer = Tokenizer.load(tmp_path / "lang_char")
     for extra in (["--lang-dir", tmp_path / "lang_char"], []):
-        command = [sys.executable, SCRIPT, "--cuts", cuts, "--order", "2", "--out", out, *extra]
-        subprocess.run([str(word) for word in command], check=True, capture_output=True)
+        script("make_ngram.py", "--cuts", cuts, "--order", 2, "--out", out, *extra)
         record = read_json(f"{out}.json")
         if extra:
             lm = read_arpa(out)
