@@ -97,6 +97,8 @@ class Checkout:
             return ["--partial", "true", "--stop-stage", "1"]
         if name == "decode.py":
             return ["--avg", "1", "--device", "cpu"]
+        if name == "train_lm.py":
+            return ["--num-epochs", "1", "--device", "cpu"]
         if name == "check_teacher.py":
             return ["--check-utts", "2"]
         if name != "run_mvq.sh":
