@@ -113,10 +113,19 @@ def test_every_bed_names_a_configuration_and_a_recipe(driver, repo):
         assert len(set(bed.runs)) == len(bed.runs)
 
 
-def test_the_readme_quotes_the_result_file(repo):
-    found = read_json(repo / "benchmarks/results/real/barista_mvq_vs_none_greedy_search.json")
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("barista_mvq_vs_none_greedy_search", "from {} % to {} %: a difference of {} points, 95 % interval {} to {}"),
+        (
+            "barista_streaming_mvq_vs_none_greedy_search_640ms",
+            "from {} % to {} %, a difference of {} points, 95 % interval {} to {}",
+        ),
+    ],
+)
+def test_the_readme_quotes_the_result_files(repo, name, sentence):
+    found = read_json(repo / f"benchmarks/results/real/{name}.json")
     text = " ".join((repo / "README.md").read_text(encoding="utf-8").split())
     none, mvq = (found[name].split()[0] for name in ("none", "mvq"))
     difference, interval = found["difference"].split(" ", 1)
-    low, high = interval.strip("[]").split(", ")
-    assert f"from {none} % to {mvq} %: a difference of {difference} points, 95 % interval {low} to {high}" in text
+    assert sentence.format(none, mvq, difference, *interval.strip("[]").split(", ")) in text
