@@ -548,6 +548,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
+        _at_least(self, lm_scale=0)
         _at_least(self, beam=0, max_contexts=1, max_states=1, output_beam=0, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
         for name in ("temperature", "nbest_scale"):
             if not getattr(self, name) > 0:

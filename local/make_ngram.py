@@ -16,7 +16,7 @@ from icefall_kd.errors import run_main
 from icefall_kd.runtime.files import write_json
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.text.corpus import TextConfig, sentences
-from icefall_kd.text.ngram import estimate
+from icefall_kd.text.ngram import UNK, estimate
 from icefall_kd.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("make_ngram")
@@ -43,8 +43,10 @@ def main() -> None:
     if tokenizer is None:
         lm = estimate((line.split() for line in sentences(config.source)), config.order)
     else:
-        lines = (tokenizer.pieces(line) for line in sentences(config.source))
-        lm = estimate(lines, config.order, tokenizer.tokens[3:-1])
+        known = dict.fromkeys(tokenizer.tokens[3:-1])
+        # decode.py wants words that are tokens, and a search emits no others.
+        lines = ([p if p in known else UNK for p in tokenizer.pieces(line)] for line in sentences(config.source))
+        lm = estimate(lines, config.order, known)
     lm.write(config.out)
     record = {"order": config.order, "units": "words", "ngrams": len(lm.ngrams)}
     if tokenizer is not None:

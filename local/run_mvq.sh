@@ -280,7 +280,8 @@ stage_6_results() { # Print the table of results
       dirs+=("$(student_dir "$system" "$seed")")
     done
   done
-  python3 ../../local/results.py --exp-dirs "$(IFS=,; echo "${dirs[*]}")" --table demo --out "$exp_dir/results.md"
+  python3 ../../local/results.py --exp-dirs "$(IFS=,; echo "${dirs[*]}")" --table demo \
+    --out "$exp_dir/results$student_tag.md"
 }
 
 run_stages

@@ -5,6 +5,7 @@ local/stream_wav.py --exp-dir exp/mvq-streaming --wav speech.wav
 arecord -q -f S16_LE -r 16000 -c 1 -t raw | local/stream_wav.py --exp-dir exp/mvq-streaming --wav -
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from icefall_kd.cli import parse_config
 from icefall_kd.config import DecodeConfig
 from icefall_kd.decode.runner import build_decoder
 from icefall_kd.decode.streaming import Stream, read_pcm16, read_recording
-from icefall_kd.errors import run_main
+from icefall_kd.errors import ConfigError, run_main
 from icefall_kd.recipe import load_system
 
 
@@ -30,6 +31,12 @@ class StreamConfig:
     """Seconds of audio that are read at a time."""
     decode: DecodeConfig = DecodeConfig(chunk_by_chunk=True)
 
+    def __post_init__(self) -> None:
+        if not self.block > 0:
+            raise ConfigError(f"--block is {self.block}; it must be above 0")
+        if not self.decode.chunk_by_chunk:
+            raise ConfigError("--chunk-by-chunk false: a stream is recognised chunk by chunk; leave the option out")
+
 
 def blocks(config: StreamConfig) -> Iterator[torch.Tensor]:
     """Yield the samples (S,) in [-1, 1] of the recording or the pipe."""
@@ -43,6 +50,9 @@ def main() -> None:
     trained = load_system(config.decode)
     encoder, search = trained.system.model.encoder, build_decoder(trained.system, config.decode, trained.tokenizer)
     stream, text = Stream(encoder, search, encoder.chunks), ""
+    if config.wav == "-":
+        # Ctrl-C ends the recorder in front of the pipe, and with it the stream; a second one ends this.
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler))
     for samples in blocks(config):
         stream.accept(samples)
         text = report(stream, trained.tokenizer, text)

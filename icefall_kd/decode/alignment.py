@@ -1,6 +1,7 @@
 """Times of reference tokens or words, and how much later a search emitted the same ones."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from icefall_kd.decode.runner import long_enough
 from icefall_kd.errors import DataError
 from icefall_kd.frames import encoder_seconds
-from icefall_kd.runtime.files import open_text
+from icefall_kd.runtime.files import read_lines
 
 _GAP = "\0"
 
@@ -94,16 +95,17 @@ def forced_alignments(system, tokenizer, batches: Iterable) -> Iterator[tuple[st
 def read_ctm(file: Path) -> dict[str, list[Timed]]:
     """Read the words of each utterance of a CTM file (id, channel, begin, length, word), in order of time."""
     found: dict[str, list[Timed]] = {}
-    with open_text(file) as stream:
-        for number, line in enumerate(stream, 1):
-            words = line.split()
-            if not words or words[0].startswith(";;"):
-                continue
-            try:
-                begin, length = float(words[2]), float(words[3])
-                found.setdefault(words[0], []).append(Timed(words[4], begin, round(begin + length, 6)))
-            except (ValueError, IndexError):
-                raise DataError(f"{file}:{number} is no line of a CTM file: {line.strip()[:80]}") from None
+    for number, line in enumerate(read_lines(file), 1):
+        words = line.split()
+        if not words or words[0].startswith(";;"):
+            continue
+        try:
+            begin, length = float(words[2]), float(words[3])
+            if not math.isfinite(begin + length):
+                raise ValueError("no time")
+            found.setdefault(words[0], []).append(Timed(words[4], begin, round(begin + length, 6)))
+        except (ValueError, IndexError):
+            raise DataError(f"{file}:{number} is no line of a CTM file: {line.strip()[:80]}") from None
     return {name: sorted(items, key=lambda x: x.begin) for name, items in found.items()}
 
 
@@ -129,14 +131,18 @@ def emissions(nbest_file: Path, tokenizer, words: bool) -> dict[str, list[tuple[
         the begin; what a streaming encoder waits for, its chunk, comes on top.
     """
     found = {}
-    with open_text(nbest_file) as stream:
-        for line in stream:
+    for line in read_lines(nbest_file):
+        try:
             record = json.loads(line)
             tokens, frames = record["nbest"][0]["tokens"], record["nbest"][0]["timestamps"]
-            if frames is None:
-                raise DataError(f"{nbest_file}: {record['id']} has no timestamps; decode it again")
-            units = tokenizer.words(tokens) if words else [(tokenizer.tokens[t], k, k) for k, t in enumerate(tokens)]
-            found[record["id"]] = [(unit, encoder_seconds(frames[last] + 1)) for unit, _, last in units]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise DataError(f"{nbest_file} is no nbest-*.jsonl of decode.py ({error!r}): {line.strip()[:80]}") from None
+        if frames is None:
+            raise DataError(f"{nbest_file}: {record['id']} has no timestamps; decode it again")
+        if max(tokens, default=0) >= tokenizer.vocab_size:
+            raise DataError(f"{nbest_file} holds token {max(tokens)}, of {tokenizer.vocab_size}; choose its --exp-dir")
+        units = tokenizer.words(tokens) if words else [(tokenizer.tokens[t], k, k) for k, t in enumerate(tokens)]
+        found[record["id"]] = [(unit, encoder_seconds(frames[last] + 1)) for unit, _, last in units]
     return found
 
 

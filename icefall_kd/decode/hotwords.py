@@ -5,13 +5,14 @@ does not lose it before it is complete, s is lent for each token of a match that
 taken back when the match breaks.  Matches are followed by the automaton of Aho and Corasick (1975).
 """
 
+import math
 import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import open_text
+from icefall_kd.runtime.files import read_lines
 from icefall_kd.text.normalize import normalize_text
 from icefall_kd.text.tokenizer import Tokenizer
 
@@ -80,12 +81,11 @@ def read_hotwords(file: Path, tokenizer: Tokenizer, score: float) -> list[Phrase
         ConfigError: a score is not positive, or a phrase has tokens that the model lacks.
     """
     phrases = []
-    with open_text(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            text, _, own = re.fullmatch(r"(.*?)(\s:(\S+))?", line.strip()).groups()
-            phrases.append((_tokens(text, tokenizer, f"{file}:{number}"), _score(own, score, f"{file}:{number}")))
+    for number, line in enumerate(read_lines(file), 1):
+        if not line.strip():
+            continue
+        text, _, own = re.fullmatch(r"(.*?)(\s:(\S+))?", line.strip()).groups()
+        phrases.append((_tokens(text, tokenizer, f"{file}:{number}"), _score(own, score, f"{file}:{number}")))
     if not phrases:
         raise DataError(f"{file} holds no phrase; write one a line")
     return phrases
@@ -105,6 +105,6 @@ def _score(text: str | None, default: float, where: str) -> float:
         score = default if text is None else float(text)
     except ValueError:
         score = 0.0
-    if not score > 0:
+    if not 0 < score < math.inf:
         raise ConfigError(f"{where}: the score {text if text is not None else default} is no number above 0")
     return score

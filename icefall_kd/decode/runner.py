@@ -105,8 +105,8 @@ def decode_suffix(
     kind, number = found[-1] if found else ("epoch", "newest")
     if config.iter is not None or config.epoch is not None:
         kind, number = ("checkpoint", config.iter) if config.iter is not None else ("epoch", config.epoch)
-    where = f"{'iter' if kind == 'checkpoint' else 'epoch'}-{number}"
-    parts = [f"{where}_avg-{config.avg}"]
+    where = f"{'iter' if kind == 'checkpoint' else 'epoch'}-{number}_avg-{config.avg}"
+    parts = [where if config.weights is None else f"weights-{_plain_name(config.weights)}"]
     if config.decoding_method == "greedy_search":
         if context_size is not None:
             parts.append(f"context-{context_size}")
@@ -127,7 +127,7 @@ def decode_suffix(
         parts.append(f"tail-padding-{config.tail_padding}")
     if config.blank_penalty:
         parts.append(f"blank-penalty-{config.blank_penalty}")
-    if config.use_averaged_model:
+    if config.use_averaged_model and config.weights is None:
         parts.append("use-averaged-model")
     return "_".join(parts)
 
@@ -145,6 +145,8 @@ def _fusion_suffix(config: DecodeConfig) -> list[str]:
 
 def _plain_name(path: Path) -> str:
     """Return the name of a file or folder as part of another file's name."""
+    if path.name == "lm.safetensors":  # every neural language model has this name
+        path = path.parent
     name = path.resolve().name.removesuffix(".gz")
     return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(arpa|txt|safetensors)$", "", name))
 

@@ -47,7 +47,7 @@ def encode_chunks(
     """
     window, hop = chunk_num_frames(chunks.chunk_size), 4 * chunks.chunk_size
     states = encoder.init_states(len(features), chunks, features.device)
-    for begin in range(0, int(x_lens.max()), hop):
+    for begin in range(0, max(int(x_lens.max()), 1), hop):
         piece = features[:, begin : begin + window]
         piece = F.pad(piece, (0, 0, 0, window - piece.shape[1]))
         out, lens, states = encoder.forward_chunk(piece, (x_lens - begin).clamp(0, window), states)
@@ -62,7 +62,7 @@ class Stream:
         search: a StatefulDecoder.
         chunks: finite chunk size and left context.
     Raises:
-        ConfigError: the search cannot go on chunk by chunk.
+        ConfigError: the search cannot go on chunk by chunk, or there are no chunks.
     """
 
     def __init__(self, encoder: Conformer, search: Decoder, chunks: Chunks) -> None:
@@ -70,6 +70,8 @@ class Stream:
             raise ConfigError(
                 f"{type(search).__name__} needs whole utterances; use greedy_search or modified_beam_search for streams"
             )
+        if min(chunks) < 1:
+            raise ConfigError(f"a stream needs a finite chunk and a finite left context, not {tuple(chunks)}")
         self.encoder, self.search, self.chunks = encoder, search, chunks
         self.device = next(encoder.parameters()).device
         self.fbank = OnlineFbank()

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 RECORD = "export.json"
 # Options that say which model is exported, with the names that they have in decode.py.
-PARAMETERS = ("epoch", "iter", "avg", "use_averaged_model", "decode_chunk_size", "left_context_frames")
+_CHUNKS = ("decode_chunk_size", "left_context_frames")
+PARAMETERS = ("epoch", "iter", "avg", "use_averaged_model", *_CHUNKS)
 # Graphs with int8 weights; the decoder is an embedding and one small product.
 _QUANTIZED = ("encoder", "joiner")
 
@@ -39,7 +40,8 @@ def export(config: ExportConfig) -> dict:
         require_onnx()
     with atomic_folder(config.out_dir, RECORD) as folder:
         parameters = {name: getattr(config, name) for name in PARAMETERS}
-        trained = load_system(DecodeConfig(exp_dir=config.exp_dir, device="cpu", **parameters))
+        which = {name: value for name, value in parameters.items() if name not in _CHUNKS}
+        trained = load_system(DecodeConfig(exp_dir=config.exp_dir, device="cpu", **which))
         model, tokenizer = trained.system.requires_grad_(False).model, trained.tokenizer
         if model.joiner is None:
             raise ConfigError(f"{config.exp_dir} has no transducer (--transducer-scale 0); nothing is exported")
@@ -49,21 +51,22 @@ def export(config: ExportConfig) -> dict:
         # A seed of its own: the same model gives the same files and the same figures of the check.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            if trained.config.model.streaming and config.decode_chunk_size != -1:
-                chunks = choose_chunks(
-                    trained.config.model, config.decode_chunk_size, config.left_context_frames, chunk_by_chunk=True
-                )
+            streaming = trained.config.model.streaming and config.decode_chunk_size != -1
+            wanted = (parameters[name] for name in _CHUNKS)
+            chunks = choose_chunks(trained.config.model, *wanted, chunk_by_chunk=streaming)
+            model.encoder.chunks = chunks
+            if streaming:
                 graphs = streaming_graphs(model, feature_dim, chunks)
-                parameters |= {"decode_chunk_size": chunks[0], "left_context_frames": chunks[1]}
+                parameters |= dict(zip(_CHUNKS, chunks, strict=True))
             else:
-                chunks, graphs = None, offline_graphs(model, feature_dim)
+                graphs = offline_graphs(model, feature_dim)
             files, checks = _write_graphs(graphs, config, folder, feature_dim)
         tokenizer.save(folder)
         if config.format == "sherpa-onnx":
             write_text(folder / "tokens.txt", sherpa_tokens(tokenizer))
         record = {
             "format": config.format,
-            "streaming": chunks is not None,
+            "streaming": streaming,
             "files": files,
             "parameters": parameters,
             "files_used": trained.files_used,

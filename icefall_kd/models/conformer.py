@@ -284,10 +284,10 @@ class Conformer(nn.Module):
 
     def init_states(self, batch_size: int, chunks: Chunks, device: torch.device | str = "cpu") -> StreamingState:
         """Return the state of N streams that have not begun; the caches have the size of ``chunks``."""
-        layers, kernel = len(self.layers), self.layers[0].convolution.left
+        layers, kernel, dtype = len(self.layers), self.layers[0].convolution.left, self.layers[0].norm.weight.dtype
         return StreamingState(
-            torch.zeros(layers, chunks.left_context_frames, batch_size, self.dim, device=device),
-            torch.zeros(layers, kernel, batch_size, self.dim, device=device),
+            torch.zeros(layers, chunks.left_context_frames, batch_size, self.dim, dtype=dtype, device=device),
+            torch.zeros(layers, kernel, batch_size, self.dim, dtype=dtype, device=device),
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 

@@ -80,11 +80,11 @@ def choose_chunks(
         wanted = "--chunk-by-chunk true" if chunk_by_chunk else wanted
         if wanted is not None:
             raise ConfigError(
-                f"{wanted}: this model sees whole utterances (it was trained without --streaming true), and its "
-                "output would be nonsense; leave the option out, or train with --streaming true"
+                f"{wanted}: this model sees whole utterances (it was trained without --streaming true), in chunks its "
+                "output would be nonsense; decode.py without options of chunks decodes it"
             )
         return WHOLE_UTTERANCE
-    default = default_chunks(cfg)
+    default, wanted_left = default_chunks(cfg), left_context_frames
     if chunk_size is None:
         # Chunk by chunk, the smallest of its chunks if its default is none.
         finite = [c for c in cfg.chunk_size if c > 0]
@@ -96,6 +96,11 @@ def choose_chunks(
             left_context_frames = max(finite, default=-1)
     _within("--decode-chunk-size", chunk_size, cfg.chunk_size, "--chunk-size")
     if chunk_size < 0 and not chunk_by_chunk:
+        if wanted_left not in (None, -1):
+            raise ConfigError(
+                f"--left-context-frames {wanted_left} counts frames before a chunk, but whole utterances are decoded; "
+                "leave it out, or give a --decode-chunk-size"
+            )
         return WHOLE_UTTERANCE
     _within("--left-context-frames", left_context_frames, cfg.left_context_frames, "--left-context-frames")
     if chunk_by_chunk and min(chunk_size, left_context_frames) < 0:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -187,16 +188,21 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, text + "\n")
 
 
-def open_text(path: str | Path) -> IO[str]:
-    """Open a text file to read, gzipped or not.
+def read_lines(path: str | Path) -> Iterator[str]:
+    """Yield the lines of a text file, gzipped or not.
 
     Raises:
-        DataError: the file is missing.
+        DataError: the file is missing, damaged, or no UTF-8 text.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as stream:
+            yield from stream
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged, or no UTF-8 text ({error})") from error
 
 
 def read_json(path: str | Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError
 from icefall_kd.labels.keys import label_key
-from icefall_kd.runtime.files import open_text
+from icefall_kd.runtime.files import read_lines
 from icefall_kd.text.normalize import normalize_text
 
 
@@ -31,11 +31,10 @@ class TextConfig:
 def sentences(config: TextConfig) -> Iterator[str]:
     """Yield every sentence that is not empty."""
     for path in config.text:
-        with open_text(path) as stream:
-            for line in stream:
-                line = line.strip() if config.language == "none" else normalize_text(line, config.language)
-                if line:
-                    yield line
+        for line in read_lines(path):
+            line = line.strip() if config.language == "none" else normalize_text(line, config.language)
+            if line:
+                yield line
     yield from transcripts(config.cuts)
 
 
@@ -43,5 +42,5 @@ def transcripts(files: Sequence[Path]) -> Iterator[str]:
     """Yield the transcripts of cut sets, those of copies at another speed left out."""
     for path in files:
         for cut in iterate_cuts(path):
-            if label_key(cut).endswith("|1/1") and cut.supervisions[0].text:
+            if cut.supervisions and cut.supervisions[0].text and label_key(cut).endswith("|1/1"):
                 yield cut.supervisions[0].text

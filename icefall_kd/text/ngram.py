@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import atomic_write, open_text
+from icefall_kd.runtime.files import atomic_write, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -97,26 +97,28 @@ def read_arpa(path: Path | str) -> NgramLm:
     ngrams: dict[Ngram, tuple[float, float]] = {}
     found: Counter[int] = Counter()
     section, number = None, 0
-    with open_text(path) as stream:
-        for number, line in enumerate(stream, 1):
-            words = line.split()
-            if not words or section == "\\end\\":
-                continue
-            try:
-                if words[0].startswith("\\"):
-                    section = words[0]
-                    n = int(section[1 : section.index("-")]) if section.endswith("-grams:") else 0
-                elif section == "\\data\\":
-                    left, _, right = " ".join(words).removeprefix("ngram").partition("=")
-                    counts[int(left)] = int(right)
-                elif section is not None:
-                    if len(words) not in (n + 1, n + 2):
-                        raise ValueError(f"{n} words and one or two numbers belong there")
-                    backoff = float(words[n + 1]) if len(words) == n + 2 else 0.0
-                    ngrams[tuple(words[1 : n + 1])] = (float(words[0]), backoff)
-                    found[n] += 1
-            except (ValueError, IndexError) as error:
-                raise DataError(f"{path}:{number} is no line of an ARPA file ({error}): {line.strip()[:80]}") from None
+    for number, line in enumerate(read_lines(path), 1):
+        words = line.split()
+        if not words or section == "\\end\\":
+            continue
+        try:
+            if words[0].startswith("\\"):
+                section = words[0]
+                n = int(section[1 : section.index("-")]) if section.endswith("-grams:") else 0
+            elif section == "\\data\\":
+                left, _, right = " ".join(words).removeprefix("ngram").partition("=")
+                counts[int(left)] = int(right)
+            elif section is not None:
+                if len(words) not in (n + 1, n + 2):
+                    raise ValueError(f"{n} words and one or two numbers belong there")
+                values = [float(words[0]), float(words[n + 1]) if len(words) == n + 2 else 0.0]
+                if not max(values) < math.inf or any(map(math.isnan, values)):
+                    raise ValueError("a logarithm of a probability is finite")
+                # A score of -inf would make the sum of two hypotheses no number.
+                ngrams[tuple(words[1 : n + 1])] = (max(values[0], _UNKNOWN), max(values[1], _UNKNOWN))
+                found[n] += 1
+        except (ValueError, IndexError) as error:
+            raise DataError(f"{path}:{number} is no line of an ARPA file ({error}): {line.strip()[:80]}") from None
     if section != "\\end\\" or not counts or dict(found) != {n: c for n, c in counts.items() if c}:
         raise DataError(
             f"{path} is no whole ARPA file: its header names {counts} n-grams by order, {dict(found)} were found "

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import OptimConfig
-from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.errors import ConfigError, DataError, NumericError
 from icefall_kd.models.lm import LmConfig, TokenLm, save_lm
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.text.corpus import TextConfig, sentences, transcripts
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Options that a resumed training may change.
 _FREE = ("exp_dir", "num_epochs", "device", "num_threads")
+# Nats a token; a model that says nothing has log V, about 10.  Beyond it the training is lost.
+_LARGEST_LOSS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,8 @@ def train_lm(config: TrainLmConfig) -> float:
     valid = [tokenizer.encode(line) for line in transcripts(config.valid_cuts)]
     if not texts:
         raise DataError("there is no sentence to train a language model on")
+    if config.valid_cuts and not valid:
+        raise DataError(f"no cut of --valid-cuts {', '.join(map(str, config.valid_cuts))} has a transcript")
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     lm = TokenLm(config.model, tokenizer.vocab_size, tokenizer.sos_id).to(device)
@@ -117,6 +121,8 @@ def train_lm(config: TrainLmConfig) -> float:
         total, step = _train_epoch(config, lm, optimizer, texts, epoch, step)
         epoch += 1
         loss = mean_loss(lm, valid, config.batch_tokens) if valid else total
+        if not max(total, loss) < _LARGEST_LOSS:  # a NaN, too
+            raise NumericError(f"the loss of epoch {epoch} is {max(total, loss)}; use a smaller --base-lr")
         logger.info("epoch %d: loss %.4f, kept by %.4f (perplexity %.2f)", epoch, total, loss, math.exp(loss))
         if best is None or loss < best or not valid:
             best = loss

@@ -83,9 +83,10 @@ def test_a_ctm_file_is_read_in_order_of_time_and_damage_is_named(tmp_path):
     file = tmp_path / "x.ctm"
     file.write_text(";; a comment\nu2 1 0.50 0.20 B 0.9\nu1 A 0.1 0.2 X\nu2 1 0.00 0.40 A\n")
     assert read_ctm(file) == {"u2": [Timed("A", 0.0, 0.4), Timed("B", 0.5, 0.7)], "u1": [Timed("X", 0.1, 0.3)]}
-    file.write_text("u1 1 0.1 X\n")
-    with pytest.raises(DataError, match=r"x\.ctm:1 is no line of a CTM file"):
-        read_ctm(file)
+    for line in ("u1 1 0.1 X\n", "u1 1 nan 0.1 X\n"):
+        file.write_text(line)
+        with pytest.raises(DataError, match=r"x\.ctm:1 is no line of a CTM file"):
+            read_ctm(file)
 
 
 def test_alignments_of_supervisions():
@@ -106,6 +107,13 @@ def test_emissions_are_the_ends_of_frames_of_tokens_or_of_the_last_tokens_of_wor
     assert emissions(tmp_path / "n.jsonl", tokenizer, words=True) == {"u": [("AB", 0.16), ("C", 0.4)]}
     found = emissions(tmp_path / "n.jsonl", tokenizer, words=False)["u"]
     assert found == [("A", 0.04), ("B", 0.16), ("\u2581", 0.24), ("C", 0.4)]
+    line["nbest"][0]["tokens"] = [99, *tokens[1:]]
+    for content, message in (
+        ("u 1 0.1\n", r"n\.jsonl is no nbest-"), ("[]\n", "is no nbest-"), (json.dumps(line), "token 99, of 8"),
+    ):  # fmt: skip
+        (tmp_path / "n.jsonl").write_text(content)
+        with pytest.raises(DataError, match=message):
+            emissions(tmp_path / "n.jsonl", tokenizer, words=True)
 
 
 def test_a_frame_begins_every_40_ms():

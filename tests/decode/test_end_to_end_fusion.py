@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from micro_corpus import write_corpus
 from run_script import script
+from students import SIZES, STUDENTS, babble, load, tokenizer_of, write_student
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig, LoopConfig, ModelConfig, TrainConfig
-from icefall_kd.decode.alignment import read_ctm
+from icefall_kd.decode.alignment import forced_alignments, read_ctm
 from icefall_kd.errors import ConfigError
-from icefall_kd.recipe import decode
+from icefall_kd.recipe import decode, part_batches
 from icefall_kd.runtime.files import read_json
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
@@ -124,3 +126,26 @@ def test_times_go_into_nbest_and_ctm_and_the_delay_script_reads_them(trained):
     )  # fmt: skip
     (summary,) = read_json(out)
     assert (summary["spoken"], summary["unit"]) == (len("one two" + "three" + "four"), "tokens")
+
+
+def test_a_streaming_model_aligns_with_all_that_it_can_hear(tmp_path):
+    kind, options = STUDENTS["streaming-chunk"]
+    tokenizer = tokenizer_of(kind)
+    write_student(tmp_path / "exp", tokenizer, TrainConfig(model=ModelConfig(**SIZES, **options)))
+    (tmp_path / "speech").mkdir()
+    soundfile.write(tmp_path / "speech/u.wav", babble(40000, 1), 16000)
+    (tmp_path / "speech/speech.trans.txt").write_text("u ONE TWO\n")
+    tokens = tokenizer.encode("ONE TWO")
+    line = {"id": "u", "nbest": [{"tokens": tokens, "timestamps": list(range(len(tokens)))}]}
+    (tmp_path / "n.jsonl").write_text(json.dumps(line) + "\n")
+    script(
+        "emission_delay.py", "--exp-dir", tmp_path / "exp", "--nbest", tmp_path / "n.jsonl", "--point", "begin",
+        "--align-exp-dir", tmp_path / "exp", "--part", tmp_path / "speech", "--device", "cpu",
+        "--out", tmp_path / "delay.json",
+    )  # fmt: skip
+    system = load(tmp_path / "exp", decode_chunk_size=-1).system
+    ((name, timed),) = forced_alignments(system, tokenizer, part_batches(tmp_path, tmp_path / "speech", tokenizer, 99))
+    expected = [0.04 * (t + 1) - x.begin for t, x in enumerate(timed)]
+    (summary,) = read_json(tmp_path / "delay.json")
+    assert (name, summary["count"]) == ("u", len(tokens))
+    assert summary["mean_ms"] == pytest.approx(1000 * sum(expected) / len(expected))

@@ -158,6 +158,8 @@ def test_language_models_of_other_tokens_are_refused(tokenizer, tmp_path):
 def test_options_that_do_nothing_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="--lm with --decoding-method greedy_search"):
         DecodeConfig(lm=tmp_path)
+    with pytest.raises(ConfigError, match=r"--lm-scale is -0\.3"):
+        config(lm=tmp_path, lm_scale=-0.3)
     with pytest.raises(ConfigError, match="--lodr-arpa goes with --lm"):
         config(lodr_arpa=tmp_path)
     with pytest.raises(ConfigError, match=r"--lodr-scale \(now 0.1\) is below 0"):

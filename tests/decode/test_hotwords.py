@@ -122,6 +122,7 @@ def test_a_file_gives_phrases_in_tokens_with_scores(tokenizer, tmp_path):
         ("\n", DataError, "holds no phrase"),
         ("NEW\nBERLIN\n", ConfigError, "hot.txt:2: 'BERLIN' cannot be written"),
         ("NEW :0\n", ConfigError, "hot.txt:1: the score 0 is no number above 0"),
+        ("NEW :inf\n", ConfigError, "the score inf is no number above 0"),
         ("NEW :x\n", ConfigError, "the score x is no number above 0"),
         ("... :2\n", ConfigError, r"'\.\.\.' cannot be written"),
     ],

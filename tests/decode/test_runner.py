@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +187,16 @@ def test_an_empty_part_and_an_unknown_search_are_refused(tmp_path, tokenizer):
             {"use_averaged_model": False, "blank_penalty": 0.5},
             "average of all steps after epoch-4.pt up to epoch-7.pt",
             "epoch-7_avg-1_context-2_max-sym-per-frame-1_blank-penalty-0.5",
+        ),
+        (
+            {"weights": Path("x/best-3.safetensors")},
+            "best-3.safetensors",
+            "weights-best-3_context-2_max-sym-per-frame-1",
+        ),
+        (
+            {"decoding_method": "modified_beam_search", "lm": Path("lm/lstm/lm.safetensors"), "epoch": 2},
+            "",
+            "epoch-2_avg-1__modified_beam_search__beam-size-4_lm-lstm-scale-0.3_use-averaged-model",
         ),
     ],
 )

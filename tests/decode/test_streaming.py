@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import signal
 import subprocess
 import sys
 
@@ -191,6 +192,18 @@ def test_nothing_comes_before_its_chunk_has_been_heard(system):
         assert int(stream.encoder_state.processed_lens) == 4 * max(int(heard / 0.16), 0)
 
 
+def test_utterances_without_a_frame_have_one_chunk_without_a_frame(system):
+    with torch.no_grad():
+        ((out, lens),) = encode_chunks(system.model.encoder, torch.zeros(2, 7, 80), torch.tensor([0, 0]), Chunks(4, 8))
+    assert out.shape[:2] == (2, 4) and lens.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("chunks", [Chunks(-1, -1), Chunks(4, -1)])
+def test_a_stream_without_end_to_its_chunks_is_refused(system, chunks):
+    with pytest.raises(ConfigError, match="needs a finite chunk and a finite left context"):
+        Stream(system.model.encoder, GreedySearch(system.model), chunks)
+
+
 def test_a_search_that_needs_whole_utterances_is_refused(system):
     with pytest.raises(ConfigError, match="CtcGreedySearch needs whole utterances"):
         Stream(system.model.encoder, CtcGreedySearch(system.model), Chunks(4, 8))
@@ -228,6 +241,23 @@ def test_stream_wav_prints_partial_results_of_a_file_and_of_a_pipe(trained, repo
     assert float(lines[0][-1][0]) == pytest.approx(len(raw) / 16000, abs=0.01)
     missing = subprocess.run([*line, str(audio / "no.wav")], capture_output=True, text=True)
     assert missing.returncode == 4 and "no.wav cannot be read" in missing.stderr
+    for words in (["--block", "0"], ["--chunk-by-chunk", "false"]):
+        refused = subprocess.run([*line, str(file), *words], capture_output=True, text=True)
+        assert refused.returncode == 2 and " ".join(words) in refused.stderr.replace(" is 0.0", " 0")
+
+
+def test_ctrl_c_ends_the_recorder_and_what_was_heard_is_printed(trained, repo):
+    audio, exp_dir = trained
+    line = [sys.executable, str(repo / "local/stream_wav.py"), "--exp-dir", str(exp_dir), "--device", "cpu"]
+    raw, _ = soundfile.read(audio / "utt-c.wav", dtype="int16")
+    with subprocess.Popen([*line, "--wav", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdin.write(raw.astype("<i2").tobytes())
+        child.stdin.flush()
+        child.stdout.readline()  # it listens
+        child.send_signal(signal.SIGINT)
+        child.stdin.close()
+        printed = child.stdout.read().decode()
+    assert child.returncode == 0 and "final:" in printed.splitlines()[-1]
 
 
 def test_a_recording_of_another_rate_is_resampled_and_two_channels_are_refused(tmp_path):

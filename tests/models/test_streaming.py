@@ -155,6 +155,18 @@ def test_chunk_by_chunk_equals_the_masked_utterance(convolution, chunks):
         torch.testing.assert_close(out[i, :length], whole.encoder_out[i, :length], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_caches_have_the_type_of_the_parameters(dtype):
+    model, chunks = encoder().to(dtype), Chunks(4, 8)
+    model.chunks = chunks
+    features, x_lens = speech(90, 33)
+    with torch.no_grad():
+        whole = model(features.to(dtype), x_lens).encoder_out[0]
+        out = torch.cat([out[0] for out, _ in by_chunks(model, features.to(dtype), x_lens, chunks)])[: len(whole)]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out[:21], whole[:21], rtol=0, atol=1e-9 if dtype == torch.float64 else 0.2)
+
+
 def test_streams_of_a_batch_may_stand_at_different_places():
     model, chunks = encoder(), Chunks(4, 8)
     features, _ = speech(90)
@@ -217,6 +229,7 @@ def test_chunks_come_from_the_checkpoint():
     assert choose_chunks(CONFIG, None, None) == Chunks(4, 8)
     assert choose_chunks(CONFIG, 3, 6) == Chunks(3, 6)
     assert choose_chunks(CONFIG, -1, None) == WHOLE_UTTERANCE
+    assert choose_chunks(CONFIG, -1, -1) == WHOLE_UTTERANCE
     assert choose_chunks(CONFIG, 500, -1) == Chunks(500, -1)
     whole = dataclasses.replace(CONFIG, streaming=False)
     assert choose_chunks(whole, None, None) == choose_chunks(whole, -1, -1) == WHOLE_UTTERANCE
@@ -239,6 +252,8 @@ def test_chunks_come_from_the_checkpoint():
         ({"left_context_frames": [8]}, (4, -1), "--left-context-frames is -1"),
         ({}, (-1, 4, True), "finite"),
         ({}, (4, -1, True), "finite"),
+        ({}, (-1, 4), "--left-context-frames 4 counts frames before a chunk"),
+        ({"chunk_size": [-1, 4]}, (None, 4), "--left-context-frames 4 counts frames before a chunk"),
     ],
 )
 def test_impossible_chunks_are_refused_with_the_reason(changes, arguments, words):

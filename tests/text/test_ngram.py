@@ -1,17 +1,23 @@
 """N-gram models: by hand, by the definition, and through ARPA files."""
 
+import gzip
 import itertools
 import math
 import random
+import re
 import string
 from collections import Counter
 
 import pytest
+from lhotse import MonoCut
 from micro_corpus import WORDS, write_corpus
 from run_script import script
 
+from icefall_kd.data.manifests import write_cuts
+from icefall_kd.decode.fusion import load_ngram
 from icefall_kd.errors import DataError
-from icefall_kd.runtime.files import read_json
+from icefall_kd.runtime.files import read_json, read_lines
+from icefall_kd.text.corpus import transcripts
 from icefall_kd.text.ngram import BOS, EOS, UNK, estimate, read_arpa
 from icefall_kd.text.tokenizer import Tokenizer
 
@@ -153,6 +159,8 @@ def test_a_foreign_arpa_file_backs_off_as_the_format_says(tmp_path):
         (lambda t: t.removesuffix("\n\\end\\\n"), "is no whole ARPA file"),
         (lambda t: t.replace("ngram 2=", "ngram 2=1"), "is no whole ARPA file"),
         (lambda t: t.replace("\\2-grams:\n-", "\\2-grams:\nx"), "is no line of an ARPA file"),
+        (lambda t: re.sub(r"\n-[\d.]+\t</s>", "\nnan\t</s>", t), "a logarithm of a probability is finite"),
+        (lambda t: re.sub(r"\n-[\d.]+\t</s>", "\ninf\t</s>", t), "a logarithm of a probability is finite"),
         (lambda t: "hello\n", "is no whole ARPA file"),
     ],
 )
@@ -186,3 +194,25 @@ def test_the_script_counts_copies_at_another_speed_once_and_knows_all_tokens(tmp
             assert (record["units"], record["tokenizer_hash"]) == ("tokens", tokenizer.hash)
     assert set(read_arpa(out).words) == {"one", "two", "three", "four", BOS, EOS, UNK}
     assert record["units"] == "words"
+
+
+def test_text_that_the_tokens_cannot_write_becomes_the_unknown_word(tmp_path):
+    (tmp_path / "text").write_text("one two\nxyz one\n")
+    out = tmp_path / "x.arpa"
+    for kind in (Tokenizer.train_char(["one two"]), Tokenizer.train_bpe(["one two", "two one"], 14)):
+        kind.save(tmp_path / "lang")
+        script("make_ngram.py", "--text", tmp_path / "text", "--lang-dir", tmp_path / "lang", "--out", out)
+        lm = load_ngram(out, kind, 1.0).lm
+        assert any(g[-1] == UNK for g in lm.ngrams if len(g) > 1)
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", b"\xe9\xff\n"), ("b.txt.gz", b"plain"), ("c.txt.gz", b"")])
+def test_files_that_are_no_text_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content or gzip.compress(b"one two\n" * 99)[:-12])
+    with pytest.raises(DataError, match=f"{name} is damaged, or no UTF-8 text"):
+        list(read_lines(tmp_path / name))
+
+
+def test_cuts_without_transcripts_have_no_sentences(tmp_path):
+    write_cuts(tmp_path / "cuts.jsonl.gz", [MonoCut("a", 0, 1, 0)])
+    assert list(transcripts([tmp_path / "cuts.jsonl.gz"])) == []

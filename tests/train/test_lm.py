@@ -6,10 +6,12 @@ import random
 
 import pytest
 import torch
+from lhotse import MonoCut
 from micro_corpus import write_part
 
 from icefall_kd.config import OptimConfig
-from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.data.manifests import write_cuts
+from icefall_kd.errors import ConfigError, DataError, NumericError
 from icefall_kd.models.lm import LmConfig, TokenLm, load_lm, save_lm
 from icefall_kd.runtime.tensors import read_tensors
 from icefall_kd.text.corpus import TextConfig
@@ -104,3 +106,16 @@ def test_other_options_another_tokenizer_and_damage_are_refused(config, tmp_path
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(DataError, match="damaged"):
         load_lm(file, "x")
+
+
+def test_a_training_that_is_lost_ends_with_its_reason_and_leaves_no_model(config):
+    lost = dataclasses.replace(config, optim=dataclasses.replace(config.optim, base_lr=1e9))
+    with pytest.raises(NumericError, match=r"the loss of epoch 1 is .* use a smaller --base-lr"):
+        train_lm(lost)
+    assert not (config.exp_dir / "lm.safetensors").exists()
+
+
+def test_validation_without_transcripts_is_refused(config, tmp_path):
+    write_cuts(tmp_path / "cuts.jsonl.gz", [MonoCut("a", 0, 1, 0)])
+    with pytest.raises(DataError, match=r"no cut of --valid-cuts .* has a transcript"):
+        train_lm(dataclasses.replace(config, valid_cuts=[tmp_path / "cuts.jsonl.gz"]))
