@@ -21,7 +21,7 @@ from icefall_kd.export.exporter import RECORD
 from icefall_kd.export.sherpa import RATE, SherpaRecognizer
 from icefall_kd.recipe import load_system, part_cuts
 from icefall_kd.results import parts_by_name
-from icefall_kd.runtime.env import measured_on
+from icefall_kd.runtime.env import measured_on, package_version
 from icefall_kd.runtime.files import read_json, write_json
 from icefall_kd.scoring import RATE_NAMES, score, summarize
 
@@ -118,7 +118,8 @@ def main() -> None:
         rows += compare(config, name, cuts, record)
     if config.out is not None:
         sizes = {f.name: f.stat().st_size for f in sorted(config.model_dir.glob("*.onnx"))}
-        write_json(config.out, {**measured_on(), "bytes": sizes, "rows": rows})
+        versions = {"sherpa_onnx": package_version("sherpa-onnx")}
+        write_json(config.out, {**measured_on(), **versions, "bytes": sizes, "rows": rows})
 
 
 if __name__ == "__main__":

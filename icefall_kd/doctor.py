@@ -96,6 +96,9 @@ def checks() -> list[Check]:
                  "without kaldifeat lhotse computes the features"),
         _package("kaldilm", "kaldilm.arpa2fst", "optional",
                  remedy="pip install kaldilm==1.15.5; only the stage of decoding graphs needs it"),
+        _package("onnx", "onnx.helper.make_node('Sin', ['x'], ['y'])", "optional"),
+        _package("onnxruntime", "onnxruntime.get_available_providers()", "optional"),
+        _package("sherpa_onnx", "sherpa_onnx.OfflineRecognizer", "optional", "sherpa-onnx"),
     ]
     tools = [
         Check(group="tools", name="gcc", command="gcc", remedy="install gcc with the system's package manager"),

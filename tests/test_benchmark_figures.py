@@ -49,3 +49,16 @@ def test_the_label_store():
     short = next(v for k, v in figures["overhead_percent"].items() if " of 2 s " in k)
     assert f"that is {figures['typical_set']['overhead_percent']:.1f} % of the codes" in page
     assert f"for utterances of 2 s it is {short:.0f} %" in page
+
+
+def test_exported_models():
+    page = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
+    files = sorted((REPO / "benchmarks/results/exported").glob("*.json"))
+    rows = {file.stem: json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files}
+    assert len(rows) >= 5
+    for name, (eager, *exported) in rows.items():
+        assert [r["decoder"] for r in exported] == ["sherpa-onnx fp32", "sherpa-onnx int8"]
+        cells = [f"{r['error_rate']:.2f}, {len(r['different'])}" for r in exported]
+        what = name.replace("barista_", "").replace("_seed", ", seed ").replace("_chunk16", ", chunks of 640 ms")
+        what = what.replace("_chunk8", ", chunks of 320 ms")
+        assert f"| {what} | {eager['error_rate']:.2f} | {' | '.join(cells)} |" in page, name

@@ -14,7 +14,7 @@ from icefall_kd.export.graphs import Graph, offline_graphs, streaming_graphs
 from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx, write_onnx
 from icefall_kd.models.streaming import choose_chunks
 from icefall_kd.recipe import load_system
-from icefall_kd.runtime.env import environment
+from icefall_kd.runtime.env import environment, package_version
 from icefall_kd.runtime.files import atomic_folder, write_json, write_text
 from icefall_kd.text.tokenizer import SPACE, Tokenizer
 
@@ -73,7 +73,7 @@ def export(config: ExportConfig) -> dict:
             "features": {"bins": feature_dim, "frame_shift": FRAME_SHIFT, "sampling_rate": 16000},
             "graphs": {g.name: {"inputs": g.inputs, "outputs": g.outputs, "metadata": g.metadata} for g in graphs},
             "checks": checks,
-            "environment": environment(),
+            "environment": environment() | {name: package_version(name) for name in ("onnx", "onnxruntime")},
         }
         write_json(folder / RECORD, record)
     logger.info("wrote %s", config.out_dir)

@@ -76,19 +76,23 @@ def test_a_recording_without_an_encoder_frame_is_no_text(student, tmp_path):
         assert recognizer.transcribe(babble(samples, 0)).text == "", samples
 
 
-def test_the_lines_of_the_page_print_the_text(student, tmp_path, monkeypatch, capsys):
-    page = (REPO / "docs/export.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
-    assert len(blocks) == 2
+def test_the_lines_that_the_pages_show_print_the_text(student, tmp_path, monkeypatch, capsys):
+    blocks = []
+    for page in ("README.md", "docs/export.md"):
+        text = (REPO / page).read_text(encoding="utf-8")
+        blocks += [x for x in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "sherpa_onnx" in x]
+    assert ["OnlineRecognizer" in block for block in blocks] == [False, False, True]
     monkeypatch.chdir(tmp_path)
     wave = babble(40000, 2)
     soundfile.write("speech.wav", wave, 16000, subtype="FLOAT")
-    for name, block in zip(("offline-char", "streaming-bpe"), blocks, strict=True):
+    for block in blocks:
+        name = "streaming-bpe" if "OnlineRecognizer" in block else "offline-char"
         export(ExportConfig(exp_dir=student(name), out_dir=Path("exported")))
         exec(block, {})
         text = " ".join(capsys.readouterr().out.splitlines()[-1].split())
-        assert text == ours(load(student(name)), wave)[0] or name.startswith("streaming")
-        assert text
+        expected = ours(load(student(name)), wave)[0]
+        # The stream of the page hears more silence at its end.
+        assert expected and (text.startswith(expected) if name == "streaming-bpe" else text == expected)
 
 
 def test_other_exports_are_refused(student, tmp_path):

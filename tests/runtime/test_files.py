@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from icefall_kd.errors import DataError
+from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime import files
 
 
@@ -112,3 +112,32 @@ def test_a_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path):
     process.wait()
     with files.file_lock(lock, timeout=5):
         pass
+
+
+def test_a_folder_is_whole_or_what_it_was(tmp_path):
+    target = tmp_path / "new" / "export"
+    with files.atomic_folder(target, "mark.json") as folder:
+        (folder / "mark.json").write_text("1")
+        (folder / "old").write_text("x")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), files.atomic_folder(target, "mark.json") as folder:
+        (folder / "mark.json").write_text("2")
+        raise RuntimeError
+    assert (target / "mark.json").read_text() == "1"
+    with files.atomic_folder(target, "mark.json") as folder:
+        (folder / "mark.json").write_text("3")
+    assert {p.name: p.read_text() for p in target.iterdir()} == {"mark.json": "3"}
+    assert [p.name for p in target.parent.iterdir()] == ["export"]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("x")
+    (folder / "inside").mkdir(parents=True)
+    for target in (file, folder):
+        with pytest.raises(ConfigError, match=r"holds no mark\.json"), files.atomic_folder(target, "mark.json"):
+            pass
+    (folder / "inside").rmdir()
+    with files.atomic_folder(folder, "mark.json") as new:  # an empty folder is nobody's
+        (new / "mark.json").touch()
+    assert file.read_text() == "x" and (folder / "mark.json").exists()
