@@ -482,7 +482,7 @@ class DecodeConfig:
     blank_penalty: float = 0.0
     """Subtracted from the blank's logit in transducer searches; above 0: fewer deletions."""
     temperature: float = 1.0
-    """Divides the logits in modified_beam_search."""
+    """Divides the logits in modified_beam_search and fast_beam_search."""
     lm: Path | None = None
     """Language model over tokens for modified_beam_search: an ARPA file (local/make_ngram.py --lang-dir) or the folder
     of local/train_lm.py; see docs/decoding.md."""

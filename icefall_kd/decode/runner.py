@@ -105,8 +105,8 @@ def decode_suffix(
     kind, number = found[-1] if found else ("epoch", "newest")
     if config.iter is not None or config.epoch is not None:
         kind, number = ("checkpoint", config.iter) if config.iter is not None else ("epoch", config.epoch)
-    where = f"{'iter' if kind == 'checkpoint' else 'epoch'}-{number}"
-    parts = [f"{where}_avg-{config.avg}"]
+    where = f"{'iter' if kind == 'checkpoint' else 'epoch'}-{number}_avg-{config.avg}"
+    parts = [where if config.weights is None else _plain_name(config.weights)]
     if config.decoding_method == "greedy_search":
         if context_size is not None:
             parts.append(f"context-{context_size}")
@@ -127,7 +127,7 @@ def decode_suffix(
         parts.append(f"tail-padding-{config.tail_padding}")
     if config.blank_penalty:
         parts.append(f"blank-penalty-{config.blank_penalty}")
-    if config.use_averaged_model:
+    if config.use_averaged_model and config.weights is None:
         parts.append("use-averaged-model")
     return "_".join(parts)
 
@@ -155,10 +155,13 @@ def _graph_suffix(config: DecodeConfig) -> list[str]:
     parts = [method, f"beam-{config.beam}"]
     if method.startswith("fast"):
         parts += [f"max-contexts-{config.max_contexts}", f"max-states-{config.max_states}"]
+        parts += [f"temperature-{config.temperature}"] if config.temperature != 1.0 else []
     else:
         parts.append(f"output-beam-{config.output_beam}")
     if "nbest" in method:
         parts += [f"num-paths-{config.num_paths}", f"nbest-scale-{config.nbest_scale}"]
+    if method.endswith("LG") and config.lang_dir is not None:
+        parts.append(f"lang-{_plain_name(config.lang_dir)}")
     if method.endswith("_LG"):
         parts.append(f"ngram-lm-scale-{config.ngram_lm_scale}")
     return [*parts, f"hlg-scale-{config.hlg_scale}"] if method.endswith("_HLG") else parts

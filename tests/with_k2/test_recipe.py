@@ -86,7 +86,7 @@ def test_decode_with_every_method(prepared, trained, method):
         blank_penalty=3.0, bootstrap=0, device="cpu",
     )  # fmt: skip
     result = decode(config)[part]
-    assert result["num_ref"] > 0 and result["suffix"].startswith("epoch-7_avg-1_" + method)
+    assert result["num_ref"] > 0 and result["suffix"].startswith("last-1-up-to-epoch-7_" + method)
     lines = [json.loads(line) for line in next((trained / method).glob("nbest-*.jsonl")).read_text().splitlines()]
     assert lines and any(line["nbest"][0]["tokens"] for line in lines)
     if method.endswith("LG"):
