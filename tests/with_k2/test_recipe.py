@@ -63,6 +63,12 @@ def trained(prepared):
     return exp_dir
 
 
+def test_the_environment_finds_the_project_from_anywhere(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", "import icefall_kd"], cwd=tmp_path, env=env, timeout=60)
+    assert done.returncode == 0
+
+
 def test_the_stages_make_the_language_directory(prepared):
     command, data, log = prepared
     lang = data / "lang_char"
