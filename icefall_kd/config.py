@@ -482,7 +482,7 @@ class DecodeConfig:
     blank_penalty: float = 0.0
     """Subtracted from the blank's logit in transducer searches; above 0: fewer deletions."""
     temperature: float = 1.0
-    """Divides the logits in modified_beam_search."""
+    """Divides the logits in modified_beam_search and fast_beam_search."""
     lm: Path | None = None
     """Language model over tokens for modified_beam_search: an ARPA file (local/make_ngram.py --lang-dir) or the folder
     of local/train_lm.py; see docs/decoding.md."""
@@ -549,8 +549,8 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         _at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
         _at_least(self, lm_scale=0)
-        _at_least(self, beam=0, max_contexts=1, max_states=1, output_beam=0, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
-        for name in ("temperature", "nbest_scale"):
+        _at_least(self, max_contexts=1, max_states=1, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
+        for name in ("temperature", "nbest_scale", "beam", "output_beam"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
         added = [f"--{name}" for name in ("lm", "hotwords") if getattr(self, name) is not None]

@@ -11,8 +11,13 @@ log() {
   printf '%s (make test-k2) %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$*" >&2
 }
 
+find_project() { # the environment finds the project wherever it is used from
+  printf '%s\n' "$PWD" > "$venv/lib/python3.11/site-packages/icefall_kd.pth"
+}
+
 marker=$venv/.installed-$(cat tests/with_k2/requirements.txt tests/with_k2/k2.txt | sha256sum | cut -c 1-16)
 if [[ -e $marker && -x $venv/bin/python ]]; then
+  find_project
   exit 0
 fi
 
@@ -48,6 +53,7 @@ log "installing k2"
 # --no-deps: k2 asks for graphviz, which only draws.
 "${pip[@]}" --no-deps --require-hashes -r tests/with_k2/k2.txt
 "$venv/bin/python" -c 'import k2'
+find_project
 rm -f "$venv"/.installed-*
 touch "$marker"
 log "done"

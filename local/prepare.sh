@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything is written below --data-dir: manifests/ (cut sets), fbank/ (the same with features), lang_*/ (tokens),
 # rejected/ (what was unfit, with reasons), corpus.json (counts, hours, fingerprint).  With --graphs true lang_*/ also
-# gets the lexicon, the language model and the graphs of decoding with k2 (docs/graph_decoding.md).  Run the same line again to go
-# on where it stopped.  Relative paths are relative to the recipe's folder.
+# gets the lexicon, the language model and the graphs of decoding with k2 (docs/graph_decoding.md).  Run the same line
+# again to go on where it stopped.  Relative paths are relative to the recipe's folder.
 #
 # Started by egs/*/prepare.sh, which hold the defaults of their recipe.
 set -euo pipefail
@@ -158,7 +158,7 @@ stage_6_lexicon() { # Lexicon: words, and the tokens that spell them (--graphs t
 stage_7_language_model() { # n-gram model of the words (--graphs true, unless --arpa names one)
   [[ $graphs == true && -z $arpa ]] || return 0
   begin --option lm_order --input "$lang_dir/lm_text.txt" --output "$lang_dir/lm.arpa" \
-    --code icefall_kd/text/ngram.py local/make_ngram.py || return 0
+    --code icefall_kd/text/{ngram,corpus}.py local/make_ngram.py || return 0
   python3 ../../local/make_ngram.py --text "$lang_dir/lm_text.txt" --order "$lm_order" --out "$lang_dir/lm.arpa"
 }
 

@@ -157,10 +157,13 @@ def _graph_suffix(config: DecodeConfig) -> list[str]:
     parts = [method, f"beam-{config.beam}"]
     if method.startswith("fast"):
         parts += [f"max-contexts-{config.max_contexts}", f"max-states-{config.max_states}"]
+        parts += [f"temperature-{config.temperature}"] if config.temperature != 1.0 else []
     else:
         parts.append(f"output-beam-{config.output_beam}")
     if "nbest" in method:
         parts += [f"num-paths-{config.num_paths}", f"nbest-scale-{config.nbest_scale}"]
+    if method.endswith("LG") and config.lang_dir is not None:
+        parts.append(f"lang-{_plain_name(config.lang_dir)}")
     if method.endswith("_LG"):
         parts.append(f"ngram-lm-scale-{config.ngram_lm_scale}")
     return [*parts, f"hlg-scale-{config.hlg_scale}"] if method.endswith("_HLG") else parts

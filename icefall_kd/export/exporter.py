@@ -15,7 +15,7 @@ from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx,
 from icefall_kd.models.streaming import choose_chunks
 from icefall_kd.recipe import load_system
 from icefall_kd.runtime.env import environment, package_version
-from icefall_kd.runtime.files import atomic_folder, write_json, write_text
+from icefall_kd.runtime.files import atomic_folder, read_json, write_json, write_text
 from icefall_kd.text.tokenizer import SPACE, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def export(config: ExportConfig) -> dict:
     """
     if config.format != "torchscript":
         require_onnx()
+    _refuse_other_files(config.out_dir)
     with atomic_folder(config.out_dir, RECORD) as folder:
         parameters = {name: getattr(config, name) for name in PARAMETERS}
         which = {name: value for name, value in parameters.items() if name not in _CHUNKS}
@@ -81,6 +82,20 @@ def export(config: ExportConfig) -> dict:
         write_json(folder / RECORD, record)
     logger.info("wrote %s", config.out_dir)
     return record
+
+
+def _refuse_other_files(out_dir: Path) -> None:
+    """Raise a ConfigError where an earlier export was joined by files of somebody else, which would be deleted."""
+    if not (out_dir / RECORD).is_file():
+        return
+    files = read_json(out_dir / RECORD).get("files", {})
+    ours = {RECORD, "tokens.txt", "tokenizer.json", "bpe.model"}.union(*(names.values() for names in files.values()))
+    others = sorted(path.name for path in out_dir.iterdir() if path.name not in ours)
+    if others:
+        raise ConfigError(
+            f"{out_dir} holds {', '.join(others[:3])} beside an earlier export, so it is left as it is; move that away "
+            "or name another folder"
+        )
 
 
 def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, feature_dim: int) -> tuple[dict, dict]:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
@@ -153,15 +154,17 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
         marker: A file that every such folder holds; one without it is somebody else's and stays.
 
     Raises:
-        ConfigError: ``path`` is there, and neither empty nor one of ours.
+        ConfigError: ``path`` is there, and neither empty nor one of ours, or it is the current folder.
     """
     import shutil  # as above
 
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays, what it points to is replaced
+    if path == Path.cwd():
+        raise ConfigError(f"{path} is the current folder, which cannot be replaced; name another one")
     if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists and holds no {marker}, so it is left as it is; name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, glob.escape(path.name))
     tmp, old = temporary_name(path), temporary_name(path)
     tmp.mkdir()
     try:
@@ -171,6 +174,8 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
         os.rename(tmp, path)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
     _fsync_folder(path.parent)

@@ -190,7 +190,7 @@ def grammar_fst(k2, arpa: Path, words_file: Path, max_order: int | None = None):
     done = subprocess.run([*command, str(arpa)], capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith(("[F]", "[E]"))] or ["it aborted"]
-        raise DataError(f"kaldilm cannot read {arpa} ({said[0]}); is it a language model in ARPA format?")
+        raise DataError(f"kaldilm cannot read {arpa} ({said[0]}); is it a language model in ARPA format, unzipped?")
     fsa = k2.Fsa.from_openfst(done.stdout, acceptor=False)
     backoff = read_words(words_file).index(BACKOFF)
     if not ((fsa.labels > 0) & (fsa.labels < backoff)).any():

@@ -5,6 +5,7 @@ model, model_avg, optimizer, scheduler, grad_scaler, train (counters), config, t
 """
 
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -76,11 +77,16 @@ def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
         verify: compare the checksums in the file first (one more read); False for a look at the counters.
     Raises:
         DataError: the file is missing or damaged.
-        ConfigError: a newer version of the project wrote it.
+        ConfigError: a newer version of the project wrote it, or this torch is too old for any.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no checkpoint {path}")
+    if "mmap" not in inspect.signature(torch.load).parameters:  # before 2.1
+        raise ConfigError(
+            f"torch {torch.__version__} does not read {path}: write its weights with local/average.py --out "
+            "NAME.safetensors where it was trained, and decode with --weights NAME.safetensors"
+        )
     try:
         if verify:
             # torch writes a CRC-32 of every tensor into the archive but does not look at it when it reads.

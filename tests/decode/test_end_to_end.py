@@ -140,5 +140,6 @@ def test_a_sweep_decodes_in_process_and_its_results_become_rows(trained, monkeyp
     assert table[0] == "| epoch | avg | WER speech |"
     header, cells = full_table(build_rows([read_run(exp_dir, decoding_method="greedy_search")]))
     assert header[:3] == ["system", "decoding", "seeds"]
-    assert {line[1].split("_context")[0] for line in cells} == {"epoch-1_avg-1", "epoch-2_avg-1", "epoch-2_avg-2"}
+    swept = {line[1].split("_context")[0] for line in cells if line[1].startswith("epoch-")}  # another test's are there
+    assert swept == {"epoch-1_avg-1", "epoch-2_avg-1", "epoch-2_avg-2"}
     assert {line[2] for line in cells} == {"5"}

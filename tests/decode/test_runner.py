@@ -204,6 +204,23 @@ def test_suffixes_follow_icefall(options, used, expected):
     assert decode_suffix(DecodeConfig(**options), used, context_size=2) == expected
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fast_beam_search", {"temperature": 2.0}),
+        ("fast_beam_search", {"max_contexts": 4}),
+        ("fast_beam_search_LG", {"lang_dir": Path("data/with_more_text")}),
+        ("ctc_decoding_HLG", {"lang_dir": Path("data/with_more_text")}),
+        ("ctc_decoding_nbest_HLG", {"nbest_scale": 0.3}),
+        ("greedy_search", {"weights": Path("exp/last-3-up-to-epoch-7.safetensors")}),
+    ],
+)
+def test_another_option_leaves_other_files(method, options):
+    first = {"decoding_method": method, "lang_dir": Path("data/lang_char"), "weights": Path("exp/epoch-7.safetensors")}
+    one, other = (decode_suffix(DecodeConfig(**{**first, **more}), "epoch-7") for more in ({}, options))
+    assert one != other and "avg" not in one + other  # what weights are an average of, their name says
+
+
 def test_no_nan_gets_into_json(tmp_path, tokenizer):
     _, result, _ = decode(tmp_path, tokenizer, texts=dict.fromkeys(TEXTS, ""))
     numbers = [v for v in result.values() if isinstance(v, float)]

@@ -147,6 +147,10 @@ def test_a_graph_that_differs_replaces_nothing(student, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in config.out_dir.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     monkeypatch.undo()
+    (config.out_dir / "silero_vad.onnx").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds silero_vad\.onnx beside an earlier export"):
+        export(config)
+    (config.out_dir / "silero_vad.onnx").rename(tmp_path / "silero_vad.onnx")
     export(config)  # an earlier export is replaced
     assert {path.name for path in config.out_dir.iterdir()} == set(before)
 

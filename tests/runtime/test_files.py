@@ -141,3 +141,36 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     with files.atomic_folder(folder, "mark.json") as new:  # an empty folder is nobody's
         (new / "mark.json").touch()
     assert file.read_text() == "x" and (folder / "mark.json").exists()
+
+
+def test_the_current_folder_is_not_replaced_and_a_link_to_a_folder_stays(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here", tmp_path / "here"):
+        with pytest.raises(ConfigError, match="is the current folder"), files.atomic_folder(name, "mark.json"):
+            pass
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for text in "12":
+        with files.atomic_folder(tmp_path / "link", "mark.json") as new:
+            (new / "mark.json").write_text(text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "mark.json").read_text() == text
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "link", "real"}
+
+
+def test_a_folder_that_cannot_be_put_into_place_leaves_the_old_one(tmp_path, monkeypatch):
+    with files.atomic_folder(tmp_path / "a", "mark.json") as new:
+        (new / "mark.json").write_text("1")
+    rename = files.os.rename
+    moves = []
+
+    def fails_second(source, target):
+        moves.append(source)
+        if len(moves) == 2:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", fails_second)
+    with pytest.raises(OSError, match="no"), files.atomic_folder(tmp_path / "a", "mark.json") as new:
+        (new / "mark.json").write_text("2")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a" / "mark.json").read_text() == "1"

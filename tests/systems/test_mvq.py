@@ -370,7 +370,7 @@ def test_inference_needs_nothing_of_the_distillation(corpus, monkeypatch):
         with torch.no_grad():
             a, b = trained.eval().encode(batch), plain.eval().encode(batch)
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-        assert plain.decoders().keys() == {"greedy_search", "modified_beam_search", "ctc_greedy_search"}
+        assert plain.decoders().keys() > {"greedy_search", "modified_beam_search", "ctc_greedy_search"}
 
 
 @pytest.mark.parametrize("model", [{"encoder_dim": 16}, {"encoder_dim": 24, "num_encoder_layers": 2, "num_heads": 3}])

@@ -12,6 +12,7 @@ from micro_corpus import WORDS, write_trans
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig, LoopConfig, ModelConfig, TrainConfig
+from icefall_kd.errors import ConfigError
 from icefall_kd.recipe import decode
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
@@ -61,6 +62,24 @@ def trained(prepared):
     content = {"model": state, "config": config_to_dict(config), "tokenizer_hash": tokenizer.hash}
     save_weights(exp_dir / "last-1-up-to-epoch-7.safetensors", content)
     return exp_dir
+
+
+def test_the_environment_finds_the_project_from_anywhere(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", "import icefall_kd"], cwd=tmp_path, env=env, timeout=60)
+    assert done.returncode == 0
+
+
+def test_a_checkpoint_of_a_later_torch_is_not_called_damaged(trained):
+    (trained / "epoch-7.pt").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"torch 1\.13\.1\S* does not read .*epoch-7\.pt.*--weights"):
+        decode(DecodeConfig(exp_dir=trained, device="cpu", use_averaged_model=False))
+
+
+@pytest.mark.parametrize("name", ["beam", "output_beam"])
+def test_k2_takes_no_beam_of_zero(name):
+    with pytest.raises(ConfigError, match="must be above 0"):
+        DecodeConfig(**{name: 0.0})
 
 
 def test_the_stages_make_the_language_directory(prepared):
