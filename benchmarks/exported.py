@@ -60,14 +60,13 @@ def eager(config: ExportedConfig, cuts, record: dict) -> tuple[dict[str, str], d
         raise ConfigError(f"{config.model_dir} was exported from other parameters than {config.exp_dir} has now")
     tokenizer = trained.tokenizer
     features = "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
-    batches = decoding_batches(cuts, tokenizer, max_duration=200.0, features=features)
     tail_padding = config.tail_padding if record["streaming"] else 0.0
+    batches = decoding_batches(cuts, tokenizer, max_duration=200.0, features=features, tail_padding=tail_padding)
     decoded = decode_batches(
         trained.system,
         build_decoder(trained.system, options),
         batches,
         chunk_by_chunk=record["streaming"],
-        tail_padding=tail_padding,
     )
     texts = [tokenizer.decode(nbest[0].tokens) for nbest in decoded.nbest]
     return dict(zip(decoded.ids, texts, strict=True)), decoded.rtf()

@@ -535,7 +535,8 @@ class DecodeConfig:
     chunk_by_chunk: bool = False
     """Streaming models: go through utterances chunk by chunk with caches, not once under a chunk mask; same results."""
     tail_padding: float = 0.0
-    """Streaming models: seconds of silence put behind each utterance, as clients of a recogniser do."""
+    """Streaming models: seconds of silence put behind each utterance, as clients of a recogniser do (without stored
+    features, as zeros behind the samples)."""
     unit: Literal["auto", "word", "char", "mixed", "token"] = "auto"
     """Scoring unit; auto: the tokenizer's (word for bpe and char, char for hanzi, token for pinyin);
     mixed: Chinese characters and whole words of other scripts."""

@@ -133,7 +133,7 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
     trained = load_system(config)
     system, tokenizer, used = trained.system, trained.tokenizer, trained.files_used
     batches = {
-        name: part_batches(config.manifest_dir, part, tokenizer, config.max_duration)
+        name: part_batches(config.manifest_dir, part, tokenizer, config.max_duration, config.tail_padding)
         for name, part in parts_by_name(config.test_parts).items()
     }
     return decode_parts(system, tokenizer, batches, config, files_used=used)
@@ -146,8 +146,12 @@ def part_cuts(manifest_dir: Path, part: str) -> CutSet:
     return load_cuts(manifest_dir, [part])
 
 
-def part_batches(manifest_dir: Path, part: str, tokenizer: Tokenizer, max_duration: float) -> Iterable[Batch]:
+def part_batches(
+    manifest_dir: Path, part: str, tokenizer: Tokenizer, max_duration: float, tail_padding: float = 0.0
+) -> Iterable[Batch]:
     """Return the batches of a part to decode, with stored features where all of its cuts have them."""
     cuts = part_cuts(manifest_dir, part)
     features = "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
-    return decoding_batches(cuts, tokenizer, max_duration=max_duration, features=features)
+    return decoding_batches(
+        cuts, tokenizer, max_duration=max_duration, features=features, tail_padding=tail_padding
+    )

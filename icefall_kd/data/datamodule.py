@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
 from icefall_kd.data.batch import LOG_EPS, Batch, Labels
-from icefall_kd.data.features import FbankExtractor
+from icefall_kd.data.features import FRAME_SHIFT, SILENCE, FbankExtractor
 from icefall_kd.data.filters import check_cuts, filter_cuts
 from icefall_kd.data.loader import Loader, audio_of, features_of
 from icefall_kd.data.manifests import iterate_cuts
@@ -131,8 +131,10 @@ class CutBatches(Dataset):
         stores: dict[str, LabelStore] | None = None,
         with_audio: bool = False,
         seed: int = 0,
+        tail_padding: float = 0.0,
     ) -> None:
         self.tokenizer = tokenizer
+        self.tail_padding = tail_padding
         self.extractor = FbankExtractor() if features == "on_the_fly" else None
         self.spec_aug = FeatureAugment(augment) if augment is not None and augment.spec_aug else None
         self.noise = NoiseAugment(augment, features) if augment is not None and augment.musan_cuts else None
@@ -179,9 +181,14 @@ class CutBatches(Dataset):
         )
 
     def _features(self, cut: Cut) -> Tensor:
+        """Return the features (T, C) of a cut, with those of the silence that is put behind it."""
         if self.extractor is not None:
-            return self.extractor.extract(audio_of(cut))
-        return features_of(cut)
+            silence = torch.zeros(round(self.tail_padding * self.extractor.sampling_rate))
+            return self.extractor.extract(torch.cat([audio_of(cut), silence]))
+        # Stored features know nothing of what follows: windows that cross the end differ from those of padded audio.
+        features = features_of(cut)
+        silence = features.new_full((round(self.tail_padding / FRAME_SHIFT), features.shape[1]), SILENCE)
+        return torch.cat([features, silence]) if len(silence) else features
 
     def _labels(self, store: LabelStore, cuts: list[Cut], keys: list[str], features: list[Tensor]) -> Labels:
         arrays = []
@@ -360,12 +367,21 @@ def _fixed_batches(cuts: Iterable[Cut], max_duration: float, rank: bool = False)
 
 
 def decoding_batches(
-    cuts: CutSet, tokenizer: Tokenizer, *, max_duration: float, features: str, num_workers: int = 1
+    cuts: CutSet,
+    tokenizer: Tokenizer,
+    *,
+    max_duration: float,
+    features: str,
+    num_workers: int = 1,
+    tail_padding: float = 0.0,
 ) -> Iterable[Batch]:
     """Return batches of all ``cuts``, longest first, without augmentation, filters or labels; read when iterated.
+
+    With ``tail_padding``, so many seconds of silence follow each utterance: streaming models emit late.
 
     Raises:
         DataError: a cut is not at 16 kHz, or lacks what its features are read from.
     """
     check_cuts(cuts, features, "the cuts to decode")
-    return Loader(CutBatches(tokenizer, features=features), _fixed_batches(cuts, max_duration), num_workers)
+    data = CutBatches(tokenizer, features=features, tail_padding=tail_padding)
+    return Loader(data, _fixed_batches(cuts, max_duration), num_workers)

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 NUM_BINS = 80
 FRAME_SHIFT = 0.01
+# Features of digital silence: the logarithm of torch's float32 epsilon.
+SILENCE = -15.9424
 # Icefall's features: 25 ms Povey window, 20 Hz to 400 Hz below Nyquist, no dither.
 _OPTIONS: dict[str, Any] = {
     "num_filters": NUM_BINS,

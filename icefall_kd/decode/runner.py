@@ -26,7 +26,6 @@ from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
 from icefall_kd.decode.fusion import build_fusion
-from icefall_kd.decode.streaming import pad_with_silence
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len, encoder_seconds
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
@@ -176,7 +175,6 @@ def decode_batches(
     batches: Iterable[Batch],
     warm_up: bool = True,
     chunk_by_chunk: bool = False,
-    tail_padding: float = 0.0,
 ) -> Decoded:
     """Decode the batches of one part.
 
@@ -187,12 +185,11 @@ def decode_batches(
         warm_up: run the first batch twice and leave its first run out of the times.
         chunk_by_chunk: use ``system.encode_chunks(batch)``, which yields the same by chunks; a StatefulDecoder goes on
             chunk by chunk as well.
-        tail_padding: seconds of silence behind each utterance.
     """
     device = next(system.parameters()).device
     out = Decoded()
     for batch in batches:
-        batch = long_enough(_padded(batch, tail_padding)).to(device)
+        batch = long_enough(batch).to(device)
         if warm_up:
             seconds = _run(system, decoder, batch, device, chunk_by_chunk)[1:]
             out.warm_up_seconds = sum(seconds)
@@ -215,13 +212,6 @@ def long_enough(batch: Batch) -> Batch:
         return batch
     padding = batch.features.new_full((len(batch), missing, batch.features.size(2)), LOG_EPS)
     return dataclasses.replace(batch, features=torch.cat([batch.features, padding], dim=1))
-
-
-def _padded(batch: Batch, seconds: float) -> Batch:
-    if not seconds or batch.features is None:
-        return batch
-    features, x_lens = pad_with_silence(batch.features, batch.x_lens, round(seconds / _FRAME_SHIFT))
-    return dataclasses.replace(batch, features=features, x_lens=x_lens)
 
 
 def _run(
@@ -316,9 +306,7 @@ def decode_parts(
     }
     results = {}
     for part, part_batches in batches.items():
-        decoded = decode_batches(
-            system, decoder, part_batches, not results, config.chunk_by_chunk, config.tail_padding
-        )
+        decoded = decode_batches(system, decoder, part_batches, not results, config.chunk_by_chunk)
         if not decoded.ids:
             raise DataError(f"part {part} has no utterance to decode; check its cut set and --max-duration")
         scored = score_decoded(decoded, tokenizer, config.unit)

@@ -17,20 +17,6 @@ from icefall_kd.labels.audio import UNREADABLE
 from icefall_kd.models.conformer import Conformer
 from icefall_kd.models.streaming import Chunks
 
-# The features of digital silence, log of torch's float32 epsilon: what a client's zeros behind an utterance become.
-SILENCE = -15.9424
-
-
-def pad_with_silence(features: Tensor, x_lens: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-    """Return features (N, T + num_frames, F) with so many frames of silence behind each utterance, and their lengths.
-
-    Streaming models emit late; without some silence behind the last word its tokens may not come out any more.
-    """
-    features = F.pad(features, (0, 0, 0, num_frames), value=SILENCE)
-    frames = torch.arange(features.shape[1], device=features.device)
-    behind = (frames >= x_lens.unsqueeze(1)) & (frames < (x_lens + num_frames).unsqueeze(1))
-    return features.masked_fill(behind.unsqueeze(2), SILENCE), x_lens + num_frames
-
 
 def encode_chunks(
     encoder: Conformer, features: Tensor, x_lens: Tensor, chunks: Chunks

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from micro_corpus import write_part
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig, LoopConfig, ModelConfig, TrainConfig
 from icefall_kd.data.features import FbankExtractor
 from icefall_kd.decode.ctc import CtcGreedySearch
-from icefall_kd.decode.streaming import Stream, encode_chunks, pad_with_silence, read_pcm16, read_recording
+from icefall_kd.decode.streaming import Stream, encode_chunks, read_pcm16, read_recording
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.models.streaming import Chunks
-from icefall_kd.recipe import decode
+from icefall_kd.recipe import decode, part_batches
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.checkpoint import save_checkpoint
@@ -150,14 +151,28 @@ def test_decode_py_refuses_what_the_model_was_not_trained_for(trained):
         decode(DecodeConfig(exp_dir=exp_dir, test_parts=[str(audio)], device="cpu", decode_chunk_size=1))
 
 
-def test_silence_behind_utterances_is_as_long_for_each():
-    features, x_lens = features_of(9, 5)
-    padded, lens = pad_with_silence(features, x_lens, 3)
-    assert padded.shape == (2, 12, 80) and lens.tolist() == [12, 8]
-    assert torch.equal(padded[0, :9], features[0]) and torch.equal(padded[1, :5], features[1, :5])
-    silence = FbankExtractor().extract(torch.zeros(4800))
-    torch.testing.assert_close(padded[0, 9:], silence[:3], rtol=0, atol=1e-3)
-    torch.testing.assert_close(padded[1, 5:8], silence[:3], rtol=0, atol=1e-3)
+def test_silence_behind_utterances_is_that_of_longer_recordings(trained, tmp_path):
+    audio, exp_dir = trained
+    longer = tmp_path / "longer"
+    longer.mkdir()
+    for name in TEXTS:
+        samples, rate = soundfile.read(audio / f"{name}.wav")
+        soundfile.write(longer / f"{name}.wav", np.pad(samples, (0, 4800)), rate)
+    (longer / "longer.trans.txt").write_text((audio / "speech.trans.txt").read_text())
+    tokenizer = Tokenizer.load(exp_dir / "tokenizer")
+    padded = list(part_batches(tmp_path, str(audio), tokenizer, 100.0, tail_padding=0.3))
+    wanted = list(part_batches(tmp_path, str(longer), tokenizer, 100.0))
+    for a, b in zip(padded, wanted, strict=True):
+        assert a.ids == b.ids and torch.equal(a.features, b.features) and torch.equal(a.x_lens, b.x_lens)
+        assert [d + 0.3 for d in a.durations] == pytest.approx(b.durations)
+    # Stored features get the frames of silence; those whose windows cross the end differ.
+    write_part(tmp_path, "stored", [0.7, 0.5])
+    (stored,) = part_batches(tmp_path / "fbank", "stored", tokenizer, 100.0, tail_padding=0.3)
+    (fresh,) = part_batches(tmp_path / "manifests", "stored", tokenizer, 100.0, tail_padding=0.3)
+    assert torch.equal(stored.x_lens, fresh.x_lens)
+    for x, y, length in zip(stored.features, fresh.features, stored.x_lens.tolist(), strict=True):
+        torch.testing.assert_close(x[length - 29 : length], y[length - 29 : length], rtol=0, atol=1e-3)
+        torch.testing.assert_close(x[: length - 32], y[: length - 32], rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("block", [160, 1777, 100_000])
