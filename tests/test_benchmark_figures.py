@@ -59,6 +59,7 @@ def test_exported_models():
     for name, (eager, *exported) in rows.items():
         assert [r["decoder"] for r in exported] == ["sherpa-onnx fp32", "sherpa-onnx int8"]
         cells = [f"{r['error_rate']:.2f}, {len(r['different'])}" for r in exported]
-        what = name.replace("barista_", "").replace("demo_", "streaming, demo, ").replace("_seed", ", seed ").replace("_chunk16", ", chunks of 640 ms")
+        what = name.replace("barista_", "").replace("demo_", "streaming, demo, ").replace("_seed", ", seed ")
+        what = what.replace("_chunk16", ", chunks of 640 ms")
         what = what.replace("_chunk8", ", chunks of 320 ms")
         assert f"| {what} | {eager['error_rate']:.2f} | {' | '.join(cells)} |" in page, name
