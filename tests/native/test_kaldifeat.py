@@ -21,4 +21,4 @@ def test_fbank_equals_lhotse(samples):
     assert mine.shape == theirs.shape
     # float32: a bin of next to no energy beside strong ones is uncertain in either.
     difference = (mine - theirs).abs()
-    assert difference.max() < 2e-3 and (difference > 1e-4).float().mean() < 1e-3
+    assert not (difference >= 2e-3).any() and (difference > 1e-4).sum() <= 1e-3 * difference.numel()
