@@ -112,6 +112,14 @@ def fbank_num_frames(num_samples: int, hop: int = 160) -> int:
     return (num_samples + hop // 2) // hop
 
 
+def fbank_complete_frames(num_samples: int) -> int:
+    """Return how many Fbank frames at 16 kHz are certain when so many samples of a stream have been heard.
+
+    Frame t covers the 400 samples from 160 t - 120 on (25 ms centred on a hop of 10 ms).
+    """
+    return max((num_samples + 120 - 400) // 160 + 1, 0)
+
+
 def conv2d_subsampled_len(num_frames):
     """Return T' of two un-padded stride-2 convolutions, ``((T - 1) // 2 - 1) // 2``.
 

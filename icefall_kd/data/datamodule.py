@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset.sampling import DynamicBucketingSampler
@@ -183,12 +184,15 @@ class CutBatches(Dataset):
     def _features(self, cut: Cut) -> Tensor:
         """Return the features (T, C) of a cut, with those of the silence that is put behind it."""
         if self.extractor is not None:
-            silence = torch.zeros(round(self.tail_padding * self.extractor.sampling_rate))
-            return self.extractor.extract(torch.cat([audio_of(cut), silence]))
-        # Stored features know nothing of what follows: windows that cross the end differ from those of padded audio.
+            wave = audio_of(cut)
+            if self.tail_padding:
+                wave = F.pad(wave, (0, round(self.tail_padding * self.extractor.sampling_rate)))
+            return self.extractor.extract(wave)
         features = features_of(cut)
-        silence = features.new_full((round(self.tail_padding / FRAME_SHIFT), features.shape[1]), SILENCE)
-        return torch.cat([features, silence]) if len(silence) else features
+        if not self.tail_padding:
+            return features
+        # Stored features know nothing of what follows: windows that cross the end differ from those of padded audio.
+        return F.pad(features, (0, 0, 0, round(self.tail_padding / FRAME_SHIFT)), value=SILENCE)
 
     def _labels(self, store: LabelStore, cuts: list[Cut], keys: list[str], features: list[Tensor]) -> Labels:
         arrays = []

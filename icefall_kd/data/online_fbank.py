@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from icefall_kd.data.features import FbankExtractor
-from icefall_kd.frames import fbank_num_frames
+from icefall_kd.frames import fbank_complete_frames, fbank_num_frames
 
-# Samples at 16 kHz: a frame every HOP; frame t covers those from t * HOP - BEFORE on, WINDOW of them.
-HOP, WINDOW, BEFORE = 160, 400, 120
+# Samples at 16 kHz between two frames.
+HOP = 160
 # Frames computed again in front of the new ones: the first of a piece has a reflected edge.
 _AGAIN = 2
 
@@ -32,7 +32,7 @@ class OnlineFbank:
         """Return the frames (T, 80) that the next samples (S,) in [-1, 1] complete; T may be 0."""
         self.samples = torch.cat([self.samples, samples.float()])
         self.num_samples += len(samples)
-        return self._frames(max((self.num_samples + BEFORE - WINDOW) // HOP + 1, 0))
+        return self._frames(fbank_complete_frames(self.num_samples))
 
     def finish(self) -> Tensor:
         """Return the frames (T, 80) that were waiting for samples that will not come."""

@@ -13,7 +13,7 @@ from icefall_kd.data.manifests import cuts_file, iterate_cuts, part_of, write_cu
 from icefall_kd.data.recordings import Reject, check_rejects, make_cuts, prepare_cut_set, with_speed_copies
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.keys import label_key
-from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, write_json
+from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, read_lines, write_json
 from icefall_kd.text.lexicon import Lexicon
 from icefall_kd.text.normalize import NORMALIZATION, normalize_text
 from icefall_kd.text.tokenizer import Tokenizer
@@ -222,11 +222,7 @@ def make_lexicon(config: LexiconConfig) -> Lexicon:
         )
     texts = training_texts(config.data_dir)
     for path in config.text:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"the text {path} cannot be read ({error})") from error
-        texts += [normalize_text(line, language) for line in lines]
+        texts += [normalize_text(line, language) for line in read_lines(path)]
     if config.lexicon is None:
         lexicon = Lexicon.from_texts(texts, tokenizer)
     else:

@@ -164,7 +164,6 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
     if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists and holds no {marker}, so it is left as it is; name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, glob.escape(path.name))
     tmp, old = temporary_name(path), temporary_name(path)
     tmp.mkdir()
     try:
@@ -179,6 +178,8 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
         raise
     shutil.rmtree(old, ignore_errors=True)
     _fsync_folder(path.parent)
+    # Only now: what a kill between the two renames left may be the one good folder there was.
+    remove_leftovers(path.parent, glob.escape(path.name))
 
 
 def write_text(path: str | Path, text: str) -> None:

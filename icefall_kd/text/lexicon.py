@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icefall_kd.errors import DataError
-from icefall_kd.runtime.files import fingerprint, write_text
+from icefall_kd.runtime.files import fingerprint, read_lines, write_text
 from icefall_kd.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,7 @@ class Lexicon:
         Raises:
             DataError: the file cannot be read, or no word of it has known tokens.
         """
-        try:
-            lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"the lexicon {path} cannot be read ({error})") from error
+        lines = [line.split() for line in read_lines(path)]
         reserved = {EPS, BACKOFF, BOS, EOS}
         pairs = ((w[0], w[1:] or _spelt(w[0], tokenizer)) for w in lines if w and w[0] not in reserved)
         return cls.checked(pairs, tokenizer)

@@ -174,3 +174,18 @@ def test_a_folder_that_cannot_be_put_into_place_leaves_the_old_one(tmp_path, mon
     with pytest.raises(OSError, match="no"), files.atomic_folder(tmp_path / "a", "mark.json") as new:
         (new / "mark.json").write_text("2")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a" / "mark.json").read_text() == "1"
+
+
+def test_what_a_kill_between_the_two_renames_left_stays_until_a_new_folder_is_in_place(tmp_path, monkeypatch):
+    target = tmp_path / "export"
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "getpid", lambda: 2**22 + 1)  # no process can have that number
+        killed = files.temporary_name(target)
+    killed.mkdir()
+    (killed / "mark.json").write_text("the only good one")
+    with pytest.raises(RuntimeError), files.atomic_folder(target, "mark.json"):
+        raise RuntimeError
+    assert (killed / "mark.json").read_text() == "the only good one"
+    with files.atomic_folder(target, "mark.json") as folder:
+        (folder / "mark.json").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
