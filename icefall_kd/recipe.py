@@ -49,9 +49,8 @@ def train_main(argv: list[str] | None = None) -> int:
             tokenizer,
             label_specs=system.label_specs,
             min_coverage=config.kd.min_coverage,
-            with_audio=config.kd.kd != "none" and config.kd.teacher_labels == "online",
-            transducer=config.asr.transducer_scale > 0,
-            ctc=config.asr.ctc_scale > 0,
+            with_audio=system.needs_audio,
+            **system.alignment_losses,
             seed=config.loop.seed,
         )
         # Only once the loop has agreed to start: a refused command must not change the tokenizer of an exp_dir.

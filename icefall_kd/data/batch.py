@@ -29,6 +29,32 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """Posteriors of a batch: the k likeliest classes of each frame or token, all others as one."""
+
+    ids: Tensor
+    """(N, T_l, k) int64 different classes, likeliest first."""
+    probs: Tensor
+    """(N, T_l, k) float32, 0 beyond the lengths."""
+    rest: Tensor
+    """(N, T_l) float32: probability of all other classes together; with probs it adds up to 1."""
+    lens: Tensor
+    """(N,) int64: valid frames or tokens of each utterance; 0: it has no labels."""
+
+
+@dataclass(frozen=True)
+class NBest:
+    """A teacher's hypotheses of a batch, best first."""
+
+    tokens: Tensor
+    """(N, B, U) int64 token ids padded with 0 (the blank); B is the largest number of hypotheses."""
+    lens: Tensor
+    """(N, B) int64 tokens of each hypothesis."""
+    scores: Tensor
+    """(N, B) float32 log-probabilities; -inf where an utterance has fewer hypotheses, or no labels."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch of N utterances; fields that a consumer does not need may be absent."""
 
@@ -50,7 +76,7 @@ class Batch:
     """(N, U) int64 token ids padded with 0 (the blank)."""
     y_lens: Tensor | None = None
     """(N,) int64."""
-    labels: dict[str, Labels] = field(default_factory=dict)
+    labels: dict[str, Labels | TopK | NBest] = field(default_factory=dict)
     """Teacher labels by label set name."""
     durations: list[float] = field(default_factory=list)
     """Seconds of audio."""
@@ -62,11 +88,12 @@ class Batch:
         """Return the same batch with every tensor on ``device``."""
 
         def move(value):
+            if isinstance(value, Labels | TopK | NBest):
+                return type(value)(*(move(getattr(value, f.name)) for f in dataclasses.fields(value)))
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         fields = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "labels"}
-        labels = {name: Labels(move(x.values), move(x.lens)) for name, x in self.labels.items()}
-        return Batch(**fields, labels=labels)
+        return Batch(**fields, labels={name: move(x) for name, x in self.labels.items()})
 
     @classmethod
     def from_audio(cls, waves: Sequence[Tensor], ids: Sequence[str] | None = None) -> "Batch":

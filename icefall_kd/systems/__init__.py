@@ -3,8 +3,9 @@
 from icefall_kd.config import TrainConfig
 from icefall_kd.systems.base import System
 from icefall_kd.systems.mvq import build_mvq
+from icefall_kd.systems.nar import build_nar
 
-SYSTEMS = {"mvq": build_mvq}
+SYSTEMS = {"mvq": build_mvq, "nar": build_nar}
 
 
 def build_system(config: TrainConfig, vocab_size: int, inference: bool = False) -> System:

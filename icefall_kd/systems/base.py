@@ -48,7 +48,7 @@ class LabelSpec:
     name: str
     """Name in ``Batch.labels``."""
     kind: str
-    """"codebook_indexes" or "embeddings"."""
+    """"codebook_indexes", "embeddings", "ctc_posteriors", "token_posteriors" or "nbest"."""
     path: str | None
     """Folder of the stored set; None when the labels are made online by a teacher."""
     expect: dict = field(default_factory=dict)
@@ -66,6 +66,16 @@ class System(nn.Module):
     def label_specs(self) -> list[LabelSpec]:
         """Return the label sets that training batches must hold."""
         return []
+
+    @property
+    def needs_audio(self) -> bool:
+        """Return whether training batches must hold audio, for a teacher that runs in training."""
+        return False
+
+    @property
+    def alignment_losses(self) -> dict[str, bool]:
+        """Return which of the losses transducer and ctc are active: they ask for enough frames an utterance."""
+        raise NotImplementedError
 
     def losses(self, batch: Batch, step: int) -> LossTerms:
         """Return all loss terms of ``batch`` at global step ``step`` (0-based, for warm-ups)."""

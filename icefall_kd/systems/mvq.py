@@ -187,6 +187,16 @@ class MvqSystem(System):
             LabelSpec(name=t.name, kind=t.source.kind, path=t.source.path, expect=expect) for t in self.targets
         ]
 
+    @property
+    def needs_audio(self) -> bool:
+        """Return whether a teacher makes the labels in training."""
+        return self.online is not None
+
+    @property
+    def alignment_losses(self) -> dict[str, bool]:
+        """Return which losses are active."""
+        return {"transducer": self.asr.transducer_scale > 0, "ctc": self.asr.ctc_scale > 0}
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return encoder_out (N, T', C) and encoder_out_lens (N,)."""
         out = self.model.encoder(batch.features, batch.x_lens)

@@ -1,0 +1,45 @@
+"""Every option of the project, as frozen dataclasses; one thin command line over them.
+
+A command's configuration is a dataclass whose fields are groups (the dataclasses of these modules); on the
+command line and in YAML all fields are flat, since a field name occurs once among the groups of a command.
+Precedence: defaults < ``--config conf/x.yaml`` < flags.
+"""
+
+from icefall_kd.config.data import AugmentConfig, DataConfig
+from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
+from icefall_kd.config.labels import (
+    ExtractConfig,
+    ExtractLayersConfig,
+    ImportConfig,
+    LayersConfig,
+    QuantizerConfig,
+    TeacherConfig,
+)
+from icefall_kd.config.model import ENCODER_SIZES, ModelConfig
+from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
+from icefall_kd.config.training import AsrLossConfig, Kd, KdConfig, LoopConfig, OptimConfig, TrainConfig
+
+__all__ = [
+    "ENCODER_SIZES",
+    "AsrLossConfig",
+    "AttentionDecoderConfig",
+    "AugmentConfig",
+    "DataConfig",
+    "DecodeConfig",
+    "DecodingMethod",
+    "ExportConfig",
+    "ExtractConfig",
+    "ExtractLayersConfig",
+    "ImportConfig",
+    "Kd",
+    "KdConfig",
+    "LayersConfig",
+    "LoopConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "QuantizerConfig",
+    "RecogniserKdConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "TransferConfig",
+]

@@ -1,0 +1,170 @@
+"""Options of decode.py and of the export."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from icefall_kd.config.checks import at_least
+from icefall_kd.errors import ConfigError
+
+DecodingMethod = Literal[
+    "greedy_search", "modified_beam_search", "ctc_greedy_search",
+    "fast_beam_search", "fast_beam_search_nbest", "fast_beam_search_LG", "fast_beam_search_nbest_LG",
+    "ctc_decoding", "ctc_decoding_HLG", "ctc_decoding_nbest_HLG",
+    "ctc_prefix_beam_search", "joint_beam_search", "mask_predict", "nar_beam_search",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Decoding and scoring."""
+
+    exp_dir: Path = Path("exp")
+    """exp_dir of the training."""
+    test_parts: list[str] = field(default_factory=lambda: ["test"])
+    """Parts of manifest-dir, paths of lhotse cut sets, or folders of audio with *.trans.txt."""
+    manifest_dir: Path = Path("data/fbank")
+    """Folder of cuts_<part>.jsonl.gz."""
+    decoding_method: DecodingMethod = "greedy_search"
+    """Search; those over graphs (fast_beam_search..., ctc_decoding...) need k2."""
+    beam_size: int = 4
+    """Beam of modified_beam_search, ctc_prefix_beam_search, joint_beam_search and nar_beam_search."""
+    nbest: int = 1
+    """Hypotheses a utterance written with their scores (beam searches: at most beam-size)."""
+    joint_ctc_weight: float = 0.3
+    """joint_beam_search: weight of the CTC prefix score; the attention decoder's has the rest."""
+    passes: int = 10
+    """mask_predict and nar_beam_search: most passes K of the masked decoder; 0: one for each masked token."""
+    mask_threshold: float = 0.99
+    """mask_predict and nar_beam_search: CTC tokens with a lower probability are masked; 0: none."""
+    rescore_ctc_weight: float = 0.0
+    """nar_beam_search: weight of the CTC score with which finished hypotheses are ranked again; 0: they are not."""
+    nar_seeds: Literal["greedy", "prefix_beam"] = "greedy"
+    """nar_beam_search starts from the greedy CTC string, or from the beam-size best ones of a CTC prefix beam search,
+    whose lengths differ (which ranks finished hypotheses by rescore-ctc-weight)."""
+    rank_masks_by: Literal["probability", "logit"] = "probability"
+    """What makes a masked token easy to fill in: its best probability, or the best raw logit as in ESPnet."""
+    blank_penalty: float = 0.0
+    """Subtracted from the blank's logit in transducer searches; above 0: fewer deletions."""
+    temperature: float = 1.0
+    """Divides the logits in modified_beam_search and fast_beam_search."""
+    lm: Path | None = None
+    """Language model over tokens for modified_beam_search: an ARPA file (local/make_ngram.py --lang-dir) or the folder
+    of local/train_lm.py; see docs/decoding.md."""
+    lm_scale: float = 0.3
+    """Scale of its log-probabilities."""
+    lodr_arpa: Path | None = None
+    """ARPA file of a low-order token n-gram of the training text that is subtracted beside --lm (LODR)."""
+    lodr_scale: float = -0.16
+    """Scale of that n-gram's log-probabilities, below 0."""
+    hotwords: Path | None = None
+    """File of phrases that modified_beam_search prefers, one a line; "NEW YORK :2.5" gives a score of its own."""
+    hotwords_score: float = 1.5
+    """Score of each token of a phrase that has none of its own."""
+    ctm: bool = False
+    """Write ctm-<part>-<suffix>.ctm: begin and length of every word."""
+    lang_dir: Path | None = None
+    """Folder of LG.safetensors and HLG.safetensors, for the methods named after them."""
+    beam: float = 20.0
+    """Graph searches: log-probability behind the best state at which a state is dropped."""
+    max_contexts: int = 8
+    """fast_beam_search: different decoder contexts a frame."""
+    max_states: int = 64
+    """fast_beam_search: states a frame."""
+    output_beam: float = 8.0
+    """ctc_decoding: the beam of the lattice, behind its best path."""
+    ngram_lm_scale: float = 0.01
+    """Scale of LG's scores."""
+    hlg_scale: float = 0.6
+    """Scale of HLG's scores."""
+    num_paths: int = 200
+    """Methods with nbest: paths drawn from the lattice."""
+    nbest_scale: float = 0.5
+    """Methods with nbest: scale of the scores that paths are drawn with; smaller: more different ones."""
+    epoch: int | None = None
+    """Decode epoch-N.pt; None (and no --iter): the newest."""
+    iter: int | None = None
+    """Decode checkpoint-N.pt instead."""
+    avg: int = 1
+    """Epochs (or checkpoints) averaged."""
+    use_averaged_model: bool = True
+    """Use the running averages of the two end points of the range."""
+    weights: Path | None = None
+    """Decode this file of local/average.py --out NAME.safetensors; no option about epochs then counts."""
+    max_duration: float = 200.0
+    """Seconds of audio a batch."""
+    decode_chunk_size: int | None = None
+    """Streaming models: encoder frames of 40 ms a chunk, -1: the whole utterance; None: the first trained with."""
+    left_context_frames: int | None = None
+    """Streaming models: encoder frames seen before a chunk, -1: all; None: the first trained with."""
+    chunk_by_chunk: bool = False
+    """Streaming models: go through utterances chunk by chunk with caches, not once under a chunk mask; same results."""
+    tail_padding: float = 0.0
+    """Streaming models: seconds of silence put behind each utterance, as clients of a recogniser do (without stored
+    features, as zeros behind the samples)."""
+    unit: Literal["auto", "word", "char", "mixed", "token"] = "auto"
+    """Scoring unit; auto: the tokenizer's (word for bpe and char, char for hanzi, token for pinyin);
+    mixed: Chinese characters and whole words of other scripts."""
+    bootstrap: int = 1000
+    """Bootstrap samples of the confidence interval."""
+    device: str = "auto"
+    """auto: the GPU when there is one."""
+    num_threads: int | None = None
+    """torch threads on a CPU."""
+
+    def __post_init__(self) -> None:
+        at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
+        at_least(self, lm_scale=0, passes=0)
+        at_least(self, max_contexts=1, max_states=1, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
+        for name in ("joint_ctc_weight", "mask_threshold", "rescore_ctc_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie in 0 ... 1")
+        for name in ("temperature", "nbest_scale", "beam", "output_beam"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        added = [f"--{name}" for name in ("lm", "hotwords") if getattr(self, name) is not None]
+        if added and self.decoding_method != "modified_beam_search":
+            raise ConfigError(
+                f"{' and '.join(added)} with --decoding-method {self.decoding_method}: only modified_beam_search "
+                "weighs hypotheses that they could change; add --decoding-method modified_beam_search"
+            )
+        if self.lodr_arpa is not None and (self.lm is None or not self.lodr_scale < 0):
+            raise ConfigError(f"--lodr-arpa goes with --lm, and --lodr-scale (now {self.lodr_scale}) is below 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which model is exported, into which format."""
+
+    exp_dir: Path
+    """exp_dir of the training."""
+    out_dir: Path
+    """Folder of the export; an earlier export there is replaced."""
+    format: Literal["torchscript", "onnx", "sherpa-onnx"] = "sherpa-onnx"
+    """torchscript: three traced modules; onnx: the same three graphs; sherpa-onnx: those with the metadata and the
+    tokens.txt that sherpa-onnx reads."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: encoder and joiner once more with 8-bit weights (onnx and sherpa-onnx)."""
+    epoch: int | None = None
+    """Export epoch-N.pt; None (and no --iter): the newest."""
+    iter: int | None = None
+    """Export checkpoint-N.pt instead."""
+    avg: int = 1
+    """Epochs (or checkpoints) averaged."""
+    use_averaged_model: bool = True
+    """Use the running averages of the two end points of the range."""
+    decode_chunk_size: int | None = None
+    """Streaming models: encoder frames of 40 ms a chunk, -1: a model of whole utterances; None: the first trained
+    with."""
+    left_context_frames: int | None = None
+    """Streaming models: encoder frames seen before a chunk; None: the first trained with."""
+
+    def __post_init__(self) -> None:
+        at_least(self, epoch=1, iter=1, avg=1)
+        if self.left_context_frames == -1 and self.decode_chunk_size != -1:
+            raise ConfigError("--left-context-frames is -1; the caches of an exported model have one size: name it")
+        if self.format == "torchscript" and self.quantize != "none":
+            raise ConfigError(
+                f"--quantize {self.quantize} with --format torchscript: TorchScript is offered in float32 alone; "
+                "use --format onnx or sherpa-onnx"
+            )
