@@ -4,13 +4,15 @@
     benchmarks/nar_rtf.py --sizes big,small --out benchmarks/results/nar_rtf/cpu.json
     benchmarks/nar_rtf.py --exp-dirs exp/teacher,exp/student --manifest-dir data/fbank --test-part dev
 
-Without exp-dirs the models are random, of the sizes "A1-big" (ESPnet's AISHELL-1 recipe) and "A1-small a" (about a ninth)
-with V = 4233 and <mask>, and a script is planted in them: to the logits of the CTC head a number is added so that every
-utterance of --seconds has --tokens tokens, of which --masked-share have a probability of about 0.6 (they are masked) and
-the others one above 0.99; to those of the autoregressive decoder, so that it expects the same tokens with probabilities
-of about 0.9 and then the end.  All that the models compute is computed.  The masked decoder is left alone: what it fills
-in does not change its time.  Times are those of the encoder and of the search; computing fbanks is not among them.
-Searches take turns utterance by utterance, so that another load on the machine hits all of them.
+Without exp-dirs the models are random, of the sizes "A1-big" (ESPnet's AISHELL-1 recipe) and "A1-small a" (about a
+ninth) with V = 4233 and <mask>, and a script is planted in them.  Numbers are added to the logits of the CTC head, so
+that an utterance of --seconds has --tokens tokens, of which --masked-share have a probability of about 0.7 and are
+masked, the others one above 0.99; and to those of the autoregressive decoder, so that it expects the same tokens with
+probabilities of about 0.9, then the end.  All that the models compute is computed.  The masked decoder is left alone:
+what it fills in does not change its time.
+
+Times are those of the encoder and of the search; computing fbanks is not among them.  Searches take turns utterance by
+utterance, so that another load on the machine hits all of them.
 """
 
 import dataclasses
@@ -103,13 +105,13 @@ class Script:
     tokens: list[int]
     unsure: list[bool]
 
-    def ctc(self, frames: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def ctc(self, frames: int, device: torch.device, vocab: int = VOCAB) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return what is added to CTC logits: blanks, and a token every few frames."""
         at = [(2 * i + 1) * frames // (2 * len(self.tokens)) for i in range(len(self.tokens))]
-        rows = [(t * VOCAB, 15.0) for t in range(frames) if t not in at]
+        rows = [(t * vocab, 15.0) for t in range(frames) if t not in at]
         for t, token, unsure in zip(at, self.tokens, self.unsure, strict=True):
-            other = 3 + (token + 7) % (VOCAB - 4)
-            rows += [(t * VOCAB + token, 15.0)] + [(t * VOCAB + other, 14.0)] * unsure
+            other = 3 + (token + 7) % (vocab - 4)
+            rows += [(t * vocab + token, 15.0)] + [(t * vocab + other, 14.0)] * unsure
         return [_part(rows, device)]
 
     def attention(self, end: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -165,7 +167,7 @@ def searches_of(size: str, config: RtfConfig, device: torch.device) -> dict[str,
     if config.espnet:
         from espnet_models import espnet_searches
 
-        found |= espnet_searches(teacher, student)
+        found |= espnet_searches(teacher, student, Planted)
     return found
 
 
@@ -179,7 +181,7 @@ def run(model, search, features: torch.Tensor, script: Script) -> tuple[float, f
     if isinstance(model.decoder.output, Planted):
         model.decoder.output.say(script.attention(model.sos_id, device))
     if hasattr(search, "say"):
-        search.say(script, device)
+        search.say(script, frames, device)
     begin = _now(device)
     out = model.encoder(features, lens)
     middle = _now(device)
@@ -271,7 +273,9 @@ def measure_trained(config: RtfConfig, device: torch.device) -> list[dict]:
             for _ in range(config.repeats):
                 batches = decoding_batches(cuts, trained.tokenizer, max_duration=0.1, features=features)
                 timed.append(decode_batches(trained.system, decoder, batches))
-            encoder, search = (statistics.median(getattr(d, f"{k}_seconds") for d in timed) for k in ("encoder", "search"))
+            encoder, search = (
+                statistics.median(getattr(d, f"{part}_seconds") for d in timed) for part in ("encoder", "search")
+            )
             row = {"size": exp_dir.name, "search": name}
             row["million_parameters"] = sum(p.numel() for p in trained.system.parameters()) / 1e6
             rows.append({**row, **_times(encoder, search, len(timed[0].ids), timed[0].audio_seconds)})
@@ -308,7 +312,8 @@ def main() -> None:
             for k, v in dataclasses.asdict(config).items()
             if k not in ("out", "exp_dirs", "manifest_dir")
         }
-        write_json(config.out, {**measured_on(device), "espnet": package_version("espnet"), "options": options, "rows": rows})
+        record = {**measured_on(device), "espnet": package_version("espnet"), "options": options, "rows": rows}
+        write_json(config.out, record)
 
 
 if __name__ == "__main__":
