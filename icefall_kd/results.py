@@ -34,13 +34,13 @@ class LabelStorage:
     """What a label set takes on the disk."""
 
     kind: str
-    """"codebook_indexes" or "embeddings"."""
+    """LabelSetInfo.kind."""
     width: int
-    """Values a teacher frame: codebooks or channels."""
+    """Values a row."""
     dim: int
-    """Channels of the teacher's embeddings."""
+    """LabelSetInfo.plain_floats: channels of the teacher's embeddings, classes of its posteriors; 0: no such form."""
     frames: int
-    """Teacher frames."""
+    """Rows: frames, tokens, or numbers of lists."""
     hours: float
     """Hours of audio, speed copies counted."""
     file_bytes: int
@@ -209,7 +209,7 @@ def measure_labels(label_dir: Path) -> LabelStorage:
     return LabelStorage(
         kind=info.kind,
         width=info.width,
-        dim=info.dim,
+        dim=info.plain_floats,
         frames=sum(shard.num_frames for shard in opened),
         hours=sum(shard.num_samples for shard in opened) / info.sampling_rate / 3600.0,
         file_bytes=sum(path.stat().st_size for path in shards),
