@@ -82,8 +82,8 @@ class DigitString:
 def bigram_grammar(seed: int) -> dict[str, dict[str, float]]:
     """Draw a bigram grammar: of each digit those that may follow it, with their probabilities FOLLOWERS.
 
-    Every digit follows three others, and three follow it, with the same three probabilities, so that digits are uniform at every place of a
-    string, as without a grammar: what differs is context alone (our design).
+    Every digit follows three others, and three follow it, with the same three probabilities: digits are uniform at
+    every place of a string, as without a grammar, so what differs is context alone (our design).
     """
     rng = random.Random(f"grammar/{seed}")
     orders = [DIGITS]
