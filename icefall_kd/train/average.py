@@ -233,6 +233,12 @@ def load_trained(exp_dir: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         return load_for_decoding(exp_dir, use_averaged_model=False)
 
 
+def trained_tokenizer(exp_dir: str | Path) -> str:
+    """Return the hash of the tokenizer that the newest checkpoint of a training knows; empty: none is recorded."""
+    kind = "epoch" if list_checkpoints(exp_dir, "epoch") else "checkpoint"
+    return load_checkpoint(last_n(exp_dir, 1, kind)[-1], mmap=True, verify=False).get("tokenizer_hash", "")
+
+
 def _config(path: Path, tokenizer_hash: str | None) -> dict[str, Any]:
     """Return the configuration in a checkpoint, unless it was trained with another tokenizer."""
     checkpoint = load_checkpoint(path, mmap=True, verify=False)
