@@ -63,14 +63,14 @@ def test_outputs_equal_the_models_within_the_tolerance(student, exported):
             torch.testing.assert_close(logits[i, :u], wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("threshold", [0.99, 0.3])
-def test_the_driver_finds_what_mask_predict_finds(student, exported, monkeypatch, threshold):
+@pytest.mark.parametrize("passes", [10, 2])
+def test_the_driver_finds_what_mask_predict_finds(student, exported, monkeypatch, passes):
     spec = importlib.util.spec_from_file_location("onnx_mask_predict", DRIVER)
     driver = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(driver)
-    monkeypatch.setattr(driver, "THRESHOLD", threshold)
+    monkeypatch.setattr(driver, "PASSES", passes)
     system = trained(student).system
-    search = MaskPredict(system.model, mask_threshold=threshold)
+    search = MaskPredict(system.model, passes=passes, mask_threshold=driver.THRESHOLD)
     masked = []
     for seed, num_samples in enumerate((48000, 31000, 80000, 2000, 16000, 100)):
         wave = babble(num_samples, seed)
@@ -82,7 +82,7 @@ def test_the_driver_finds_what_mask_predict_finds(student, exported, monkeypatch
             (hyp,) = search.decode(out.encoder_out, out.encoder_out_lens)[0]
         assert driver.recognise(exported, np.asarray(wave)) == TOKENS.decode(hyp.tokens)
         masked.append(hyp.masked)
-    assert max(masked) > 15 and min(masked) == 0  # several masks a pass, and none at all
+    assert max(masked) >= 4 and min(masked) == 0  # with two passes, several masks a pass; and none at all
 
 
 def test_the_driver_is_short_and_does_without_this_project():
