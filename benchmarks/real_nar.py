@@ -140,12 +140,12 @@ def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
     kept = ("loss", "acc", "epoch", "step")
     stores = [LabelStore(path) for path in run["config"]["label_dir"]]
     decodings = {search_name(result): result for result in find_results(exp_dir, part="dev")}
-    names = ("finished", "epochs", "steps", "seconds", "audio_hours_per_hour", "peak_memory_gib", "parameters", "device")
+    names = ("finished", "epochs", "steps", "seconds", "audio_hours_per_hour", "peak_memory_gib")
     return {
         "bed": bed,
         "system": system,
         "seed": seed,
-        "training": {name: summary[name] for name in names},
+        "training": {name: summary[name] for name in (*names, "parameters", "device")},
         "options": run["config"],
         "last": {kind: {k: v for k, v in r.items() if k.endswith(kept)} for kind, r in last.items()},
         "labels": [{"kind": s.info.kind, "fingerprint": s.info.fingerprint, **s.storage_report()} for s in stores],
