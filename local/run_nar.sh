@@ -18,7 +18,7 @@ valid_parts=               # Parts to validate and choose on
 test_parts=                # Parts to decode, with commas
 data_dir=                  # Prepared data; empty: data/CORPUS
 exp_dir=                   # Experiments; empty: exp/CORPUS-nar
-systems=                   # Students, with spaces; empty: all but teacher-small, five of them for the demo
+systems=                   # Students, with spaces; empty: all but teacher-small, five of them for the demo; teacher: none
 seeds=42                   # Seeds, with spaces: one teacher, and one training of each system, a seed
 teacher_exp_dir=           # A trained teacher (train.py --system nar --attention-decoder ar); empty: train one a seed
 num_shards=4               # Shards of each label set: tasks of the extraction
@@ -66,8 +66,9 @@ system_dir() { # system_dir SYSTEM SEED: the exp_dir of a training
   fi
 }
 
-# configs_of SYSTEM: sets configs, the option files of a system; of two that name an option the later one counts.  They
-# lie beside --config; those of transfer and distillation, which hold for any size, otherwise in conf/ of the recipe.
+# configs_of SYSTEM: sets configs, the option files of a system; of two that name an option the later one counts.
+# Beside NAME.yaml of --config lie NAME_teacher.yaml and NAME_small.yaml, NAME_transfer.yaml where transferred students
+# differ in more than their start, and NAME_frame.yaml and its like; where those are missing, they are the recipe's.
 configs_of() {
   local layer layers=() file
   case $1 in
@@ -87,7 +88,10 @@ behind them, and teacher-small" ;;
   configs=("$config")
   for layer in "${layers[@]}"; do
     file=${config%.yaml}_$layer.yaml
-    [[ -f $file || $layer == teacher || $layer == small ]] || file=conf/nar_$layer.yaml
+    case $layer in
+      transfer) [[ -f $file ]] || continue ;;
+      *frame | *sequence) [[ -f $file ]] || file=conf/nar_$layer.yaml ;;
+    esac
     configs+=("$file")
   done
 }
@@ -95,6 +99,7 @@ behind them, and teacher-small" ;;
 for system in $systems; do # a wrong word is told before a teacher is trained
   configs_of "$system"
 done
+[[ $systems != teacher ]] || systems="" # which has its row anyhow
 
 label_kinds() { # label_kinds SYSTEM: the kinds of labels that its training reads
   case $1 in
