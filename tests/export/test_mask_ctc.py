@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from icefall_kd.decode.mask_ctc import MaskPredict
 from nar_toys import nar_config, write_exp_dir
 
 from icefall_kd.config import DecodeConfig, ExportConfig
 from icefall_kd.data.features import FbankExtractor
+from icefall_kd.decode.mask_ctc import MaskPredict
 from icefall_kd.errors import ConfigError
 from icefall_kd.export.exporter import export
 from icefall_kd.export.onnx_files import open_onnx
