@@ -22,6 +22,8 @@ class Hypothesis:
     """Encoder frame (0-based) at which each token was emitted."""
     text: str | None = None
     """Words of a search over a graph that has them; None: the tokens spell the text."""
+    masked: int | None = None
+    """How many tokens of the CTC string were masked, of a search that masks."""
 
 
 @runtime_checkable
