@@ -9,10 +9,9 @@ from lhotse import CutSet
 from lhotse.utils import fastcopy
 from micro_corpus import WORDS, read_cuts, write_corpus, write_labels
 from recogniser_toys import (
+    CPU,
     KINDS,
-    ToySearch,
     kind_configs,
-    load_teacher,
     recogniser_config,
     training_config,
     write_recogniser,
@@ -27,10 +26,15 @@ from icefall_kd.labels.recogniser import packing_error
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.systems import build_system
 from icefall_kd.systems.base import LabelSpec
-from icefall_kd.teachers.recogniser import RecogniserOptions
+from icefall_kd.teachers.recogniser import RecogniserOptions, RecogniserTeacher
 from icefall_kd.text.tokenizer import Tokenizer
 
-TOP_K, NBEST = 4, 2
+TOP_K, NBEST, BEAM = 4, 2, 3
+
+
+def load_teacher(exp_dir) -> RecogniserTeacher:
+    options = RecogniserOptions(top_k=TOP_K, nbest_size=NBEST, beam_size=BEAM)
+    return RecogniserTeacher.load(exp_dir, CPU, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def corpus(tmp_path_factory):
     """Return a corpus with a recogniser's exp_dir, and label sets of all kinds of most of its utterances."""
     folder = write_corpus(tmp_path_factory.mktemp("corpus"))
     exp_dir = write_recogniser(folder / "teacher", Tokenizer.load(folder / "lang_char"))
-    teacher = load_teacher(exp_dir, options=RecogniserOptions(top_k=TOP_K, nbest_size=NBEST))
+    teacher = load_teacher(exp_dir)
     cuts = folder / "fbank/cuts_train.jsonl.gz"
     extract_layers(kind_configs(cuts, folder / "labels"), teacher)
     CutSet.from_cuts(list(CutSet.from_file(cuts))[:-1]).to_file(folder / "most.jsonl.gz")
@@ -62,7 +66,7 @@ SCALES = {f"{name}_scale": 1.0 for name in ("ctc_kd", "token_kd", "nbest_ctc", "
 
 
 def test_stored_labels_are_the_online_ones(corpus):
-    teacher = load_teacher(corpus / "teacher", options=RecogniserOptions(top_k=TOP_K, nbest_size=NBEST))
+    teacher = load_teacher(corpus / "teacher")
     seen = 0
     for batch in data_module(corpus, with_audio=True).train_batches(1):
         seen += len(batch)
@@ -86,7 +90,7 @@ def test_stored_labels_are_the_online_ones(corpus):
 
 
 def test_a_student_has_the_same_losses_from_stored_and_online_labels(corpus):
-    sizes = {"kd_top_k": TOP_K, "kd_nbest": NBEST}
+    sizes = {"kd_top_k": TOP_K, "kd_nbest": NBEST, "kd_beam_size": BEAM}
     online = training_config(corpus / "teacher", corpus / "lang_char", without_dropout(), **SCALES, **sizes)
     folders = [corpus / "labels" / kind for kind in KINDS]
     stored = replace(online, kd=replace(online.kd, teacher_labels="stored", label_dir=folders))
@@ -95,7 +99,6 @@ def test_a_student_has_the_same_losses_from_stored_and_online_labels(corpus):
     for name, config in (("online", online), ("stored", stored)):
         torch.manual_seed(3)
         systems[name] = build_system(config, vocab_size).train()
-    systems["online"].online._search = ToySearch(systems["online"].online.model)
     assert {s.kind for s in systems["stored"].label_specs} == set(KINDS) and not systems["stored"].needs_audio
     for batch in data_module(corpus, with_audio=True).train_batches(1):
         terms = {}

@@ -186,11 +186,11 @@ def test_the_command_line_names_a_folder_for_each_kind():
 
 
 def test_the_commands_print_what_an_hour_costs(tmp_path, repo, cuts, exp_dir, monkeypatch, capsys):
-    folders = [tmp_path / "ctc", tmp_path / "tokens"]
+    folders = [tmp_path / "ctc", tmp_path / "tokens", tmp_path / "nbest"]
     script_main(
         repo, "extract_labels", monkeypatch, "--cuts", cuts, "--label-dir", ",".join(map(str, folders)),
-        "--kind", "ctc_posteriors,token_posteriors", "--teacher", exp_dir, "--top-k", 3,
-        "--teacher-device", CPU.teacher_device,
+        "--kind", "ctc_posteriors,token_posteriors,nbest", "--teacher", exp_dir, "--top-k", 3,
+        "--nbest-size", 2, "--nbest-beam-size", 3, "--teacher-device", CPU.teacher_device,
     )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     for line, folder in zip(lines, folders, strict=True):
@@ -201,5 +201,11 @@ def test_the_commands_print_what_an_hour_costs(tmp_path, repo, cuts, exp_dir, mo
     info = capsys.readouterr().out
     # 14 characters and 4 specials of 4 bytes, against a token, 3 classes, 3 probabilities and a rest of 2 bytes each
     assert "float32 posteriors of 18 would take 4.5 times as much" in info and " tokens, " in info
+    script_main(repo, "label_sets", monkeypatch, "info", folders[2])
+    info = capsys.readouterr().out
+    assert "float32" not in info.rpartition("}")[2] and " numbers, " in info
     script_main(repo, "label_sets", monkeypatch, "verify", *folders)
-    assert capsys.readouterr().out.count("all sound, ") == 2
+    assert capsys.readouterr().out.count("all sound, ") == 3
+    store = LabelStore(folders[2])
+    lists = [unpack_nbest(store.get(key)) for key in store.keys()]
+    assert all(len(hypotheses) == 2 for hypotheses in lists)

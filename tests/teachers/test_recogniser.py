@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from recogniser_toys import ToySearch, load_teacher, recogniser_config, training_config, write_recogniser
+from recogniser_toys import CPU, ToySearch, load_teacher, recogniser_config, training_config, write_recogniser
 from torch.nn.utils.rnn import pad_sequence
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import TeacherConfig, TrainConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.data.features import FbankExtractor
+from icefall_kd.decode.joint_beam import JointBeamSearch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len, fbank_num_frames
 from icefall_kd.labels.info import RECOGNISER_ROWS
@@ -112,6 +113,19 @@ def test_labels_are_what_the_parts_of_the_model_say(exp_dir, batch, model, token
     assert not torch.isin(labels["token_posteriors"].ids, torch.tensor([0, 1, 13]))[
         torch.arange(labels["token_posteriors"].ids.shape[1]) < batch.y_lens.unsqueeze(1)
     ].any()
+
+
+def test_the_nbest_lists_are_those_of_the_joint_beam_search(exp_dir, batch, model):
+    options = RecogniserOptions(nbest_size=3, beam_size=4)
+    labels = RecogniserTeacher.load(exp_dir, CPU, options=options).labels(batch, ["nbest"])["nbest"]
+    with torch.no_grad():
+        out = model.encoder(batch.features, batch.x_lens)
+    # The weight of CTC is that of the training.
+    found = JointBeamSearch(model, 4, nbest=3, ctc_weight=0.4).decode(out.encoder_out, out.encoder_out_lens)
+    assert labels.scores.shape == (4, 3)
+    for i, hypotheses in enumerate(found):
+        assert [labels.tokens[i, j, : labels.lens[i, j]].tolist() for j in range(3)] == [h.tokens for h in hypotheses]
+        assert labels.scores[i].tolist() == pytest.approx([h.score for h in hypotheses], abs=1e-3)
 
 
 def test_the_rows_of_extraction_are_the_labels_of_training(exp_dir, batch, teacher):
