@@ -41,13 +41,13 @@ class LabelStorage:
     """What a label set takes on the disk."""
 
     kind: str
-    """Kind of the label set."""
+    """LabelSetInfo.kind."""
     width: int
-    """Values a row: codebooks, channels, or what a recogniser's labels hold."""
+    """Values a row."""
     dim: int
-    """Numbers of a row's plain float32 form (LabelSetInfo.plain_floats); 0: there is none."""
+    """LabelSetInfo.plain_floats: channels of the teacher's embeddings, classes of its posteriors; 0: no such form."""
     frames: int
-    """Rows: teacher frames, tokens, or parts of lists."""
+    """Rows: frames, tokens, or numbers of lists."""
     hours: float
     """Hours of audio, speed copies counted."""
     file_bytes: int

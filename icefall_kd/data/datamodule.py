@@ -28,6 +28,7 @@ from icefall_kd.data.features import FRAME_SHIFT, SILENCE, FbankExtractor
 from icefall_kd.data.filters import check_cuts, filter_cuts
 from icefall_kd.data.loader import Loader, audio_of, features_of
 from icefall_kd.data.manifests import iterate_cuts
+from icefall_kd.data.transcripts import pad_tokens, transcript
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.labels.align import check_lengths, collate_codes, collate_embeddings
@@ -160,8 +161,8 @@ class CutBatches(Dataset):
             ]
         # Cut sets that name no spans of recordings can be decoded and trained on, but not joined with labels.
         keys = [label_key(cut) for cut in clean] if self.stores else []
-        texts = [" ".join(s.text for s in cut.supervisions if s.text) for cut in clean]
-        tokens = [torch.tensor(self.tokenizer.encode(text), dtype=torch.int64) for text in texts]
+        texts = [transcript(cut) for cut in clean]
+        y, y_lens = pad_tokens(self.tokenizer, texts)
         audio = audio_lens = None
         if self.with_audio:
             waves = [audio_of(cut) for cut in clean]
@@ -175,8 +176,8 @@ class CutBatches(Dataset):
             audio=audio,
             audio_lens=audio_lens,
             texts=texts,
-            y=pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.blank_id),
-            y_lens=torch.tensor([len(t) for t in tokens]),
+            y=y,
+            y_lens=y_lens,
             labels={name: self._labels(store, clean, keys, features) for name, store in self.stores.items()},
             durations=[cut.duration for cut in clean],
         )
