@@ -67,6 +67,14 @@ class Decoded:
         }
         return {name: None if math.isnan(value) else value for name, value in values.items()}
 
+    def masked_share(self) -> dict[str, float | None]:
+        """Return the share of the best hypotheses' tokens that were masked; nothing for a search that does not mask."""
+        best = [nbest[0] for nbest in self.nbest]
+        if not best or any(hyp.masked is None for hyp in best):
+            return {}
+        tokens = sum(len(hyp.tokens) for hyp in best)
+        return {"masked_share": sum(hyp.masked for hyp in best) / tokens if tokens else None}
+
 
 def build_decoder(system, config: DecodeConfig, tokenizer=None) -> Decoder:
     """Return the search that ``config`` names, from the system's constructors, with language model and hot words.
@@ -118,7 +126,7 @@ def decode_suffix(
     elif config.decoding_method.startswith(("fast_beam_search", "ctc_decoding")):
         parts += _graph_suffix(config)
     else:
-        parts.append(config.decoding_method)
+        parts += [config.decoding_method, *_nar_suffix(config)]
     if chunks != WHOLE_UTTERANCE:
         parts[0] += f"_chunk-{chunks.chunk_size}_left-context-{chunks.left_context_frames}"
         parts[0] += "_streaming" if config.chunk_by_chunk else ""
@@ -148,6 +156,22 @@ def _plain_name(path: Path) -> str:
         path = path.parent
     name = path.resolve().name.removesuffix(".gz")
     return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(arpa|txt|safetensors)$", "", name))
+
+
+def _nar_suffix(config: DecodeConfig) -> list[str]:
+    """Return the parameters of the searches of --system nar, none of other searches."""
+    method, parts = config.decoding_method, []
+    if method in ("ctc_prefix_beam_search", "joint_beam_search", "nar_beam_search"):
+        parts.append(f"beam-size-{config.beam_size}")
+    if method == "joint_beam_search":
+        parts.append(f"ctc-weight-{config.joint_ctc_weight}")
+    if method in ("mask_predict", "nar_beam_search"):
+        parts += [f"passes-{config.passes}", f"threshold-{config.mask_threshold}"]
+        parts += [f"rank-by-{config.rank_masks_by}"] if config.rank_masks_by != "probability" else []
+    if method == "nar_beam_search":
+        parts += [f"seeds-{config.nar_seeds}"] if config.nar_seeds != "greedy" else []
+        parts += [f"rescore-ctc-weight-{config.rescore_ctc_weight}"] if config.rescore_ctc_weight else []
+    return parts
 
 
 def _graph_suffix(config: DecodeConfig) -> list[str]:
@@ -311,6 +335,7 @@ def decode_parts(
             raise DataError(f"part {part} has no utterance to decode; check its cut set and --max-duration")
         scored = score_decoded(decoded, tokenizer, config.unit)
         results[part] = {"part": part, "suffix": suffix, **summarize(scored, config.bootstrap), **decoded.rtf()}
+        results[part] |= decoded.masked_share()
         results[part] |= {"audio_seconds": decoded.audio_seconds, **record, "utterances": per_utterance(scored)}
         name = f"{part}-{suffix}"
         write_recogs(res_dir / f"recogs-{name}.txt", scored)
@@ -359,6 +384,8 @@ def _nbest_lines(decoded: Decoded, tokenizer) -> Iterator[dict]:
     for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
         hyps = [{**dataclasses.asdict(h), "text": _text(h, tokenizer)} for h in decoded.nbest[i]]
         for hyp in hyps:
+            if hyp["masked"] is None:
+                del hyp["masked"]
             hyp["times"] = [encoder_seconds(t) for t in hyp["timestamps"]] if hyp["timestamps"] is not None else None
         yield {"id": decoded.ids[i], "ref": decoded.refs[i], "nbest": hyps}
 
@@ -376,6 +403,8 @@ def write_ctm(path: Path, decoded: Decoded, tokenizer) -> None:
     with atomic_write(path, "w") as f:
         for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
             best = decoded.nbest[i][0]
+            if best.timestamps is None:
+                raise ConfigError("--ctm needs a search that gives the frames of tokens; joint_beam_search has none")
             for word, first, last in tokenizer.words(best.tokens):
                 begin, end = (encoder_seconds(t) for t in (best.timestamps[first], best.timestamps[last] + 1))
                 f.write(f"{decoded.ids[i]} 1 {begin:.2f} {end - begin:.2f} {word}\n")
@@ -385,6 +414,8 @@ def _line(scored: Score, result: dict) -> str:
     line = scored.line(result["part"])
     if result["interval"]:
         line += " 95% interval {:.2f} to {:.2f}".format(*result["interval"])
+    if result.get("masked_share") is not None:
+        line += f", {100 * result['masked_share']:.1f} % of the tokens masked"
     if result["rtf"] is not None:
         line += f", RTF {result['rtf']:.4f} ({result['rtf_with_warm_up']:.4f} with warm-up)"
     if result["algorithmic_latency"] is None:

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from icefall_kd.config import RecogniserKdConfig, TrainConfig
 from icefall_kd.data.batch import Batch, Labels, NBest, TopK
 from icefall_kd.decode.ctc import CtcGreedySearch
+from icefall_kd.decode.ctc_prefix import CtcPrefixBeamSearch
+from icefall_kd.decode.joint_beam import JointBeamSearch
+from icefall_kd.decode.mask_ctc import MaskPredict
+from icefall_kd.decode.nar_beam import NarBeamSearch
 from icefall_kd.errors import ConfigError
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.ctc import ctc_loss
@@ -257,7 +261,14 @@ class NarSystem(System):
 
     def decoders(self) -> dict[str, object]:
         """Return the constructors of this model's searches, by the names of --decoding-method."""
-        return {"ctc_greedy_search": lambda config: CtcGreedySearch(self.model)}
+        found: dict[str, object] = {"ctc_greedy_search": lambda config: CtcGreedySearch(self.model)}
+        found["ctc_prefix_beam_search"] = lambda config: CtcPrefixBeamSearch.from_config(self.model, config)
+        if self.model.decoder.causal:
+            found["joint_beam_search"] = lambda config: JointBeamSearch.from_config(self.model, config)
+        else:
+            found["mask_predict"] = lambda config: MaskPredict.from_config(self.model, config)
+            found["nar_beam_search"] = lambda config: NarBeamSearch.from_config(self.model, config)
+        return found
 
     def inference_state_dict(self) -> dict[str, Tensor]:
         """Return the parameters without the distillation heads."""
