@@ -57,6 +57,7 @@ if [[ -z $systems ]]; then
   [[ $corpus != demo ]] || systems="scratch transfer transfer-both small small-both"
 fi
 [[ $short == false ]] || train_args="$train_args --num-epochs 2"
+[[ $recipe != *librispeech || $corpus != librispeech ]] || : "${vocab_size:=5000}" # as in the recipes that conf/nar.yaml follows
 
 system_dir() { # system_dir SYSTEM SEED: the exp_dir of a training
   if [[ $1 == teacher && -n $teacher_exp_dir ]]; then
