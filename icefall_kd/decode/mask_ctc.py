@@ -81,11 +81,10 @@ class Filling:
             (A, G, S, V) float32 log-probabilities, minus infinity for tokens that are never predicted; (A, G, S) how
             easy each slot is, minus infinity for those that hold a token.
         """
-        y, (a, g, s) = self.strings(held), held.shape
-        logits = self.model.decoder(y.flatten(0, 1), self.lens.repeat_interleave(g), self.memory)  # (A * G, U, V)
-        logits = logits.view(*y.shape, -1)
-        slots = self.slots.clamp(max=y.shape[2] - 1)[:, None, :, None].expand(a, g, s, logits.shape[3])
-        logits = logits.gather(2, slots).float()
+        y, g = self.strings(held), held.shape[1]
+        slots = self.slots.clamp(max=y.shape[2] - 1).repeat_interleave(g, dim=0)  # an unused slot: any position
+        logits = self.model.decoder(y.flatten(0, 1), self.lens.repeat_interleave(g), self.memory, slots)
+        logits = logits.float().view(*held.shape, -1)
         log_probs = logits.log_softmax(dim=-1).index_fill_(3, self.specials, -torch.inf)
         ranked = log_probs if rank_by == "probability" else logits.index_fill_(3, self.specials, -torch.inf)
         return log_probs, ranked.amax(dim=-1).masked_fill(held != self.model.mask_id, -torch.inf)

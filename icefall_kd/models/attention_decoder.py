@@ -161,16 +161,17 @@ class AttentionDecoder(nn.Module):
         seen = ~make_pad_mask(lens, encoder_out.shape[1])[:, None, None, :]
         return DecoderMemory([k for k, _ in projected], [v for _, v in projected], seen)
 
-    def forward(self, y: Tensor, y_lens: Tensor, memory: DecoderMemory) -> Tensor:
-        """Return the logits of every position.
+    def forward(self, y: Tensor, y_lens: Tensor, memory: DecoderMemory, at: Tensor | None = None) -> Tensor:
+        """Return the logits of every position, or of some.
 
         Args:
             y: (R, U) token ids, R = N * G: G sequences of each utterance of the memory, one after the other; any
                 valid id beyond the lengths.
             y_lens: (R,) valid tokens; a row without tokens returns nothing of use.
             memory: of :meth:`memory`.
+            at: (R, S) positions whose logits are wanted; None: all.
         Returns:
-            (R, U, V): causal, of the token that follows each; else of the token that stands there.
+            (R, U, V), or (R, S, V): causal, of the token that follows each; else of the token that stands there.
         """
         seen = ~make_pad_mask(y_lens.to(y.device).clamp(min=1), y.shape[1])[:, None, None, :]  # (R, 1, 1, U)
         if self.causal:
@@ -178,7 +179,7 @@ class AttentionDecoder(nn.Module):
         x = self._embed(y, 0)
         for i, layer in enumerate(self.layers):
             x, _ = layer(x, seen, (memory.keys[i], memory.values[i], memory.seen))
-        return self._logits(x)
+        return self._logits(x if at is None else x.gather(1, at.unsqueeze(2).expand(-1, -1, self.dim)))
 
     def start(self, memory: DecoderMemory, rows: int) -> DecoderCache:
         """Return the cache of ``rows`` empty sequences (a multiple of N) of a causal decoder."""

@@ -322,3 +322,13 @@ def test_options_reach_the_searches_and_a_teacher_is_refused():
     assert beam.prefixes.beam_size == 7
     with pytest.raises(ConfigError, match="decode it with --decoding-method joint_beam_search"):
         MaskPredict(nar_model(0, decoder="ar"))
+
+
+def test_logits_of_some_positions_are_those_of_all():
+    model = nar_model(0)
+    x, lens = ragged_batch(0, n=3)
+    memory = model.decoder.memory(x, lens)
+    y, at = torch.randint(3, 11, (6, 7)), torch.randint(0, 7, (6, 4))
+    y_lens = torch.tensor([7, 6, 7, 3, 2, 7])
+    logits = model.decoder(y, y_lens, memory)
+    assert torch.allclose(model.decoder(y, y_lens, memory, at), logits.gather(1, at.unsqueeze(2).expand(-1, -1, 12)))
