@@ -26,6 +26,7 @@ from icefall_kd.decode.joint_beam import JointBeamSearch
 from icefall_kd.decode.mask_ctc import MaskPredict
 from icefall_kd.decode.nar_beam import NarBeamSearch
 from icefall_kd.errors import ConfigError
+from icefall_kd.frames import FBANK_CONV2D
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.ctc import ctc_loss
 from icefall_kd.losses.masked_lm import draw_masks, smoothed_cross_entropy
@@ -85,7 +86,8 @@ class NarSystem(System):
     @property
     def label_specs(self) -> list[LabelSpec]:
         """Return the stored label sets of the active distillation terms."""
-        return [LabelSpec(name=kind, kind=kind, path=path) for kind, path in self.paths.items()]
+        frames = {"frame_formula": FBANK_CONV2D}  # a teacher's frame is a student's
+        return [LabelSpec(name=kind, kind=kind, path=path, expect=frames) for kind, path in self.paths.items()]
 
     @property
     def needs_audio(self) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lhotse import CutSet
 from lhotse.utils import fastcopy
-from micro_corpus import WORDS, read_cuts, write_corpus, write_labels
+from micro_corpus import WORDS, label_info, read_cuts, write_corpus, write_labels
 from recogniser_toys import (
     CPU,
     KINDS,
@@ -161,6 +161,16 @@ def test_another_kind_than_the_system_wants_is_refused(corpus):
     config = DataConfig(manifest_dir=corpus / "fbank", num_workers=0)
     with pytest.raises(DataError, match="kind is 'ctc_posteriors', expected 'nbest'"):
         DataModule(config, AugmentConfig(), Tokenizer.load(corpus / "lang_char"), label_specs=[spec])
+
+
+def test_embeddings_at_another_frame_rate_are_refused_by_the_system(corpus, tmp_path):
+    info = label_info(kind="embeddings", dtype="float16", width=8)  # of HuBERT's frames
+    write_labels(tmp_path / "hubert", read_cuts(corpus), info)
+    config = training_config(corpus / "teacher", corpus / "lang_char", without_dropout(), encoder_kd_scale=1.0)
+    config = replace(config, kd=replace(config.kd, teacher_labels="stored", label_dir=[tmp_path / "hubert"]))
+    (spec,) = build_system(config, 14).label_specs
+    with pytest.raises(DataError, match="frame_formula is"):
+        LabelStore(spec.path, expect=spec.expect)
 
 
 def test_token_posteriors_of_a_changed_transcript_are_refused(corpus):
