@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from icefall_kd.cli import config_to_dict
-from icefall_kd.config import AttentionDecoderConfig, ModelConfig, TeacherConfig, TrainConfig
+from icefall_kd.config import AttentionDecoderConfig, ExtractConfig, ModelConfig, TeacherConfig, TrainConfig
 from icefall_kd.decode.base import Hypothesis
 from icefall_kd.models.ctc_attention import CtcAttentionModel
 from icefall_kd.systems import build_system
@@ -23,6 +23,7 @@ SIZES = {
     "cnn_kernel": 5,
     "subsampling_channels": (4, 6, 8),
 }
+KINDS = ("ctc_posteriors", "token_posteriors", "nbest", "embeddings")
 CPU = TeacherConfig(teacher_device="cpu")
 
 
@@ -84,3 +85,9 @@ def training_config(exp_dir: Path, lang_dir: Path, student: TrainConfig, **kd) -
         recogniser_kd=replace(student.recogniser_kd, **kd),
         teacher=replace(CPU, teacher=str(exp_dir)),
     )
+
+
+def kind_configs(cuts: Path, folder: Path, kinds=KINDS, **options) -> list[ExtractConfig]:
+    """Return the configurations of a label set a kind, in folders of that name."""
+    base = {"cuts": [cuts], "part_utterances": 3, "teacher": CPU, "embeddings_dtype": "float32", "top_k": 4}
+    return [ExtractConfig(**base | {"label_dir": folder / kind, "kind": kind} | options) for kind in kinds]

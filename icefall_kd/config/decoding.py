@@ -41,7 +41,7 @@ class DecodeConfig:
     """nar_beam_search: weight of the CTC score with which finished hypotheses are ranked again; 0: they are not."""
     nar_seeds: Literal["greedy", "prefix_beam"] = "greedy"
     """nar_beam_search starts from the greedy CTC string, or from the beam-size best ones of a CTC prefix beam search,
-    whose lengths differ (which ranks finished hypotheses by rescore-ctc-weight)."""
+    whose lengths differ (finished hypotheses then have the score of their string added, unless rescore-ctc-weight)."""
     rank_masks_by: Literal["probability", "logit"] = "probability"
     """What makes a masked token easy to fill in: its best probability, or the best raw logit as in ESPnet."""
     blank_penalty: float = 0.0

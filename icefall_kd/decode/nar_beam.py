@@ -14,6 +14,7 @@ from torch import Tensor
 
 from icefall_kd.config import DecodeConfig
 from icefall_kd.decode.base import Hypothesis
+from icefall_kd.decode.ctc_prefix import CtcPrefixBeamSearch
 from icefall_kd.decode.ctc_string import collapse, ctc_string_scores, unknown_as_blank
 from icefall_kd.decode.mask_ctc import Filling, MaskPredict, easiest
 
@@ -28,18 +29,31 @@ class NarBeamSearch(MaskPredict):
         model: CtcAttentionModel with a mask-predicting decoder, in evaluation mode.
         beam_size: hypotheses kept a string.
         nbest: hypotheses returned, at most ``beam_size``.
-        rescore_ctc_weight: finished hypotheses are ranked by (1 - w) times the decoder's score plus w times the log-
-            probability that CTC gives the whole string; 0: they are not.
+        rescore_ctc_weight: w above 0: finished hypotheses are ranked by (1 - w) times the decoder's score plus w times
+            the log-probability that CTC gives the whole string.  Those too long for the frames (CTC needs one between
+            equal tokens) are dropped, or all left as they are where none fits.
+        seeds: "greedy": begin with the greedy CTC string; "prefix_beam": with the ``beam_size`` best strings of a CTC
+            prefix beam search, of different lengths and each with its own masks, so that insertions and deletions can
+            be repaired too.  Each is searched with the whole beam; then all hypotheses of an utterance are ranked by
+            the log-probability of their seed plus the decoder's score or, with ``rescore_ctc_weight``, as said there.
         options: of :class:`MaskPredict`.
     Raises:
         ConfigError: the decoder is autoregressive.
     """
 
     def __init__(
-        self, model, beam_size: int = 4, *, nbest: int = 1, rescore_ctc_weight: float = 0.0, **options
+        self,
+        model,
+        beam_size: int = 4,
+        *,
+        nbest: int = 1,
+        rescore_ctc_weight: float = 0.0,
+        seeds: str = "greedy",
+        **options,
     ) -> None:
         super().__init__(model, **options)
         self.beam_size, self.nbest, self.rescore_ctc_weight = beam_size, min(nbest, beam_size), rescore_ctc_weight
+        self.prefixes = CtcPrefixBeamSearch(model, beam_size) if seeds == "prefix_beam" else None
 
     @classmethod
     def from_config(cls, model, config: DecodeConfig) -> "NarBeamSearch":
@@ -49,6 +63,7 @@ class NarBeamSearch(MaskPredict):
             config.beam_size,
             nbest=config.nbest,
             rescore_ctc_weight=config.rescore_ctc_weight,
+            seeds=config.nar_seeds,
             passes=config.passes,
             mask_threshold=config.mask_threshold,
             rank_masks_by=config.rank_masks_by,
@@ -59,19 +74,36 @@ class NarBeamSearch(MaskPredict):
         """Return the n-best list of each utterance.
 
         The score is the sum of the log-probabilities of the tokens that were filled in, 0 when none was masked; with
-        rescoring, what the finished hypotheses were ranked by.
+        rescoring or seeds of a prefix beam search, what the finished hypotheses were ranked by.
 
         Args:
             encoder_out: (N, T', C).
             encoder_out_lens: (N,).
         Returns:
             N lists of up to ``nbest`` different :class:`Hypothesis`, best first; timestamps are the first frames of
-            CTC's runs.
+            the runs of the CTC string that a hypothesis began with.
         """
         log_probs = self.model.ctc_log_probs(encoder_out)
-        strings = collapse(log_probs, encoder_out_lens, blank_id=self.model.blank_id)
-        found = self.fill(strings, encoder_out, encoder_out_lens)
+        if self.prefixes is None:
+            strings = collapse(log_probs, encoder_out_lens, blank_id=self.model.blank_id)
+            found = self.fill(strings, encoder_out, encoder_out_lens)
+        else:
+            found = self._from_prefixes(log_probs, encoder_out, encoder_out_lens)
         return [hyps[: self.nbest] for hyps in self._rescore(found, log_probs, encoder_out_lens)]
+
+    def _from_prefixes(self, log_probs: Tensor, encoder_out: Tensor, lens: Tensor) -> list[list[Hypothesis]]:
+        """Return the different hypotheses of all seeds of each utterance, best first."""
+        strings, owners, scores = self.prefixes.search(log_probs, lens, self.beam_size)
+        filled = self.fill(strings, encoder_out, lens, torch.tensor(owners, device=encoder_out.device))
+        pools: list[dict[tuple[int, ...], Hypothesis]] = [{} for _ in encoder_out]
+        for owner, score, hyps in zip(owners, scores, filled, strict=True):
+            for hyp in hyps:
+                # The rescoring has CTC's opinion of the whole string: that of the seed would count twice.
+                new = hyp if self.rescore_ctc_weight else dataclasses.replace(hyp, score=score + hyp.score)
+                old = pools[owner].setdefault(tuple(hyp.tokens), new)
+                if new.score > old.score:
+                    pools[owner][tuple(hyp.tokens)] = new
+        return [sorted(pool.values(), key=lambda h: -h.score) for pool in pools]
 
     def _rescore(self, found: list[list[Hypothesis]], log_probs: Tensor, lens: Tensor) -> list[list[Hypothesis]]:
         weight = self.rescore_ctc_weight
@@ -83,7 +115,8 @@ class NarBeamSearch(MaskPredict):
         scored = [
             [dataclasses.replace(h, score=(1 - weight) * h.score + weight * next(ctc)) for h in hyps] for hyps in found
         ]
-        return [sorted(hyps, key=lambda h: -h.score) for hyps in scored]
+        fitting = [[h for h in hyps if h.score > -torch.inf] for hyps in scored]
+        return [sorted(hyps, key=lambda h: -h.score) or old for hyps, old in zip(fitting, found, strict=True)]
 
     def advance(self, work: Filling, held: Tensor, scores: Tensor, amounts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Do one pass: every hypothesis fills its easiest slots in, the best ``beam_size`` of all live on.

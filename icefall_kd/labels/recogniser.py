@@ -140,6 +140,11 @@ def pack_nbest(hypotheses: Hypotheses, size: int, silent: Collection[int]) -> np
         kept = tuple(int(t) for t in tokens if t not in silent)
         merged[kept] = float(np.logaddexp(merged.get(kept, -math.inf), score))
     best = sorted(merged.items(), key=lambda x: (-x[1], x[0]))[:size]
+    return nbest_rows([(list(tokens), score) for tokens, score in best])
+
+
+def nbest_rows(best: Hypotheses) -> np.ndarray:
+    """Return hypotheses as they are as rows (R, 1) int32."""
     parts = [np.array([len(best)], np.int32)]
     for tokens, score in best:
         parts += [np.array([score], np.float32).view(np.int32), np.array([len(tokens), *tokens], np.int32)]

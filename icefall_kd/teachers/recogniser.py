@@ -19,6 +19,7 @@ from icefall_kd.config import ExtractConfig, TeacherConfig, TrainConfig
 from icefall_kd.data.batch import Batch, Labels, NBest, TopK
 from icefall_kd.data.features import FbankExtractor
 from icefall_kd.decode.base import Decoder
+from icefall_kd.decode.joint_beam import JointBeamSearch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import FBANK_CONV2D, conv2d_subsampled_len
 from icefall_kd.labels.align import check_lengths
@@ -264,10 +265,8 @@ class RecogniserTeacher:
 
     def _beam_search(self) -> Decoder:
         if self._search is None:
-            from icefall_kd.decode.joint_beam import JointBeamSearch
-
-            size = self.options.beam_size
-            self._search = JointBeamSearch(self.model, beam_size=size, ctc_weight=self.ctc_weight, nbest=size)
+            beam, nbest = self.options.beam_size, self.options.nbest_size
+            self._search = JointBeamSearch(self.model, beam, nbest=nbest, ctc_weight=self.ctc_weight)
         return self._search
 
     def labels(self, batch: Batch, kinds: Sequence[str]) -> dict[str, TopK | NBest | Labels]:

@@ -1,14 +1,16 @@
 """Mask-predict and its beam search against plain loops over one utterance (nothing batched, dictionaries, lists)."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from nar_search_toys import all_strings, nar_model, ragged_batch
+from nar_search_toys import DIM, all_strings, nar_model, ragged_batch
 
 from icefall_kd.config import DecodeConfig
 from icefall_kd.decode.base import Decoder
 from icefall_kd.decode.ctc import CtcGreedySearch
+from icefall_kd.decode.ctc_prefix import CtcPrefixBeamSearch
 from icefall_kd.decode.ctc_string import collapse, ctc_string_scores, unknown_as_blank
 from icefall_kd.decode.mask_ctc import MaskPredict, plan_passes
 from icefall_kd.decode.nar_beam import NarBeamSearch
@@ -62,8 +64,8 @@ def plain_mask_predict(model, frames, passes, threshold, rank_by="probability"):
     return y, score, n
 
 
-def plain_beam(model, frames, passes, threshold, beam, rank_by="probability"):
-    y = begin(model, frames, threshold)
+def plain_beam(model, frames, passes, threshold, beam, rank_by="probability", y=None):
+    y = begin(model, frames, threshold) if y is None else y
     hyps = {tuple(y): 0.0}
     for amount in amounts(y.count(model.mask_id), passes):
         pool = {}
@@ -247,20 +249,76 @@ def test_rescoring_ranks_by_both_scores():
         for i, (hyps, before) in enumerate(zip(found, plain, strict=True)):
             ctc = ctc_string_scores(lp, lens, [i] * len(before), [h.tokens for h in before])
             both = [(1 - weight) * h.score + weight * c for h, c in zip(before, ctc, strict=True)]
-            order = sorted(range(len(before)), key=lambda k: -both[k])
+            order = sorted((k for k in range(len(before)) if both[k] > -math.inf), key=lambda k: -both[k])
             assert [h.tokens for h in hyps] == [before[k].tokens for k in order]
             assert [h.score for h in hyps] == pytest.approx([both[k] for k in order])
             changed += order != sorted(order)
     assert changed > 0
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_seeds_of_a_prefix_beam_are_searched_each_and_ranked_together(weight):
+    more = 0
+    for seed in range(3):
+        model = nar_model(seed)
+        with torch.no_grad():
+            model.ctc_output.weight.div_(2)
+        x, lens = ragged_batch(seed, n=4, shortest=0)
+        options = {"passes": 2, "mask_threshold": 0.7}
+        lp = model.ctc_log_probs(x).detach()
+        strings, owners, ctc = CtcPrefixBeamSearch(model, 4).search(lp, lens, 4)
+        found = NarBeamSearch(model, 4, nbest=4, seeds="prefix_beam", rescore_ctc_weight=weight, **options)
+        found = found.decode(x, lens)
+        for i, hyps in enumerate(found):
+            pool = {}
+            for r in (r for r, owner in enumerate(owners) if owner == i):
+                n = int(strings.lens[r])
+                pairs = zip(strings.tokens[r, :n].tolist(), strings.confidences[r, :n].tolist(), strict=True)
+                y = [model.mask_id if p < 0.7 else token for token, p in pairs]
+                for z, score in plain_beam(model, x[i, : lens[i]], 2, None, 4, y=y):
+                    if weight:
+                        whole = ctc_string_scores(unknown_as_blank(lp), lens, [i], [z])[0]
+                        score = (1 - weight) * score + weight * whole
+                    else:
+                        score += ctc[r]
+                    pool[tuple(z)] = max(pool.get(tuple(z), -math.inf), score)
+            expected = sorted((x for x in pool.items() if x[1] > -math.inf), key=lambda x: -x[1])[:4]
+            assert [tuple(h.tokens) for h in hyps] == [y for y, _ in expected]
+            assert [h.score for h in hyps] == pytest.approx([s for _, s in expected], abs=1e-4)
+            more += len({len(h.tokens) for h in hyps}) > 1
+    assert more > 0  # lengths differ
+
+
+def test_rescoring_leaves_a_list_alone_of_which_nothing_fits_in_the_frames():
+    model = nar_model(0)
+    with torch.no_grad():
+        model.decoder.output.bias[5] += 100.0  # it says the same token everywhere, CTC heard one a frame
+        model.ctc_output.weight.zero_()
+        model.ctc_output.weight[3, 0], model.ctc_output.weight[4, 1] = 9.0, 9.0
+    x = torch.zeros(1, 4, DIM, dtype=torch.float64)
+    x[0, ::2, 0] = x[0, 1::2, 1] = 1.0
+    options = {"mask_threshold": 1.0, "nbest": 3}
+    plain = NarBeamSearch(model, 3, **options).decode(x, torch.tensor([4]))
+    assert plain[0][0].tokens == [5, 5, 5, 5]  # needs seven frames
+    found = NarBeamSearch(model, 3, rescore_ctc_weight=0.5, **options).decode(x, torch.tensor([4]))
+    assert all(math.isfinite(h.score) for h in found[0])
+    fits = {
+        tuple(h.tokens) for h in plain[0] if len(h.tokens) == 4 and all(a != b for a, b in itertools.pairwise(h.tokens))
+    }
+    assert {tuple(h.tokens) for h in found[0]} == (fits or {tuple(h.tokens) for h in plain[0]})
+    assert not fits
+
+
 def test_options_reach_the_searches_and_a_teacher_is_refused():
     model = nar_model(0)
-    config = DecodeConfig(passes=3, mask_threshold=0.5, rank_masks_by="logit", beam_size=7, nbest=9)
+    config = DecodeConfig(
+        passes=3, mask_threshold=0.5, rank_masks_by="logit", beam_size=7, nbest=9, nar_seeds="prefix_beam"
+    )
     one, beam = MaskPredict.from_config(model, config), NarBeamSearch.from_config(model, config)
     assert isinstance(one, Decoder)
     for search in (one, beam):
         assert (search.passes, search.mask_threshold, search.rank_masks_by) == (3, 0.5, "logit")
     assert (beam.beam_size, beam.nbest) == (7, 7)  # no more than the beam holds
+    assert beam.prefixes.beam_size == 7
     with pytest.raises(ConfigError, match="decode it with --decoding-method joint_beam_search"):
         MaskPredict(nar_model(0, decoder="ar"))

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from recogniser_toys import ToySearch, load_teacher, recogniser_config, training_config, write_recogniser
+from recogniser_toys import CPU, ToySearch, load_teacher, recogniser_config, training_config, write_recogniser
 from torch.nn.utils.rnn import pad_sequence
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import TeacherConfig, TrainConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.data.features import FbankExtractor
+from icefall_kd.decode.joint_beam import JointBeamSearch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import conv2d_subsampled_len, fbank_num_frames
 from icefall_kd.labels.info import RECOGNISER_ROWS
@@ -39,6 +40,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def exp_dir(tmp_path_factory, tokenizer):
     return write_recogniser(tmp_path_factory.mktemp("recogniser"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def teacher(exp_dir):
+    return load_teacher(exp_dir)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +115,20 @@ def test_labels_are_what_the_parts_of_the_model_say(exp_dir, batch, model, token
     ].any()
 
 
-def test_the_rows_of_extraction_are_the_labels_of_training(exp_dir, batch):
-    teacher = load_teacher(exp_dir)
+def test_the_nbest_lists_are_those_of_the_joint_beam_search(exp_dir, batch, model):
+    options = RecogniserOptions(nbest_size=3, beam_size=4)
+    labels = RecogniserTeacher.load(exp_dir, CPU, options=options).labels(batch, ["nbest"])["nbest"]
+    with torch.no_grad():
+        out = model.encoder(batch.features, batch.x_lens)
+    # The weight of CTC is that of the training.
+    found = JointBeamSearch(model, 4, nbest=3, ctc_weight=0.4).decode(out.encoder_out, out.encoder_out_lens)
+    assert labels.scores.shape == (4, 3)
+    for i, hypotheses in enumerate(found):
+        assert [labels.tokens[i, j, : labels.lens[i, j]].tolist() for j in range(3)] == [h.tokens for h in hypotheses]
+        assert labels.scores[i].tolist() == pytest.approx([h.score for h in hypotheses], abs=1e-3)
+
+
+def test_the_rows_of_extraction_are_the_labels_of_training(exp_dir, batch, teacher):
     out, labels = teacher.extract(batch), teacher.labels(batch, KINDS)
     assert set(out.arrays) == set(KINDS) == set(labels)
     for kind in RECOGNISER_ROWS:
@@ -122,8 +140,7 @@ def test_the_rows_of_extraction_are_the_labels_of_training(exp_dir, batch):
     assert set(load_teacher(exp_dir, kinds=["nbest"]).extract(batch).arrays) == {"nbest", "embeddings"}
 
 
-def test_an_utterance_alone_gets_the_labels_that_it_gets_in_a_batch(exp_dir, batch):
-    teacher = load_teacher(exp_dir)
+def test_an_utterance_alone_gets_the_labels_that_it_gets_in_a_batch(batch, teacher):
     together = teacher.labels(batch, KINDS)
     for i in range(len(batch)):
         s, t, u = int(batch.audio_lens[i]), int(batch.x_lens[i]), int(batch.y_lens[i])
@@ -183,8 +200,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(exp_dir, batch):
     assert float(posterior_kd(logits, top.ids[0, :n], top.probs[0, :n], top.rest[0, :n]).abs().max()) < 1e-4
 
 
-def test_provenance_is_of_the_whole_model_and_its_tokens(exp_dir, tokenizer, tmp_path):
-    teacher = load_teacher(exp_dir)
+def test_provenance_is_of_the_whole_model_and_its_tokens(exp_dir, tokenizer, tmp_path, teacher):
     provenance = teacher.provenance()
     assert provenance["layer"] == 2 and provenance["feature_extractor"] and provenance["dtype"] == "float32"
     assert teacher.row_format("nbest").extra["tokenizer_hash"] == tokenizer.hash
@@ -222,7 +238,7 @@ def test_a_training_that_is_no_recogniser_is_refused(tmp_path, tokenizer, traine
         load_teacher(tmp_path)
 
 
-def test_what_does_not_fit_is_refused(exp_dir, batch, tokenizer, tmp_path):
+def test_what_does_not_fit_is_refused(exp_dir, batch, tokenizer, tmp_path, teacher):
     with pytest.raises(ConfigError, match=r"--teacher whisper-tiny\.en is no exp_dir"):
         RecogniserTeacher.for_training(TrainConfig())
     with pytest.raises(ConfigError, match=r"--layer 1 .* read layer 2"):
@@ -236,7 +252,6 @@ def test_what_does_not_fit_is_refused(exp_dir, batch, tokenizer, tmp_path):
     deaf = replace(student, model=replace(student.model, feature_dim=40))
     with pytest.raises(ConfigError, match="hears 80 mel bins, the student 40"):
         RecogniserTeacher.for_training(training_config(exp_dir, tmp_path / "lang", deaf))
-    teacher = load_teacher(exp_dir)
     with pytest.raises(DataError, match="need transcripts"):
         teacher.extract(Batch.from_audio([batch.audio[0]]))
     with pytest.raises(DataError, match="needs audio"):
@@ -259,15 +274,14 @@ def test_a_teacher_with_damaged_weights_is_named_in_training(exp_dir, batch):
         teacher.labels(batch, ["ctc_posteriors"])
 
 
-def test_audio_without_a_frame_has_no_rows(exp_dir):
-    short = replace(Batch.from_audio([torch.zeros(700)]), y=torch.zeros(1, 0, dtype=torch.int64), y_lens=torch.zeros(1))
-    out = load_teacher(exp_dir).extract(replace(short, y_lens=torch.tensor([0])))
+def test_audio_without_a_frame_has_no_rows(teacher):
+    none = {"y": torch.zeros(1, 0, dtype=torch.int64), "y_lens": torch.tensor([0])}
+    out = teacher.extract(replace(Batch.from_audio([torch.zeros(700)]), **none))
     assert out.lens["ctc_posteriors"].tolist() == out.lens["token_posteriors"].tolist() == [0]
 
 
-def test_the_averaged_weights_are_those_of_any_teacher(exp_dir):
+def test_the_averaged_weights_are_those_of_any_teacher(exp_dir, teacher):
     state, _, used = load_trained(exp_dir)
-    teacher = load_teacher(exp_dir)
     assert used == "average of all steps after the start up to epoch-1.pt"
     for name, value in teacher.model.state_dict().items():
         assert torch.equal(value, state[f"model.{name}"])
