@@ -1,4 +1,4 @@
-"""The sizes in conf/ of the recipes: those of specs that other toolkits published, and students of a ninth."""
+"""The sizes in conf/ of the recipes: those of ESPnet's recipes, and students of a ninth of them."""
 
 from pathlib import Path
 
