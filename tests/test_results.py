@@ -150,8 +150,9 @@ def test_rows_of_nar_are_named_by_what_helped_and_compared_with_scratch_of_their
         given = {"init_from": f"exp/teacher-seed{seed}", "label_dir": [f"labels/teacher-seed{seed}-nbest"]}
         given |= {"ctc_kd_scale": 0.2, "nbest_ctc_scale": 0.3}
         folders.append(nar_dir(tmp_path, "transfer-both", seed, [15, 16], **given))
-        folders.append(nar_dir(tmp_path, "small", seed, [30, 30], parameters=110, encoder_dim=48))
-        folders.append(nar_dir(tmp_path, "small-frame", seed, [24, 33], parameters=110, encoder_dim=48, token_kd_scale=0.5))
+        size = {"parameters": 110, "encoder_dim": 48}
+        folders.append(nar_dir(tmp_path, "small", seed, [30, 30], **size))
+        folders.append(nar_dir(tmp_path, "small-frame", seed, [24, 33], **size, token_kd_scale=0.5))
     rows = build_rows([read_run(f) for f in folders])
     header, cells = nar_table(rows)
     lines = [dict(zip(header, line, strict=True)) for line in cells]
