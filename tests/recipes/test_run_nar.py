@@ -83,11 +83,13 @@ def test_a_teacher_that_is_there_is_used_and_not_trained(recipe):
     teacher = recipe.folder / "exp/other"
     teacher.mkdir(parents=True)
     (teacher / "train_summary.json").write_text("x")
-    options = ["--systems", "transfer", "--teacher-exp-dir", "exp/other", "--seeds", "1 2"]
+    options = ["--systems", "transfer-sequence", "--teacher-exp-dir", "exp/other/", "--seeds", "1 2"]
     started = recipe.run(*options)[0]
-    assert started.count("train.py") == 2 and "--init-from exp/other " in trainings(recipe)["transfer-seed2"]
+    assert started.count("train.py") == 2 and started.count("extract_labels.py") == 1
+    found = trainings(recipe)["transfer-sequence-seed2"]
+    assert "--label-dir exp/trans-nar/labels/exp-other-nbest " in found and "--init-from exp/other " in found
     decoded = [x.split("--exp-dir ")[1].split()[0] for x in Path(f"{recipe.log}.decodings").read_text().splitlines()]
-    assert decoded == ["exp/other", "exp/trans-nar/transfer-seed1", "exp/other", "exp/trans-nar/transfer-seed2"]
+    assert decoded == ["exp/other", *(f"exp/trans-nar/transfer-sequence-seed{seed}" for seed in (1, 2))]
 
 
 def test_a_wrong_system_is_told_before_anything_runs(recipe):
@@ -138,7 +140,7 @@ def test_killed_labels_go_on_where_they_were(with_teacher):
     log = process.communicate(timeout=280)[1]
     assert process.returncode == 0, log[-3000:]
     after = shards(exp_dir)
-    assert "stage 2 labels [seed42]: runs, not finished before" in log
+    assert "stage 2 labels [exp/demo-nar/teacher-seed42]: runs, not finished before" in log
     assert len(after) == 6 and {name: after[name] for name in before} == before
     # The same as in one go.
     shutil.rmtree(exp_dir / "labels")
