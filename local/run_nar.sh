@@ -44,6 +44,7 @@ short=false                # A few utterances and epochs, to see that everything
 # shellcheck source=local/stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 parse_options "$@"
+while [[ $teacher_exp_dir == ?*/ ]]; do teacher_exp_dir=${teacher_exp_dir%/}; done
 exp_tag=-nar
 # shellcheck source=local/recipe.sh
 . "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
@@ -111,9 +112,13 @@ label_kinds() { # label_kinds SYSTEM: the kinds of labels that its training read
 }
 
 label_dirs() { # label_dirs SEED KIND ...: the label sets of the seed's teacher, with commas
-  local seed=$1
+  local teacher name
+  teacher=$(system_dir teacher "$1")
+  name=${teacher##*/}
   shift
-  (($# == 0)) || commas "${@/#/$exp_dir/labels/teacher-seed$seed-}"
+  # Every exp_dir of ours may have a teacher-seed42.
+  [[ $teacher == "$exp_dir"/* ]] || name=$(basename -- "$(dirname -- "$teacher")")-$name
+  (($# == 0)) || commas "${@/#/$exp_dir/labels/${name//,/-}-}"
 }
 
 train_one() { # train_one SYSTEM SEED
@@ -159,7 +164,7 @@ stage_2_labels() { # Extract and verify the labels that the students need
   for seed in $seeds; do
     teacher=$(system_dir teacher "$seed")
     IFS=, read -r -a dirs <<< "$(label_dirs "$seed" "${kinds[@]}")"
-    begin --name "seed$seed" --option "kinds=${kinds[*]}" labels_args num_shards \
+    begin --name "${teacher//,/-}" --option "kinds=${kinds[*]}" labels_args num_shards \
       --input "${train_cuts[@]}" "$teacher/train_summary.json" --output "${dirs[@]/%//label_set.json}" \
       --code 'icefall_kd/labels/*.py' icefall_kd/teachers/recogniser.py || continue
     # shellcheck disable=SC2086
@@ -196,6 +201,7 @@ stage_4_decode() { # Decode and score
   local system seed method methods
   for seed in $seeds; do
     for system in teacher $systems; do
+      [[ $system != teacher || -z $teacher_exp_dir || $seed == "${seeds%% *}" ]] || continue
       methods=$decoding_methods
       [[ $system != teacher* ]] || methods=$teacher_methods
       for method in $methods; do
@@ -209,7 +215,7 @@ stage_5_results() { # Print the table of results
   local system seed dirs=()
   for system in teacher $systems; do
     for seed in $seeds; do
-      [[ $system != teacher || -z $teacher_exp_dir || -z ${dirs[*]} ]] || continue
+      [[ $system != teacher || -z $teacher_exp_dir || $seed == "${seeds%% *}" ]] || continue
       dirs+=("$(system_dir "$system" "$seed")")
     done
   done
