@@ -100,6 +100,25 @@ def test_the_student_predicts_masked_tokens_alone():
     assert found.metrics["mlm_acc"][1] == float(masks.sum())
 
 
+def test_several_draws_are_the_mean_of_as_many_trainings():
+    batch = toy_labels(toy_batch())
+    found = losses(build(kd={"token_kd": 0.3}, attention={"mask_draws": 3}), batch)
+    torch.manual_seed(7)
+    masks = draw_masks(batch.y_lens.repeat_interleave(3), 6, "without_replacement").unflatten(0, (3, 3))
+    one = build(kd={"token_kd": 0.3})
+    values = {"mlm_loss": 0.0, "token_kd_loss": 0.0}
+    each = torch.zeros(3)
+    for draw in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(one, "_draw", lambda *_, draw=draw: masks[:, draw])
+            terms = one(batch, 0).terms
+        values = {name: value + terms[name].value.item() / 3 for name, value in values.items()}
+        each += terms["mlm_loss"].per_utterance / 3
+    assert {n: found.terms[n].value.item() for n in values} == pytest.approx(values, rel=1e-4)
+    assert found.terms["mlm_loss"].count == pytest.approx(int(masks.sum()) / 3)
+    torch.testing.assert_close(found.terms["mlm_loss"].per_utterance, each)
+
+
 def test_validation_masks_are_the_same_every_time_and_draw_nothing():
     system, batch = build().eval(), toy_batch()
     first = system(batch, 0).terms["mlm_loss"].value
