@@ -1,4 +1,4 @@
-# make demo   prepare the demo corpus, distil, print the table of error rates
+# make demo   prepare the demo corpus, distil, print the table of error rates; SYSTEM=nar: another system's
 # make test   run the unit tests
 # make test-all   run all tests: test, test-recipes (every recipe on small corpora), test-faults (kills, damage)
 # make test-k2    the tests of k2, in an environment of its own (Python 3.11, 3.5 GB)
@@ -9,7 +9,7 @@
 # make clean  remove caches; data and experiments stay
 #
 # Variables: PYTHON=python3.12 (for a new environment), TESTS=tests/labels (with make test: these paths alone),
-# TEST_JOBS=2 (test files at the same time), DEMO_SHORT=1 (a shortened demo).
+# TEST_JOBS=2 (test files at the same time), SYSTEM=mvq or nar and DEMO_SHORT=1 (with make demo: which, and shortened).
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -19,6 +19,7 @@ PYTHON ?=
 TESTS ?=
 TEST_JOBS ?= 2
 DEMO_SHORT ?=
+SYSTEM ?= mvq
 export VENV VENV_K2 VENV_ESPNET PYTHON TEST_JOBS
 
 .PHONY: env demo test test-recipes test-faults test-all test-k2 test-espnet test-native lint clean
@@ -29,7 +30,7 @@ env:
 
 demo: env
 	@source $(VENV)/bin/activate && cd egs/librispeech && \
-	  ./run_mvq.sh --corpus demo $(if $(filter-out 0,$(DEMO_SHORT)),--short true)
+	  ./run_$(SYSTEM).sh --corpus demo $(if $(filter-out 0,$(DEMO_SHORT)),--short true)
 
 test: env
 	@local/test_all.sh unit -- $(TESTS)

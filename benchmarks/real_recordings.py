@@ -156,12 +156,12 @@ def source_dir(bed: str, config: RealConfig) -> Path:
     if bed == "digits":
         out = (config.exp_root / "digits-corpus").resolve()
         command = ["local/make_digits.py", "--source", config.data_root / "fsdd", "--out-dir", out]
-        _run([sys.executable, *command, "--num-train", "400", "--num-dev", "2000"])
+        run_command([sys.executable, *command, "--num-train", "400", "--num-dev", "2000"])
         return out
     return (config.data_root / SOURCES[bed]).resolve()
 
 
-def _run(command: list) -> None:
+def run_command(command: list) -> None:
     words = [str(word) for word in command]
     logger.info("%s", " ".join(words))
     code = subprocess.run(words, cwd=REPO).returncode
@@ -184,7 +184,7 @@ def run_one(config: RealConfig, bed: str, system: str, seed: int) -> Path:
         options += ["--decode-chunks", " ".join(map(str, BEDS[bed].chunks))]
     options += ["--data-dir", exp / "data", "--exp-dir", exp, "--corpus-dir", source_dir(home, config)]
     options += ["--systems", system, "--seeds", seed, "--nj", config.nj]
-    _run(["bash", f"egs/{BEDS[bed].recipe}/run_mvq.sh", *options])
+    run_command(["bash", f"egs/{BEDS[bed].recipe}/run_mvq.sh", *options])
     return exp / f"{system}{'-streaming' if BEDS[bed].chunks else ''}-seed{seed}"
 
 
@@ -316,8 +316,8 @@ def main() -> None:
             exp_dir = run_one(config, bed, system, seed)
             write_result(out, without_machine_paths(collect(exp_dir, bed, system, seed), config))
             if config.commit:
-                _run(["git", "add", out])
-                _run(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])
+                run_command(["git", "add", out])
+                run_command(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])
     compare(config)
     text = table(config)
     print(text)

@@ -14,7 +14,7 @@ import numpy as np
 
 from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, paired_bootstrap
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.labels.info import LabelSetInfo
+from icefall_kd.labels.info import RECOGNISER_ROWS, LabelSetInfo
 from icefall_kd.labels.shard import Shard
 from icefall_kd.runtime.files import read_json, write_json
 
@@ -26,6 +26,13 @@ SYSTEM_NAMES = {
 }
 # Options in which repetitions of one experiment may differ.
 _NOT_THE_EXPERIMENT = ("seed", "exp_dir", "device", "num_threads", "num_workers", "log_interval", "oom_scan")
+# Paths of what a repetition takes from the teacher of its own seed.
+_OF_THE_SEED = ("init_from", "label_dir", "teacher")
+# Terms of --system nar that make its two levels of distillation.
+NAR_LEVELS = {
+    "frame": ("ctc_kd_scale", "token_kd_scale", "encoder_kd_scale"),
+    "sequence": ("nbest_ctc_scale", "nbest_token_scale"),
+}
 _STORAGE_FILE = "label_storage.json"
 
 
@@ -34,13 +41,13 @@ class LabelStorage:
     """What a label set takes on the disk."""
 
     kind: str
-    """"codebook_indexes" or "embeddings"."""
+    """LabelSetInfo.kind."""
     width: int
-    """Values a teacher frame: codebooks or channels."""
+    """Values a row."""
     dim: int
-    """Channels of the teacher's embeddings."""
+    """LabelSetInfo.plain_floats: channels of the teacher's embeddings, classes of its posteriors; 0: no such form."""
     frames: int
-    """Teacher frames."""
+    """Rows: frames, tokens, or numbers of lists."""
     hours: float
     """Hours of audio, speed copies counted."""
     file_bytes: int
@@ -53,7 +60,7 @@ class LabelStorage:
 
     @property
     def ratio(self) -> float:
-        """Return bytes on disk over the bytes of the same frames as float32 embeddings."""
+        """Return bytes on disk over the bytes of the same rows in plain float32."""
         return self.file_bytes / (4.0 * self.frames * self.dim)
 
 
@@ -109,6 +116,16 @@ class Row:
         return decoded[0] if decoded else self.runs[0].summary.get("parameters")
 
     @property
+    def rtf(self) -> float | None:
+        """Return the smallest real-time factor of its decodings: what else a machine did only adds to it."""
+        return min((r["rtf"] for results in self.results.values() for r in results if r.get("rtf")), default=None)
+
+    def masked_share(self, part: str) -> float | None:
+        """Return the share of a part's tokens that a mask-predicting search masked, mean over seeds."""
+        shares = [r["masked_share"] for r in self.results.get(part, []) if r.get("masked_share") is not None]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
     def seconds(self) -> float | None:
         """Return the mean seconds of a training."""
         seconds = [run.summary["seconds"] for run in self.runs if run.summary.get("seconds") is not None]
@@ -117,18 +134,45 @@ class Row:
     def label_texts(self) -> tuple[str, str, str]:
         """Return label kind, bytes an hour and the ratio to float32 embeddings, for people."""
         config, labels = self.runs[0].config, self.runs[0].labels
-        if config.get("kd", "none") == "none":
+        if not distils(config):
             return "none", "0", "0"
         if config.get("teacher_labels") == "online":
             return "online", "0", "0"
         if not labels:
             return "not found", "?", "?"
-        kinds = " + ".join(
-            f"{s.width} codebooks" if s.kind == "codebook_indexes" else f"{s.width} {s.kind}" for s in labels
-        )
+        kinds = " + ".join(_kind_text(s) for s in labels)
         total = sum(s.bytes_per_hour for s in labels)
-        floats = sum(4.0 * s.frames * s.dim / s.hours for s in labels)
+        # A ratio of the whole: where a list has no plain form, there is none.
+        floats = sum(4.0 * s.frames * s.dim / s.hours for s in labels) if all(s.dim for s in labels) else 0
         return kinds, f"{total:,.0f}", f"{100 * total / floats:.3g} %" if floats else "?"
+
+
+def _kind_text(storage: LabelStorage) -> str:
+    if storage.kind in RECOGNISER_ROWS:
+        return storage.kind.replace("_", " ").replace("nbest", "n-best")
+    return f"{storage.width} {'codebooks' if storage.kind == 'codebook_indexes' else storage.kind}"
+
+
+def distils(config: dict) -> bool:
+    """Return whether a training has a distillation loss."""
+    return config.get("kd", "none") != "none" or bool(nar_levels(config))
+
+
+def nar_levels(config: dict) -> list[str]:
+    """Return the levels of distillation of a training of --system nar."""
+    return [level for level, terms in NAR_LEVELS.items() if any(config.get(term, 0) > 0 for term in terms)]
+
+
+def system_name(config: dict) -> str:
+    """Return what a training is called in tables."""
+    if config.get("system") == "nar":
+        if config.get("attention_decoder") == "ar":
+            return "AR"
+        parts = ["NAR", *(["transfer"] if config.get("init_from") else [])]
+        levels = nar_levels(config)
+        return " + ".join([*parts, *([" and ".join(levels) + " KD"] if levels else [])])
+    key = (config.get("system", "?"), config.get("kd", "none"))
+    return ("streaming " if config.get("streaming") else "") + SYSTEM_NAMES.get(key, " ".join(key))
 
 
 def read_run(exp_dir: Path, decoding_method: str | None = None, suffix: str | None = None) -> Run:
@@ -209,7 +253,7 @@ def measure_labels(label_dir: Path) -> LabelStorage:
     return LabelStorage(
         kind=info.kind,
         width=info.width,
-        dim=info.dim,
+        dim=info.plain_floats,
         frames=sum(shard.num_frames for shard in opened),
         hours=sum(shard.num_samples for shard in opened) / info.sampling_rate / 3600.0,
         file_bytes=sum(path.stat().st_size for path in shards),
@@ -218,7 +262,7 @@ def measure_labels(label_dir: Path) -> LabelStorage:
 
 def _labels_of(exp_dir: Path, config: dict) -> list[LabelStorage]:
     """Return the storage of the run's label sets, kept in the exp_dir so that it outlives the sets."""
-    if config.get("kd", "none") == "none" or config.get("teacher_labels") == "online":
+    if not distils(config) or config.get("teacher_labels") == "online":
         return []
     # Paths of the options are relative to the folder where train.py was called: an ancestor of the exp_dir.
     places = [Path(), *exp_dir.resolve().parents]
@@ -288,6 +332,9 @@ def build_rows(runs: Sequence[Run]) -> list[Row]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = {k: v for k, v in run.config.items() if k not in _NOT_THE_EXPERIMENT}
+        for option in _OF_THE_SEED:
+            if option in same:
+                same[option] = json.dumps(same[option]).replace(f"seed{run.seed}", "seedN")
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     by_group = []
     for group in groups.values():
@@ -296,6 +343,7 @@ def build_rows(runs: Sequence[Run]) -> list[Row]:
             folders = ", ".join(str(run.exp_dir) for run in group)
             raise ConfigError(f"{folders} are the same experiment with seeds {seeds}: give each seed once")
         by_group.append(_rows_of(group))
+    _name_sizes([rows for group, rows in zip(groups.values(), by_group, strict=True) if _is_nar(group[0])])
     names = [rows[0].system for rows in by_group]
     for group, rows, name in zip(groups.values(), by_group, names, strict=True):
         if names.count(name) > 1:
@@ -304,10 +352,21 @@ def build_rows(runs: Sequence[Run]) -> list[Row]:
     return [row for rows in by_group for row in rows]
 
 
+def _is_nar(run: Run) -> bool:
+    return run.config.get("system") == "nar"
+
+
+def _name_sizes(by_group: list[list[Row]]) -> None:
+    """Call those small that have less than half the parameters of the largest."""
+    largest = max((rows[0].parameters or 0 for rows in by_group), default=0)
+    for rows in by_group:
+        if (rows[0].parameters or 0) < largest / 2:
+            for row in rows:
+                row.system = f"small {row.system}"
+
+
 def _rows_of(group: list[Run]) -> list[Row]:
-    config = group[0].config
-    key = (config.get("system", "?"), config.get("kd", "none"))
-    name = ("streaming " if config.get("streaming") else "") + SYSTEM_NAMES.get(key, " ".join(key))
+    name = system_name(group[0].config)
     by_decoding: dict[str, Row] = {}
     for run in group:
         for suffix in dict.fromkeys(result["suffix"] for result in run.results):

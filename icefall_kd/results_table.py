@@ -29,6 +29,39 @@ def demo_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
+def nar_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the table of autoregressive teachers and mask-predicting students.
+
+    The relative change is that of the error rate against students of the same size without any help (scratch), decoded
+    by the same search.
+    """
+    parts = part_order(rows)
+    header = ["system", "search", "parameters", "seeds", "labels", "label bytes per hour"]
+    for part in parts:
+        header += [f"{_rate_name(rows, part)} {part}", f"relative change {part}", f"masked {part}"]
+    header += ["RTF", "seconds"]
+    cells = []
+    for row in rows:
+        parameters = "?" if row.parameters is None else f"{row.parameters:,}"
+        seeds = ", ".join(str(run.seed) for run in row.runs)
+        line = [row.system, row.search, parameters, seeds, *row.label_texts()[:2]]
+        for part in parts:
+            share = row.masked_share(part)
+            line += [_rate(row, part), _relative(rows, row, part), "-" if share is None else f"{100 * share:.1f} %"]
+        cells.append([*line, "-" if row.rtf is None else f"{row.rtf:.4f}", _seconds(row)])
+    return header, cells
+
+
+def _relative(rows: Sequence[Row], row: Row, part: str) -> str:
+    """Return the relative change of the error rate against the scratch student of the same size and search."""
+    same = (r for r in rows if r.parameters == row.parameters and r.search == row.search)
+    base = next((r for r in same if r.system.removeprefix("small ") == "NAR"), None)
+    if base is None or base is row or row.rate(part) is None or base.rate(part) is None:
+        return "-"
+    before, after = base.rate(part).value, row.rate(part).value
+    return f"{100 * (after - before) / before:+.1f} %" if before else "-"
+
+
 def full_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return header and cells for RESULTS.md: the demo's columns with search, decoding and seeds."""
     header, cells = demo_table(rows)

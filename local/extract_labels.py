@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Extract one shard of teacher labels; a finished shard is skipped, a killed one goes on where it was.
 
-Several layers (--layer 6,12) make a label set each (--label-dir a,b --quantizer qa,qb), in one pass of the teacher.
+Several layers (--layer 6,12) make a label set each (--label-dir a,b --quantizer qa,qb), in one pass of the teacher;
+so do several kinds of labels of a recogniser (--kind ctc_posteriors,token_posteriors,nbest --label-dir a,b,c).
 
     local/extract_labels.py --cuts data/fbank/cuts_train.jsonl.gz --label-dir data/labels/whisper \\
         --teacher whisper-tiny.en --quantizer exp/quantizer/quantizer.safetensors --shard 0 --num-shards 4
@@ -25,8 +26,10 @@ def main() -> None:
         torch.set_num_threads(config.num_threads)
     for report in extract_layers(config.each()):
         state = "was finished" if report.skipped else f"took {format_seconds(report.seconds)}"
+        storage = f", {report.file_bytes / report.hours:,.0f} bytes an hour" if report.hours else ""
         print(
-            f"{report.path}: {report.utterances} utterances, {report.hours:.3f} h, {report.rejected} rejected, {state}",
+            f"{report.path}: {report.utterances} utterances, {report.hours:.3f} h{storage}, "
+            f"{report.rejected} rejected, {state}"
         )
 
 

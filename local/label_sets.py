@@ -22,13 +22,17 @@ def print_info(path: Path) -> None:
     store = LabelStore(path)
     print(info_json(store.info))
     cost = store.storage_report()
-    print(f"{cost['utterances']} utterances, {cost['frames']} frames, {cost['hours']:.3f} h")
+    rows = {"frame": "frames", "token": "tokens", "list": "numbers"}[store.info.row]
+    print(f"{cost['utterances']} utterances, {cost['frames']} {rows}, {cost['hours']:.3f} h")
     print(
         f"{cost['value_bytes']} bytes of labels = {cost['bytes_per_hour']:.0f} an hour, plus "
         f"{cost['container_bytes']} of container ({cost['overhead']:.2%})"
     )
-    if store.info.dim:
-        print(f"float32 embeddings of {store.info.dim} would take {cost['ratio_to_float32']:.1f} times as much")
+    if "ratio_to_float32" in cost:
+        plain = "posteriors" if store.info.kind.endswith("_posteriors") else "embeddings"
+        print(
+            f"float32 {plain} of {store.info.plain_floats} would take {cost['ratio_to_float32']:.1f} times as much"
+        )
 
 
 def verify(paths: list[Path]) -> None:
@@ -41,7 +45,11 @@ def verify(paths: list[Path]) -> None:
         found = store.verify()
         problems += found
         if not found:
-            print(f"{path}: {len(store)} utterances in {store.num_shards} shards, all sound")
+            bytes_per_hour = store.storage_report()["file_bytes_per_hour"]
+            print(
+                f"{path}: {len(store)} utterances in {store.num_shards} shards, all sound, "
+                f"{bytes_per_hour:,.0f} bytes an hour"
+            )
     if problems:
         raise DataError(f"{len(problems)} problems:\n" + "\n".join(problems))
 

@@ -12,8 +12,18 @@ from typing import Literal
 from icefall_kd.cli import parse_config
 from icefall_kd.errors import ConfigError, run_main
 from icefall_kd.results import Row, build_rows, part_order, read_run
-from icefall_kd.results_table import demo_table, details, full_table, markdown_table, print_table, replace_block
+from icefall_kd.results_table import (
+    demo_table,
+    details,
+    full_table,
+    markdown_table,
+    nar_table,
+    print_table,
+    replace_block,
+)
 from icefall_kd.runtime.files import write_json, write_text
+
+TABLES = {"demo": demo_table, "full": full_table, "nar": nar_table}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +32,9 @@ class ResultsConfig:
 
     exp_dirs: list[Path]
     """Folders of trainings; those that differ in their seed alone become one row."""
-    table: Literal["demo", "full"] = "full"
-    """demo: system, size, labels, error rates, seconds; full: also decoding, seeds, commands and git states."""
+    table: Literal["demo", "full", "nar"] = "full"
+    """demo: system, size, labels, error rates, seconds; full: also decoding, seeds, commands and git states; nar:
+    systems of --system nar by search, with masked tokens, speed and the change against scratch of the same size."""
     name: str | None = None
     """Name in the markers <!-- results:NAME begin/end -->; None: the name of the table."""
     out: Path | None = None
@@ -70,7 +81,7 @@ def main() -> None:
     if not config.exp_dirs:
         raise ConfigError("--exp-dirs is empty; give one folder of a training at least")
     rows = build_rows([read_run(d, config.decoding_method, config.suffix) for d in config.exp_dirs])
-    header, cells = demo_table(rows) if config.table == "demo" else full_table(rows)
+    header, cells = TABLES[config.table](rows)
     name = config.name or config.table
     if config.out is not None:
         content = markdown_table(header, cells)

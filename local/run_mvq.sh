@@ -44,38 +44,19 @@ short=false                # A few utterances and steps, to see that everything 
 # shellcheck source=local/stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 parse_options "$@"
-[[ -n $recipe ]] || fail 2 "start egs/librispeech/run_mvq.sh or egs/aishell/run_mvq.sh instead"
-cd "$recipe"
-# shellcheck disable=SC1091
-. ./path.sh
-# shellcheck disable=SC1091
-. ./cmd.sh
+exp_tag=""
+# shellcheck source=local/recipe.sh
+. "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 
-[[ $short == false ]] || corpus_tag=$corpus-short
-: "${corpus_tag:=$corpus}"
-: "${data_dir:=data/$corpus_tag}" "${exp_dir:=exp/$corpus_tag}"
 if [[ -z $config ]]; then
   config=conf/mvq.yaml
   [[ ! -f conf/mvq_$corpus.yaml ]] || config=conf/mvq_$corpus.yaml
 fi
-case $recipe:$corpus in
-  *:trans | *:cuts) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev}" ;;
-  *librispeech:demo) : "${train_parts:=train-demo}" "${valid_parts:=dev-demo}" "${test_parts:=dev-demo,test-demo}" ;;
-  *librispeech:mini) : "${train_parts:=train-clean-5}" "${valid_parts:=dev-clean-2}" "${test_parts:=dev-clean-2}" ;;
-  *librispeech:*)
-    : "${train_parts:=train-clean-100,train-clean-360,train-other-500}" "${valid_parts:=dev-clean,dev-other}"
-    : "${test_parts:=dev-clean,dev-other,test-clean,test-other}"
-    ;;
-  *) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev,test}" ;;
-esac
 if [[ $corpus == demo ]]; then # sized for two cores and twenty minutes
   [[ $phase1_steps != 10000 ]] || phase1_steps=100
   [[ $phase2_steps != 10000 ]] || phase2_steps=300
   [[ $quantizer_utts != 1000 ]] || quantizer_utts=200
-  : "${extract_jobs:=$nj}"
-  [[ $recipe != *librispeech || -n $token_kind ]] || token_kind=char
 fi
-: "${extract_jobs:=1}"
 if [[ $short == true ]]; then
   phase1_steps=30 phase2_steps=20 quantizer_utts=20
   train_args="$train_args --num-epochs 3"
@@ -87,8 +68,6 @@ if [[ $streaming == true ]]; then
   train_args="--streaming true $train_args"
 fi
 
-marker_dir=$exp_dir/.done
-kind=fbank
 while [[ $teacher == ?*/ ]]; do teacher=${teacher%/}; done
 # Quantizer and labels are named after the teacher and its folder: many a hub's user has a hubert-base, and every
 # exp_dir of ours an mvq-seed42.
@@ -114,18 +93,6 @@ teacher_file=$teacher
 for file in "$teacher_file" "${teacher_file%.*}.json"; do # the second: options of a state dict
   [[ ! -e $file ]] || teacher_files+=("$file")
 done
-IFS=, read -r -a train_cuts <<< "$train_parts"
-IFS=, read -r -a test_cuts <<< "$test_parts"
-train_cuts=("${train_cuts[@]/#/$data_dir/$kind/cuts_}")
-train_cuts=("${train_cuts[@]/%/.jsonl.gz}")
-test_cuts=("${test_cuts[@]/#/$data_dir/$kind/cuts_}")
-test_cuts=("${test_cuts[@]/%/.jsonl.gz}")
-
-commas() { # commas WORD ...: the words with commas between them
-  local IFS=,
-  echo "$*"
-}
-cuts_list=$(commas "${train_cuts[@]}")
 
 wants() { # wants KIND: does one of the systems need labels of this kind
   case $1 in
@@ -134,23 +101,8 @@ wants() { # wants KIND: does one of the systems need labels of this kind
   esac
 }
 
-lang_dir() { # the tokenizer that the options name, or the one that there is
-  local found=("$data_dir"/lang_*)
-  case $token_kind:$vocab_size in
-    char:* | pinyin:*) found=("$data_dir/lang_$token_kind") ;;
-    *:?*) found=("$data_dir/lang_bpe_$vocab_size") ;;
-    bpe:) found=("$data_dir"/lang_bpe_*) ;;
-  esac
-  [[ ${#found[@]} == 1 && -d ${found[0]} ]] ||
-    fail 2 "no single tokenizer among ${found[*]}; choose with --token-kind and --vocab-size"
-  echo "${found[0]}"
-}
-
 stage_0_data() { # Prepare the corpus (its stages have markers of their own)
-  # shellcheck disable=SC2086
-  ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" --partial "$partial" \
-    ${corpus_dir:+--corpus-dir "$corpus_dir"} ${parts:+--parts "$parts"} ${token_kind:+--token-kind "$token_kind"} \
-    ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
+  prepare_data
 }
 
 stage_1_teacher() { # Check the teacher on a few utterances
@@ -182,7 +134,7 @@ stage_2_quantizer() { # Train the quantizer of each layer and report on it
 }
 
 extract() { # extract KIND DIR ...: all shards of the label sets of all layers, then a check of every byte
-  local label_kind=$1 dir inputs=("${train_cuts[@]}" "${teacher_files[@]}") with_quantizers=()
+  local label_kind=$1 inputs=("${train_cuts[@]}" "${teacher_files[@]}") with_quantizers=()
   shift
   if [[ $label_kind == codebook_indexes ]]; then
     inputs+=("${quantizers[@]}")
@@ -190,13 +142,8 @@ extract() { # extract KIND DIR ...: all shards of the label sets of all layers, 
   fi
   begin --name "$label_kind" --option teacher layer normalize_embeddings num_shards --input "${inputs[@]}" \
     --output "${@/%//label_set.json}" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
-  run_cmd --log "$1/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
-    python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$(commas "$@")" --kind "$label_kind" \
-    --shard JOB --num-shards "$num_shards" --layer "$layer" "${teacher_options[@]}" "${with_quantizers[@]}"
-  python3 ../../local/label_sets.py verify "$@"
-  for dir in "$@"; do
-    python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}"
-  done
+  extract_and_verify "$(commas "$@")" --kind "$label_kind" --layer "$layer" "${teacher_options[@]}" \
+    "${with_quantizers[@]}"
   finish
 }
 
@@ -214,9 +161,8 @@ student_dir() { # student_dir SYSTEM SEED: the exp_dir of a student
 }
 
 stage_4_train() { # Train every student
-  local system seed dir launch=(python3) labels label_dirs lang
+  local system seed dir labels label_dirs lang
   lang=$(lang_dir)
-  ((num_gpus <= 1)) || launch=(torchrun --standalone --nproc-per-node "$num_gpus")
   for seed in $seeds; do
     for system in $systems; do
       dir=$(student_dir "$system" "$seed")
@@ -230,15 +176,7 @@ stage_4_train() { # Train every student
       # No --code: an edited line of the library does not throw a week of training away.
       begin --name "$system$student_tag-seed$seed" --option train_args train_parts valid_parts --input "$config" \
         "${train_cuts[@]}" "$lang/tokenizer.json" "${label_dirs[@]}" --output "$dir/train_summary.json" || continue
-      if [[ $force == true && -e $dir ]]; then # train.py would go on with it, or find it finished
-        log "the training in $dir is moved to $dir.old"
-        rm -rf "$dir.old"
-        mv "$dir" "$dir.old"
-      fi
-      # shellcheck disable=SC2086
-      "${launch[@]}" ./train.py --config "$config" --exp-dir "$dir" --kd "$system" --seed "$seed" \
-        --manifest-dir "$data_dir/$kind" --lang-dir "$lang" --train-parts "$train_parts" \
-        --valid-parts "$valid_parts" "${labels[@]}" $train_args
+      train_in "$dir" --config "$config" --kd "$system" --seed "$seed" --lang-dir "$lang" "${labels[@]}"
       finish
     done
   done
@@ -254,9 +192,7 @@ decode_one() { # decode_one SYSTEM SEED METHOD CHUNK: all test parts; a CHUNK of
   fi
   begin --name "$name" --option decode_args test_parts --input "$dir/train_summary.json" "${test_cuts[@]}" \
     --output "$dir/$3" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || return 0
-  # shellcheck disable=SC2086
-  OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
-    --decoding-method "$3" "${words[@]}" $decode_args
+  decode_in "$dir" "$3" "${words[@]}"
   finish
 }
 

@@ -102,7 +102,7 @@ def test_decodings_of_several_chunk_sizes_are_kept_apart(driver, tmp_path):
 
 def test_a_failed_command_ends_the_driver_with_its_exit_code(driver):
     with pytest.raises(driver.RunFailed, match="exit code 3") as raised:
-        driver._run([sys.executable, "-c", "raise SystemExit(3)"])
+        driver.run_command([sys.executable, "-c", "raise SystemExit(3)"])
     assert raised.value.exit_code == 3
 
 

@@ -14,7 +14,7 @@ from icefall_kd.frames import WHISPER_CONV
 from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.shard import LabelEntry, ShardHeader, write_shard
 from icefall_kd.results import build_rows, compare, measure_labels, read_run, stack_utterances
-from icefall_kd.results_table import demo_table, details, full_table, markdown_table, replace_block
+from icefall_kd.results_table import demo_table, details, full_table, markdown_table, nar_table, replace_block
 from icefall_kd.runtime.files import read_json, write_json
 from icefall_kd.scoring import per_utterance, score, summarize
 
@@ -127,6 +127,58 @@ def test_runs_that_differ_in_the_seed_alone_are_pooled(tmp_path):
     assert [row.system for row in rows] == ["student without KD (s1)", "student without KD (other)"]
     _, cells = full_table(rows)
     assert cells[0][1:3] == ["epoch-2_avg-1", "1, 2, 3"]
+
+
+def nar_dir(root, name, seed, wrong, parameters=1000, **options):
+    """Write an exp_dir of --system nar with a decoding of the teacher or two of a student."""
+    student = options.setdefault("attention_decoder", "mlm") == "mlm"
+    both = zip(("mask_predict", "nar_beam_search") if student else ("joint_beam_search",), wrong, strict=True)
+    found = [
+        result("dev", w, suffix=m, method=m) | {"parameters": parameters, "rtf": 0.01 * seed}
+        | ({"masked_share": 0.1 * seed} if student else {})
+        for m, w in both
+    ]  # fmt: skip
+    return exp_dir(root / f"{name}-seed{seed}", found, seed=seed, system="nar", **options)
+
+
+def test_rows_of_nar_are_named_by_what_helped_and_compared_with_scratch_of_their_size(tmp_path):
+    folders = []
+    for seed in (1, 2):
+        folders.append(nar_dir(tmp_path, "teacher", seed, [4], attention_decoder="ar"))
+        folders.append(nar_dir(tmp_path, "scratch", seed, [20, 16]))
+        # Each seed has a teacher of its own; what it gives does not make another experiment of it.
+        given = {"init_from": f"exp/teacher-seed{seed}", "label_dir": [f"labels/teacher-seed{seed}-nbest"]}
+        given |= {"ctc_kd_scale": 0.2, "nbest_ctc_scale": 0.3}
+        folders.append(nar_dir(tmp_path, "transfer-both", seed, [15, 16], **given))
+        size = {"parameters": 110, "encoder_dim": 48}
+        folders.append(nar_dir(tmp_path, "small", seed, [30, 30], **size))
+        folders.append(nar_dir(tmp_path, "small-frame", seed, [24, 33], **size, token_kd_scale=0.5))
+    rows = build_rows([read_run(f) for f in folders])
+    header, cells = nar_table(rows)
+    lines = [dict(zip(header, line, strict=True)) for line in cells]
+    assert [(x["system"], x["search"]) for x in lines] == [
+        ("AR", "joint_beam_search"),
+        *[("NAR", m) for m in ("mask_predict", "nar_beam_search")],
+        *[("NAR + transfer + frame and sequence KD", m) for m in ("mask_predict", "nar_beam_search")],
+        *[("small NAR", m) for m in ("mask_predict", "nar_beam_search")],
+        *[("small NAR + frame KD", m) for m in ("mask_predict", "nar_beam_search")],
+    ]
+    assert {x["seeds"] for x in lines} == {"1, 2"}
+    # 20 to 15, 16 to 16; of the small ones 30 to 24, 30 to 33.
+    assert [x["relative change dev"] for x in lines] == [
+        "-", "-", "-", "-25.0 %", "+0.0 %", "-", "-", "-20.0 %", "+10.0 %",
+    ]  # fmt: skip
+    assert [x["masked dev"] for x in lines] == ["-", *["15.0 %"] * 8]
+    assert lines[1]["WER dev"].startswith("12.50 % (") and {x["RTF"] for x in lines} == {"0.0100"}
+    assert [x["labels"] for x in lines if x["search"] == "mask_predict"] == ["none", "not found", "none", "not found"]
+
+
+def test_a_list_has_no_plain_form_to_be_compared_with(tmp_path):
+    info = asdict(LabelSetInfo.load(label_set(tmp_path / "labels"))) | {"kind": "nbest", "extra": {"vocab_size": 9}}
+    write_json(tmp_path / "labels" / "label_set.json", info)
+    folder = nar_dir(tmp_path, "small", 1, [3, 3], nbest_ctc_scale=0.5, label_dir=["labels"])
+    kinds, _, ratio = build_rows([read_run(folder)])[0].label_texts()
+    assert (kinds, ratio) == ("n-best", "?")
 
 
 def test_seeds_that_were_not_decoded_are_not_claimed(tmp_path):

@@ -51,6 +51,9 @@ class QuantizerConfig:
     """Start from k-means in balanced subspaces of the data, or from random numbers, as multi_quantization does."""
 
 
+LabelKind = Literal["codebook_indexes", "embeddings", "ctc_posteriors", "token_posteriors", "nbest"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """What to extract, from which cuts, into which label set."""
@@ -59,7 +62,7 @@ class ExtractConfig:
     """Cut sets (cuts_*.jsonl.gz), several as a,b."""
     label_dir: Path
     """Folder of the label set."""
-    kind: Literal["codebook_indexes", "embeddings", "ctc_posteriors", "token_posteriors", "nbest"] = "codebook_indexes"
+    kind: LabelKind = "codebook_indexes"
     """Codes of a quantizer, or the embeddings themselves; of a recogniser that this project trained (--system nar
     --attention-decoder ar): posteriors of its CTC head or of its decoder along the transcript, or its n-best."""
     quantizer: Path | None = None
@@ -110,10 +113,13 @@ class LayersConfig(TeacherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractLayersConfig(ExtractConfig):
-    """What to extract, from which cuts, into which label sets: one for each layer."""
+    """What to extract, from which cuts, into which label sets: one for each layer, or for each kind of one layer."""
 
     label_dir: list[Path]
-    """Folder of the label set of each layer, several as a,b."""
+    """Folder of the label set of each layer or kind, several as a,b."""
+    kind: list[LabelKind] = field(default_factory=lambda: ["codebook_indexes"])
+    """One kind of all label sets, or, of a recogniser, one for each: ctc_posteriors,token_posteriors,nbest,embeddings.
+    codebook_indexes are codes of a quantizer."""
     quantizer: list[Path] = field(default_factory=list)
     """Quantizer file of each layer; needed for codebook_indexes."""
     teacher: LayersConfig = LayersConfig()
@@ -127,12 +133,23 @@ class ExtractLayersConfig(ExtractConfig):
         Raises:
             ConfigError: layers, label sets and quantizers are not equally many, or one label set is named twice.
         """
-        layers, codes = self.teacher.layer, self.kind == "codebook_indexes"
-        quantizers = self.quantizer if self.quantizer or codes else [None] * len(layers)
+        kinds, layers, quantizers = self.kind, self.teacher.layer, self.quantizer
+        if len(kinds) != 1:
+            if "codebook_indexes" in kinds or len(layers) > 1:
+                raise ConfigError(
+                    f"--kind {','.join(kinds)}: several kinds come from the heads and the last layer of one "
+                    "recogniser; extract codebook_indexes and other layers in a run of their own"
+                )
+            layers = layers * len(kinds)
+        else:
+            kinds = kinds * len(layers)
+        if not quantizers and "codebook_indexes" not in kinds:
+            quantizers = [None] * len(layers)
         if not len(layers) == len(self.label_dir) == len(quantizers) or not layers:
             raise ConfigError(
-                f"--layer names {len(layers)} layers, --label-dir {len(self.label_dir)} folders, --quantizer "
-                f"{len(self.quantizer)} files; give one of each for every label set (a,b), no quantizers for embeddings"
+                f"--kind and --layer name {len(layers)} layers, --label-dir {len(self.label_dir)} folders, --quantizer "
+                f"{len(self.quantizer)} files; give one of each for every label set (a,b), no quantizers for other "
+                "kinds than codebook_indexes"
             )
         if len({folder.resolve() for folder in self.label_dir}) < len(self.label_dir):
             raise ConfigError(f"--label-dir names one folder twice: {', '.join(map(str, self.label_dir))}")
@@ -141,9 +158,10 @@ class ExtractLayersConfig(ExtractConfig):
         return [
             ExtractConfig(
                 **values
-                | {"label_dir": folder, "quantizer": quantizer, "teacher": TeacherConfig(**teacher | {"layer": layer})}
+                | {"kind": kind, "label_dir": folder, "quantizer": quantizer}
+                | {"teacher": TeacherConfig(**teacher | {"layer": layer})}
             )
-            for layer, folder, quantizer in zip(layers, self.label_dir, quantizers, strict=True)
+            for kind, layer, folder, quantizer in zip(kinds, layers, self.label_dir, quantizers, strict=True)
         ]
 
 

@@ -29,9 +29,12 @@ class AttentionDecoderConfig:
     """Probability that the decoder's targets spread over all other tokens."""
     mask_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
     """How the positions of a drawn number of masks are drawn; with_replacement masks fewer, as ESPnet does."""
+    mask_draws: int = 1
+    """Masked copies of every transcript in a training step, each with masks of its own; the loss is their mean.  The
+    encoder, which costs most, runs once for all of them."""
 
     def __post_init__(self) -> None:
-        at_least(self, num_decoder_layers=1, decoder_heads=1, decoder_feedforward_dim=1)
+        at_least(self, num_decoder_layers=1, decoder_heads=1, decoder_feedforward_dim=1, mask_draws=1)
         for name in ("decoder_dropout", "ctc_weight", "label_smoothing"):
             least = "above 0" if name == "ctc_weight" else "at least 0"  # a CTC head without a loss is none
             if not 0 <= getattr(self, name) < 1 or (name == "ctc_weight" and self.ctc_weight == 0):

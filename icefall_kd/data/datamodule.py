@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lhotse import CutSet
@@ -23,16 +22,16 @@ from torch.utils.data import Dataset
 
 from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
-from icefall_kd.data.batch import LOG_EPS, Batch, Labels
+from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.data.features import FRAME_SHIFT, SILENCE, FbankExtractor
 from icefall_kd.data.filters import check_cuts, filter_cuts
 from icefall_kd.data.loader import Loader, audio_of, features_of
 from icefall_kd.data.manifests import iterate_cuts
+from icefall_kd.data.transcripts import pad_tokens, transcript
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import conv2d_subsampled_len
-from icefall_kd.labels.align import check_lengths, collate_codes, collate_embeddings
 from icefall_kd.labels.compat import check_label_compat
 from icefall_kd.labels.keys import label_key
+from icefall_kd.labels.reading import read_labels
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.runtime.dist import get_rank, get_world_size
 from icefall_kd.runtime.files import fingerprint
@@ -160,8 +159,10 @@ class CutBatches(Dataset):
             ]
         # Cut sets that name no spans of recordings can be decoded and trained on, but not joined with labels.
         keys = [label_key(cut) for cut in clean] if self.stores else []
-        texts = [" ".join(s.text for s in cut.supervisions if s.text) for cut in clean]
-        tokens = [torch.tensor(self.tokenizer.encode(text), dtype=torch.int64) for text in texts]
+        texts = [transcript(cut) for cut in clean]
+        y, y_lens = pad_tokens(self.tokenizer, texts)
+        frames = [len(x) for x in features]
+        ids = [row[:n] for row, n in zip(y.tolist(), y_lens.tolist(), strict=True)]
         audio = audio_lens = None
         if self.with_audio:
             waves = [audio_of(cut) for cut in clean]
@@ -171,13 +172,16 @@ class CutBatches(Dataset):
             ids=[cut.id for cut in clean],
             keys=keys,
             features=pad_sequence(features, batch_first=True, padding_value=LOG_EPS),
-            x_lens=torch.tensor([len(x) for x in features]),
+            x_lens=torch.tensor(frames),
             audio=audio,
             audio_lens=audio_lens,
             texts=texts,
-            y=pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.blank_id),
-            y_lens=torch.tensor([len(t) for t in tokens]),
-            labels={name: self._labels(store, clean, keys, features) for name, store in self.stores.items()},
+            y=y,
+            y_lens=y_lens,
+            labels={
+                name: read_labels(store, clean, keys, frames, ids, self.tokenizer.tokens, self.label_all)
+                for name, store in self.stores.items()
+            },
             durations=[cut.duration for cut in clean],
         )
 
@@ -193,20 +197,6 @@ class CutBatches(Dataset):
             return features
         # Stored features know nothing of what follows: windows that cross the end differ from those of padded audio.
         return F.pad(features, (0, 0, 0, round(self.tail_padding / FRAME_SHIFT)), value=SILENCE)
-
-    def _labels(self, store: LabelStore, cuts: list[Cut], keys: list[str], features: list[Tensor]) -> Labels:
-        arrays = []
-        for cut, key, x in zip(cuts, keys, features, strict=True):
-            array = store.get(key, missing_ok=True)
-            if array is not None:
-                encoder_len = conv2d_subsampled_len(len(x))
-                check_lengths(len(array), cut.num_samples, store.info.formula, encoder_len, cut.id, key)
-            elif self.label_all:
-                array = np.zeros((store.info.formula.num_frames(cut.num_samples), store.info.width), np.uint8)
-            arrays.append(array)
-        if store.info.kind == "codebook_indexes":
-            return collate_codes(arrays, store.info.num_codebooks)
-        return collate_embeddings(arrays, store.info.dim)
 
 
 def _content(cut: Cut) -> str:
@@ -278,8 +268,10 @@ class DataModule:
                 "frames away from the teacher's"
             )
         keys = [label_key(cut) for cut in self.train_cuts] if self.stores else []
+        kinds = {spec.name: spec.kind for spec in label_specs}
         for name, store in self.stores.items():
-            check_label_compat(store.info, str(store.path), time_warp_factor=warp)
+            wanted = {"kind": kinds[name], "tokenizer_hash": tokenizer.hash}
+            check_label_compat(store.info, str(store.path), time_warp_factor=warp, **wanted)
             logger.info("labels %s: %s", name, store.join(keys, min_coverage=min_coverage))
         self.train_data = CutBatches(
             tokenizer,

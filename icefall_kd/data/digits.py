@@ -11,6 +11,7 @@ import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -21,6 +22,8 @@ from icefall_kd.runtime.files import fingerprint, read_json, sha256_file, write_
 
 VERSION = 1
 DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
+# Probabilities of the three digits that may follow one in the bigram grammar: 1.3 bits a digit instead of 3.3.
+FOLLOWERS = (0.6, 0.3, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class DigitsSpec:
     """Level of the noise in the pauses, in dB below full scale."""
     seed: int = 7
     """Seed of everything drawn."""
+    grammar: Literal["uniform", "bigram"] = "uniform"
+    """uniform: digits do not depend on each other; bigram: each is followed by three digits only."""
 
     def __post_init__(self) -> None:
         if self.dev_takes[0] <= self.train_takes[1] and self.train_takes[0] <= self.dev_takes[1]:
@@ -54,6 +59,13 @@ class DigitsSpec:
     def splits(self) -> dict[str, tuple[int, tuple[int, int]]]:
         """(strings, takes) of every split."""
         return {"train": (self.num_train, self.train_takes), "dev": (self.num_dev, self.dev_takes)}
+
+    def describe(self) -> dict:
+        """Return the options as plain data; the grammar stands there only if it is not the uniform one."""
+        options = asdict(self)
+        if self.grammar == "uniform":  # as before there was a choice: those corpora are up to date
+            del options["grammar"]
+        return options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,21 @@ class DigitString:
     text: str
 
 
+def bigram_grammar(seed: int) -> dict[str, dict[str, float]]:
+    """Draw a bigram grammar: of each digit those that may follow it, with their probabilities FOLLOWERS.
+
+    Every digit follows three others, and three follow it, with the same three probabilities: digits are uniform at
+    every place of a string, as without a grammar, so what differs is context alone (our design).
+    """
+    rng = random.Random(f"grammar/{seed}")
+    orders = [DIGITS]
+    while len(orders) <= len(FOLLOWERS):  # orders of the digits that have no two alike at any place
+        order = tuple(rng.sample(DIGITS, len(DIGITS)))
+        if not any(a == b for other in orders for a, b in zip(order, other, strict=True)):
+            orders.append(order)
+    return {d: {order[i]: p for order, p in zip(orders[1:], FOLLOWERS, strict=True)} for i, d in enumerate(DIGITS)}
+
+
 def take_of(utterance: str) -> int:
     """Return the take number that ends an utterance's id."""
     match = re.search(r"[-_](\d+)$", utterance)
@@ -76,7 +103,8 @@ def take_of(utterance: str) -> int:
 
 
 def plan_digits(recordings: list[Utterance], spec: DigitsSpec) -> dict[str, list[DigitString]]:
-    """Draw the strings of both splits; the speakers and digits are uniform, takes are of the split alone.
+    """Draw the strings of both splits; the speakers and digits are uniform (their order is the grammar's), takes are of
+    the split alone.
 
     Args:
         recordings: single digits with transcripts.
@@ -111,7 +139,14 @@ def plan_digits(recordings: list[Utterance], spec: DigitsSpec) -> dict[str, list
 
 def _draw(rng: random.Random, split: str, index: int, speakers, pool, spec: DigitsSpec) -> DigitString:
     speaker = rng.choice(speakers)
-    digits = [rng.choice(DIGITS) for _ in range(rng.randint(*spec.length))]
+    length = rng.randint(*spec.length)
+    if spec.grammar == "uniform":
+        digits = [rng.choice(DIGITS) for _ in range(length)]
+    else:
+        follow, digits = bigram_grammar(spec.seed), [rng.choice(DIGITS)]
+        while len(digits) < length:
+            following = follow[digits[-1]]
+            digits += rng.choices(list(following), list(following.values()))
     return DigitString(
         utt=f"digits-{split}-{speaker}-{index:05d}",
         speaker=speaker,
@@ -159,7 +194,7 @@ def make_digits(source: Path, out: Path, spec: DigitsSpec) -> bool:
         raise DataError(f"{source} holds no recordings of digits")
     marker = out / "digits.json"
     content = [[u, r.text, sha256_file(r.audio) if r.audio else None] for u, r in by_id.items()]
-    identity = fingerprint([VERSION, asdict(spec), content])
+    identity = fingerprint([VERSION, spec.describe(), content])
     if marker.is_file() and read_json(marker)["fingerprint"] == identity:
         return False
     if out.exists() and any(out.iterdir()) and not marker.is_file():
@@ -170,7 +205,10 @@ def make_digits(source: Path, out: Path, spec: DigitsSpec) -> bool:
     for split, strings in plans.items():
         _write_split(building / split, strings, by_id, spec)
     parts = {split: {"utterances": len(strings)} for split, strings in plans.items()}
-    write_json(building / "digits.json", {"fingerprint": identity, "spec": asdict(spec), "parts": parts})
+    description = {"fingerprint": identity, "spec": spec.describe(), "parts": parts}
+    if spec.grammar == "bigram":
+        description["grammar"] = bigram_grammar(spec.seed)
+    write_json(building / "digits.json", description)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(building, out)
     return True

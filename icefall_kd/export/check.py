@@ -79,13 +79,19 @@ def check_graph(graph: Graph, run: Run, cases: list[tuple[Tensor, ...]], int8: b
         where = f"input of {', '.join(str(tuple(x.shape)) for x in inputs)}"
         expected = graph.module(*inputs)
         expected = expected if isinstance(expected, tuple) else (expected,)
-        found = run(*inputs)
-        if graph.name == "encoder":
-            errors.add(expected[1], found[1], where)
-            expected, found = ([out[0][i, :n] for i, n in enumerate(out[1])] for out in (expected, found))
-        for one, other in zip(expected, found, strict=True):
+        for one, other in zip(*(_valid(graph, inputs, out) for out in (expected, run(*inputs))), strict=True):
             errors.add(one, other, where)
     return errors.verdict(int8)
+
+
+def _valid(graph: Graph, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return what counts of a graph's outputs: the lengths that it states, and frames or tokens within them."""
+    if graph.name == "encoder":
+        lens, rest = outputs[1], [*outputs[:1], *outputs[2:]]
+        return [lens, *(x[i, :n] for x in rest for i, n in enumerate(lens))]
+    if graph.name == "masked_decoder":
+        return [x[i, :n] for x in outputs for i, n in enumerate(inputs[3])]
+    return list(outputs)
 
 
 @torch.no_grad()
@@ -122,6 +128,17 @@ def _forget_second(cache: Tensor) -> Tensor:
 def offline_cases(feature_dim: int) -> list[tuple[Tensor, ...]]:
     """Return padded batches (x (N, T, F), x_lens (N,)) of the lengths of :data:`BATCHES`."""
     return [(log_mel_noise(len(lens), max(lens), feature_dim), torch.tensor(lens)) for lens in BATCHES]
+
+
+def masked_cases(graph: Graph) -> list[tuple[Tensor, ...]]:
+    """Return encoder output and tokens of several lengths, one token of one frame and a row without tokens too."""
+    dim, mask_id = graph.example[0].shape[2], int(graph.example[2].max())
+    cases = []
+    for frames, tokens in (((1,), (1,)), ((9, 4), (3, 1)), ((25, 31, 8), (11, 6, 0)), ((50,), (7,))):
+        n = len(frames)
+        y = torch.randint(3, mask_id + 1, (n, max(tokens)))
+        cases.append((torch.randn(n, max(frames), dim), torch.tensor(frames), y, torch.tensor(tokens)))
+    return cases
 
 
 def label_cases(graph: Graph) -> list[tuple[Tensor, ...]]:

@@ -1,4 +1,4 @@
-"""Export a trained transducer: trace, quantize, check against the model, and only then put into place."""
+"""Export a trained transducer or Mask-CTC student: trace, quantize, check against the model, then put into place."""
 
 import logging
 import warnings
@@ -9,11 +9,13 @@ import torch
 from icefall_kd.config import DecodeConfig, ExportConfig
 from icefall_kd.data.features import FRAME_SHIFT, NUM_BINS
 from icefall_kd.errors import ConfigError
-from icefall_kd.export.check import Run, check_graph, check_stream, label_cases, offline_cases
+from icefall_kd.export.check import Run, check_graph, check_stream, label_cases, masked_cases, offline_cases
 from icefall_kd.export.graphs import Graph, offline_graphs, streaming_graphs
+from icefall_kd.export.mask_ctc import mask_ctc_graphs
 from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx, write_onnx
+from icefall_kd.models.ctc_attention import CtcAttentionModel
 from icefall_kd.models.streaming import choose_chunks
-from icefall_kd.recipe import load_system
+from icefall_kd.recipe import Trained, load_system
 from icefall_kd.runtime.env import environment, package_version
 from icefall_kd.runtime.files import atomic_folder, read_json, write_json, write_text
 from icefall_kd.text.tokenizer import SPACE, Tokenizer
@@ -24,8 +26,8 @@ RECORD = "export.json"
 # Options that say which model is exported, with the names that they have in decode.py.
 _CHUNKS = ("decode_chunk_size", "left_context_frames")
 PARAMETERS = ("epoch", "iter", "avg", "use_averaged_model", *_CHUNKS)
-# Graphs with int8 weights; the decoder is an embedding and one small product.
-_QUANTIZED = ("encoder", "joiner")
+# Graphs with int8 weights; a transducer's decoder is an embedding and one small product.
+_QUANTIZED = ("encoder", "joiner", "masked_decoder")
 
 
 def export(config: ExportConfig) -> dict:
@@ -44,23 +46,14 @@ def export(config: ExportConfig) -> dict:
         which = {name: value for name, value in parameters.items() if name not in _CHUNKS}
         trained = load_system(DecodeConfig(exp_dir=config.exp_dir, device="cpu", **which))
         model, tokenizer = trained.system.requires_grad_(False).model, trained.tokenizer
-        if model.joiner is None:
-            raise ConfigError(f"{config.exp_dir} has no transducer (--transducer-scale 0); nothing is exported")
+        _refuse_model(model, config)
         feature_dim = trained.config.model.feature_dim
         if config.format == "sherpa-onnx" and feature_dim != NUM_BINS:
             raise ConfigError(f"{config.exp_dir} hears {feature_dim} bins; sherpa-onnx is told of {NUM_BINS}")
         # A seed of its own: the same model gives the same files and the same figures of the check.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            streaming = trained.config.model.streaming and config.decode_chunk_size != -1
-            wanted = (parameters[name] for name in _CHUNKS)
-            chunks = choose_chunks(trained.config.model, *wanted, chunk_by_chunk=streaming)
-            model.encoder.chunks = chunks
-            if streaming:
-                graphs = streaming_graphs(model, feature_dim, chunks)
-                parameters |= dict(zip(_CHUNKS, chunks, strict=True))
-            else:
-                graphs = offline_graphs(model, feature_dim)
+            graphs, streaming = _graphs(trained, config, parameters)
             files, checks = _write_graphs(graphs, config, folder, feature_dim)
         tokenizer.save(folder)
         if config.format == "sherpa-onnx":
@@ -73,7 +66,7 @@ def export(config: ExportConfig) -> dict:
             "files_used": trained.files_used,
             "tokenizer_hash": tokenizer.hash,
             "vocab_size": tokenizer.vocab_size,
-            "context_size": model.decoder.context_size,
+            **_search_facts(model),
             "features": {"bins": feature_dim, "frame_shift": FRAME_SHIFT, "sampling_rate": 16000},
             "graphs": {g.name: {"inputs": g.inputs, "outputs": g.outputs, "metadata": g.metadata} for g in graphs},
             "checks": checks,
@@ -82,6 +75,46 @@ def export(config: ExportConfig) -> dict:
         write_json(folder / RECORD, record)
     logger.info("wrote %s", config.out_dir)
     return record
+
+
+def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
+    """Raise a ConfigError for a model that is not exported, or not in this format."""
+    if not isinstance(model, CtcAttentionModel):
+        if model.joiner is None:
+            raise ConfigError(f"{config.exp_dir} has no transducer (--transducer-scale 0); nothing is exported")
+        return
+    if model.decoder.causal:
+        raise ConfigError(
+            f"{config.exp_dir} is an autoregressive teacher (--attention-decoder ar); its Mask-CTC student is exported"
+        )
+    if config.format == "sherpa-onnx":
+        raise ConfigError(
+            f"--format sherpa-onnx: {config.exp_dir} is a Mask-CTC student, which sherpa-onnx does not run; use "
+            "--format onnx (and local/onnx_mask_predict.py) or torchscript"
+        )
+
+
+def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[list[Graph], bool]:
+    """Return the graphs of a model, and whether they go chunk by chunk; the chunks are noted in ``parameters``."""
+    model, feature_dim = trained.system.model, trained.config.model.feature_dim
+    masked = isinstance(model, CtcAttentionModel)  # its decoder looks at whole utterances
+    streaming = trained.config.model.streaming and config.decode_chunk_size != -1 and not masked
+    wanted = (parameters[name] for name in _CHUNKS)
+    chunks = choose_chunks(trained.config.model, *wanted, chunk_by_chunk=streaming)
+    model.encoder.chunks = chunks
+    if masked:
+        return mask_ctc_graphs(model, feature_dim), False
+    if not streaming:
+        return offline_graphs(model, feature_dim), False
+    parameters |= dict(zip(_CHUNKS, chunks, strict=True))
+    return streaming_graphs(model, feature_dim, chunks), True
+
+
+def _search_facts(model: torch.nn.Module) -> dict[str, int]:
+    """Return what a search over the graphs must know beside the tokens."""
+    if isinstance(model, CtcAttentionModel):
+        return {"blank_id": model.blank_id, "sos_id": model.sos_id, "unk_id": 2, "mask_id": model.mask_id}
+    return {"context_size": model.decoder.context_size}
 
 
 def _refuse_other_files(out_dir: Path) -> None:
@@ -125,7 +158,10 @@ def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, featu
 def _check(graph: Graph, run: Run, feature_dim: int, int8: bool) -> dict[str, float]:
     if "cached_attn" in graph.inputs:
         return check_stream(graph, run, feature_dim, int8)
-    cases = offline_cases(feature_dim) if graph.name == "encoder" else label_cases(graph)
+    if graph.name == "encoder":
+        cases = offline_cases(feature_dim)
+    else:
+        cases = masked_cases(graph) if graph.name == "masked_decoder" else label_cases(graph)
     return check_graph(graph, run, cases, int8)
 
 

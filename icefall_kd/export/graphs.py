@@ -17,7 +17,7 @@ from icefall_kd.models.streaming import Chunks, StreamingState
 from icefall_kd.models.transducer import TransducerModel
 
 # Frames without which the subsampling has no output: so many of silence are appended, beyond every length.
-_SHORTEST = 7
+SHORTEST = 7
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OfflineEncoder(nn.Module):
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Map (N, T, F) log-mel frames, of which (N,) are valid, to (N, T', J) and (N,) valid frames of 40 ms."""
-        x = F.pad(x, (0, 0, 0, _SHORTEST), value=LOG_EPS)
+        x = F.pad(x, (0, 0, 0, SHORTEST), value=LOG_EPS)
         out = self.encoder(x, x_lens)
         return self.projection(out.encoder_out), out.encoder_out_lens
 

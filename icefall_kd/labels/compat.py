@@ -1,7 +1,7 @@
 """Refuse label sets that do not fit the training that wants them."""
 
-from icefall_kd.errors import ConfigError
-from icefall_kd.labels.info import LabelSetInfo
+from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.labels.info import RECOGNISER_ROWS, LabelSetInfo
 
 
 def check_label_compat(
@@ -14,6 +14,7 @@ def check_label_compat(
     quantizer_sha256: str | None = None,
     refine_iters: int | None = None,
     corpus_fingerprint: str | None = None,
+    tokenizer_hash: str | None = None,
 ) -> None:
     """Raise unless a label set is what a training asks for; whatever is None is not asked.
 
@@ -23,10 +24,11 @@ def check_label_compat(
         info: provenance of the set.
         where: path of the set, for messages.
         time_warp_factor: SpecAugment's time warp in frames; 1 and more moves frames away from labels.
-        kind: "codebook_indexes" or "embeddings".
+        kind: LabelSetInfo.kind.
         teacher: ``Teacher.provenance()`` of the wanted teacher.
         quantizer_sha256, refine_iters: the wanted quantizer and its search.
         corpus_fingerprint: of the cuts that the labels must have been made for.
+        tokenizer_hash: of the training's tokenizer, which a recogniser's labels must name.
     Raises:
         ConfigError: time warp with labels.
         DataError: another provenance; the message names the field and both values.
@@ -35,6 +37,12 @@ def check_label_compat(
         raise ConfigError(
             f"--spec-aug-time-warp-factor is {time_warp_factor}, labels of {where} need 0: time warp moves the "
             "student's frames away from the teacher's"
+        )
+    made_with = info.extra.get("tokenizer_hash")
+    if info.kind in RECOGNISER_ROWS and tokenizer_hash is not None and made_with != tokenizer_hash:
+        raise DataError(
+            f"label set {where} holds token ids of tokenizer {made_with}, this training's is {tokenizer_hash}; train "
+            "with the teacher's --lang-dir, or extract labels of a teacher of these tokens"
         )
     expect = {
         "kind": kind,

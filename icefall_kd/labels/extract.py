@@ -4,7 +4,8 @@ Which shard an utterance belongs to follows from its key; within a shard, uttera
 cut into parts.  A part is written when it is done and is not done again after a kill.  Batches never cross a
 part, so that a resumed run computes exactly what an uninterrupted one does.
 
-Several layers of a teacher go to a label set each, from one pass of the teacher over the audio.
+Several layers of a teacher, or several things that a recogniser knows, go to a label set each, from one pass of the
+teacher over the audio.
 """
 
 import contextlib
@@ -17,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from lhotse.cut import MonoCut
 from torch import Tensor
@@ -25,9 +25,11 @@ from torch import Tensor
 from icefall_kd.config import ExtractConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.data.manifests import iterate_cuts
-from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.data.transcripts import pad_tokens, transcript
+from icefall_kd.errors import DataError
 from icefall_kd.labels.audio import clean_audio
-from icefall_kd.labels.info import LabelSetInfo
+from icefall_kd.labels.formats import RowMaker, row_maker, set_info
+from icefall_kd.labels.info import RECOGNISER_ROWS
 from icefall_kd.labels.keys import CorpusFingerprint, cut_text, label_key, speech_track, two_texts
 from icefall_kd.labels.shard import LabelEntry, Shard, key_hash, write_shard
 from icefall_kd.labels.store import LabelStore, ShardWriter, shard_of
@@ -39,8 +41,6 @@ from icefall_kd.teachers.base import Teacher, TeacherOutput, tap
 from icefall_kd.teachers.windows import WindowedTeacher
 
 logger = logging.getLogger(__name__)
-
-_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class ExtractReport:
     rejected: int
     hours: float
     seconds: float
+    file_bytes: int
+    """Bytes of the shard's file."""
 
 
 @dataclass(frozen=True)
@@ -69,53 +71,6 @@ class _Loaded:
     item: _Item
     wave: Tensor | None
     reason: str = ""
-
-
-def set_info(
-    config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, corpus: str, layer: int | None = None
-) -> LabelSetInfo:
-    """Return the provenance of the label set that ``config`` describes, of the teacher's own or another layer.
-
-    Raises:
-        ConfigError: the quantizer is for embeddings of another size.
-        DataError: the quantizer was trained on another teacher, layer or normalisation.
-    """
-    stated = dict(teacher.provenance())
-    if layer is not None:
-        stated["layer"] = layer
-    codes = config.kind == "codebook_indexes"
-    if codes and quantizer.dim != teacher.dim:
-        raise ConfigError(f"the quantizer is for embeddings of {quantizer.dim}, the teacher's have {teacher.dim}")
-    if codes:
-        quantizer.check_teacher(stated)
-    taken = {
-        "teacher_sha256": stated.pop("weights_sha256"),
-        "layer": stated.pop("layer"),
-        "layer_convention": stated.pop("layer_convention"),
-        "normalization": stated.pop("normalization"),
-        "teacher_dtype": stated.pop("dtype"),
-        "device": stated.pop("device"),
-    }
-    stated.pop("frame_formula", None)
-    origin = {name: stated.pop(name) for name in ("source", "versions", "layer_elsewhere") if name in stated}
-    return LabelSetInfo(
-        kind=config.kind,
-        dtype="uint8" if codes else config.embeddings_dtype,
-        width=quantizer.num_codebooks if codes else teacher.dim,
-        dim=teacher.dim,
-        teacher=str(stated.pop("teacher", stated.get("family", type(teacher).__name__))),
-        frame_formula=teacher.frame_formula.to_dict(),
-        sampling_rate=teacher.sampling_rate,
-        num_codebooks=quantizer.num_codebooks if codes else None,
-        codebook_size=quantizer.codebook_size if codes else None,
-        quantizer_sha256=quantizer.sha256 if codes else None,
-        refine_iters=config.refine_iters if codes else None,
-        long_utterances=stated.pop("long_utterances", "unlimited" if teacher.max_samples is None else "reject"),
-        corpus_fingerprint=corpus,
-        extra={k: v for k, v in stated.items() if k != "dim"},
-        origin=origin,
-        **taken,
-    )
 
 
 def extract_labels(
@@ -139,7 +94,7 @@ def extract_layers(
     teacher: Teacher | None = None,
     quantizers: Sequence[Quantizer | None] | None = None,
 ) -> list[ExtractReport]:
-    """Extract one shard of several label sets, each of a layer of one teacher, which runs once a batch.
+    """Extract one shard of several label sets, each of a layer or output of one teacher, which runs once a batch.
 
     Args:
         configs: what to extract; they differ in layer, label_dir, quantizer and kind alone.
@@ -147,14 +102,15 @@ def extract_layers(
         quantizers: one for each configuration, built from it where None.
     Raises:
         DataError: as :func:`extract_labels`.
-        ConfigError: the teacher gives one layer only, or has no such layer.
+        ConfigError: the teacher gives one layer only, has no such layer, or is no recogniser.
     """
     began, first = time.monotonic(), configs[0]
-    layers = [config.teacher.layer for config in configs]
-    teacher = teacher if teacher is not None else build_teacher(replace(first.teacher, layer=_last(layers)))
+    teacher = teacher if teacher is not None else _teacher_of(configs)
     if teacher.max_samples is not None and first.teacher.long_utterances == "window":
         teacher = WindowedTeacher(teacher)
+    layers = [config.teacher.layer for config in configs]
     arrays = tap(teacher, layers) if len(set(layers)) > 1 else ["embeddings"] * len(configs)
+    arrays = [c.kind if c.kind in RECOGNISER_ROWS else array for c, array in zip(configs, arrays, strict=True)]
     items, corpus = _plan(first, teacher.sampling_rate)
     inputs = fingerprint([i.key for i in items])
     targets = [
@@ -177,8 +133,14 @@ def extract_layers(
     return [_report(t.writer.path, t not in todo, began, teacher.sampling_rate) for t in targets]
 
 
-def _last(layers: Sequence[int]) -> int:
-    return -1 if -1 in layers else max(layers)
+def _teacher_of(configs: Sequence[ExtractConfig]) -> Teacher:
+    first, kinds = configs[0], [config.kind for config in configs]
+    if known := [kind for kind in kinds if kind in RECOGNISER_ROWS]:
+        from icefall_kd.teachers.recogniser import RecogniserTeacher
+
+        return RecogniserTeacher.for_extraction(first, known)
+    layers = [config.teacher.layer for config in configs]
+    return build_teacher(replace(first.teacher, layer=-1 if -1 in layers else max(layers)))
 
 
 def _work_folder(config: ExtractConfig) -> Path:
@@ -208,9 +170,8 @@ def _plan(config: ExtractConfig, sampling_rate: int) -> tuple[list[_Item], str]:
 def _report(path: Path, skipped: bool, began: float, sampling_rate: int) -> ExtractReport:
     shard = Shard(path)
     hours = shard.num_samples / sampling_rate / 3600
-    return ExtractReport(
-        path, skipped, shard.num_utterances, len(shard.header.rejects), hours, time.monotonic() - began
-    )
+    seconds, rejected = time.monotonic() - began, len(shard.header.rejects)
+    return ExtractReport(path, skipped, shard.num_utterances, rejected, hours, seconds, shard.file_bytes)
 
 
 @dataclass(eq=False)
@@ -219,7 +180,8 @@ class _Target:
 
     config: ExtractConfig
     array: str
-    quantizer: Quantizer | None
+    rows: RowMaker
+    """Makes what is stored of it."""
     store: LabelStore
     writer: ShardWriter
     """Of the whole shard."""
@@ -235,10 +197,10 @@ class _Target:
     ) -> "_Target":
         if quantizer is None and config.quantizer is not None:
             quantizer = Quantizer.load(config.quantizer)
-        layer = int(array.removeprefix("layer")) if array != "embeddings" else None
+        layer = int(array.removeprefix("layer")) if array.startswith("layer") else None
         store = LabelStore.create(config.label_dir, set_info(config, teacher, quantizer, corpus, layer))
         writer = store.writer(config.shard, config.num_shards)
-        return cls(config, array, quantizer.eval() if config.kind == "codebook_indexes" else None, store, writer)
+        return cls(config, array, row_maker(config, quantizer, store.info.dtype), store, writer)
 
     @property
     def work(self) -> Path:
@@ -262,34 +224,18 @@ class _Target:
         logger.warning("rejected %s (%s) of %s: %s", item.cut.id, item.key, self.store.path, reason)
         self.rejects.append({"key": item.key, "id": item.cut.id, "reason": reason})
 
-    def add(self, group: Sequence[_Loaded], embeddings: Sequence[Tensor]) -> int:
-        """Label a batch from its embeddings [(T_l, C)]; return the bytes of its labels."""
+    def add(self, group: Sequence[_Loaded], arrays: Sequence[Tensor], finite: Sequence[bool]) -> int:
+        """Label a batch from its arrays [(T_l, C)], where the teacher's numbers are finite; return the bytes."""
         kept: list[tuple[_Loaded, Tensor]] = []
-        for x, values in zip(group, embeddings, strict=True):
-            if bool(torch.isfinite(values).all()):
+        for x, values, sound in zip(group, arrays, finite, strict=True):
+            if sound:
                 kept.append((x, values))
             else:
                 self.reject(x.item, "the teacher's embeddings are not finite")
-        labels = self._values([values for _, values in kept]) if kept else []
+        labels = self.rows([values for _, values in kept]) if kept else []
         for (x, _), values in zip(kept, labels, strict=True):
             self.part_writer.add(x.item.key, values, len(x.wave))
         return sum(values.nbytes for values in labels)
-
-    def _values(self, embeddings: Sequence[Tensor]) -> list[np.ndarray]:
-        """Turn embeddings [(T_l, C)] into what is stored."""
-        lens = [len(e) for e in embeddings]
-        joined = torch.cat(list(embeddings))
-        if self.quantizer is not None:
-            self.quantizer.to(joined.device)
-            flat = self.quantizer.encode(joined, refine_iters=self.config.refine_iters).cpu().numpy()
-        else:
-            if self.config.embeddings_dtype == "float16" and float(joined.abs().max()) > _FLOAT16_MAX:
-                raise DataError(
-                    f"an embedding reaches {float(joined.abs().max()):.4g}, float16 holds {_FLOAT16_MAX}; "
-                    "choose --embeddings-dtype float32 or --normalize-embeddings true"
-                )
-            flat = joined.cpu().numpy().astype(self.config.embeddings_dtype)
-        return np.split(flat, np.cumsum(lens)[:-1])
 
     def end_part(self, inputs: str) -> None:
         """Write the part."""
@@ -391,16 +337,33 @@ class _Extraction:
         group = [x for x in loaded if x.wave is not None]
         if not group:
             return
-        output = self.teacher.extract(Batch.from_audio([x.wave for x in group], [x.item.cut.id for x in group]))
+        batch = self._batch(group)
+        output = self.teacher.extract(batch)
+        frames = [self.teacher.num_frames(len(x.wave)) for x in group]
+        due = {"frame": frames, "token": None if batch.y_lens is None else batch.y_lens.tolist()}
         for target in targets:
-            self.bytes_done += target.add(group, self._checked(output, target.array, group))
+            arrays = self._checked(output, target.array, group, due.get(target.store.info.row))
+            # A recogniser's rows are numbers whatever its encoder gave.
+            judged = output.arrays["embeddings"] if target.array in RECOGNISER_ROWS else arrays
+            self.bytes_done += target.add(group, arrays, [bool(torch.isfinite(a).all()) for a in judged])
         self.samples_done += sum(len(x.wave) for x in group)
 
-    def _checked(self, output: TeacherOutput, array: str, group: Sequence[_Loaded]) -> list[Tensor]:
-        """Return the valid embeddings of each utterance; their number must be the formula's."""
+    def _batch(self, group: Sequence[_Loaded]) -> Batch:
+        """Return the audio and, for a teacher with a tokenizer, what is said as it is in training."""
+        batch = Batch.from_audio([x.wave for x in group], [x.item.cut.id for x in group])
+        tokenizer = getattr(self.teacher, "tokenizer", None)
+        if tokenizer is None:
+            return batch
+        texts = [transcript(x.item.cut) for x in group]
+        y, y_lens = pad_tokens(tokenizer, texts)
+        return replace(batch, texts=texts, y=y, y_lens=y_lens)
+
+    def _checked(
+        self, output: TeacherOutput, array: str, group: Sequence[_Loaded], due: Sequence[int] | None
+    ) -> list[Tensor]:
+        """Return the valid rows of each utterance; where their numbers are known before, they must be those."""
         lens = output.lens[array].tolist()
-        for x, found in zip(group, lens, strict=True):
-            expected = self.teacher.num_frames(len(x.wave))
+        for x, found, expected in zip(group, lens, lens if due is None else due, strict=True):
             if found != expected:
                 raise DataError(
                     f"teacher gave {found} frames for {x.item.cut.id} ({len(x.wave)} samples), its num_frames says "

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import FrameFormula
@@ -13,6 +14,12 @@ INFO_NAME = "label_set.json"
 FORMAT_VERSION = 2
 # Recorded for people: the weights are known by their SHA-256, wherever they lie and whatever they are called.
 _NOT_IDENTITY = ("teacher", "origin")
+# What a recogniser knows beyond its embeddings, and what a row of such labels is (labels/recogniser.py).
+RECOGNISER_ROWS: dict[str, Literal["frame", "token", "list"]] = {
+    "ctc_posteriors": "frame",
+    "token_posteriors": "token",
+    "nbest": "list",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +27,11 @@ class LabelSetInfo:
     """Where the labels of a set come from; the content of ``label_set.json``."""
 
     kind: str
-    """"codebook_indexes", "embeddings", or another name of one array a frame."""
+    """"codebook_indexes", "embeddings", or one of a recogniser's: "ctc_posteriors", "token_posteriors", "nbest"."""
     dtype: str
     """Type of the stored values: uint8, float16, float32, ..."""
     width: int
-    """Values a frame: Q codes or C channels."""
+    """Values a row: Q codes, C channels, or what labels/recogniser.py says of its kinds."""
     dim: int
     """Channels C of the teacher's embeddings; 0: unknown (an imported set of codes)."""
     teacher: str
@@ -75,6 +82,18 @@ class LabelSetInfo:
     def formula(self) -> FrameFormula:
         """The teacher's frame formula."""
         return FrameFormula.from_dict(self.frame_formula)
+
+    @property
+    def row(self) -> Literal["frame", "token", "list"]:
+        """What a row is: a frame of the formula, a token of the transcript, or a number of a list as long as it is."""
+        return RECOGNISER_ROWS.get(self.kind, "frame")
+
+    @property
+    def plain_floats(self) -> int:
+        """Numbers a row that stand for its plain float32 form: channels or classes; 0: there is none, or unknown."""
+        if self.kind in RECOGNISER_ROWS:
+            return 0 if self.row == "list" else self.extra["vocab_size"]
+        return self.dim
 
     @classmethod
     def load(cls, path: Path) -> "LabelSetInfo":

@@ -25,7 +25,7 @@ import numpy as np
 from icefall_kd.errors import DataError
 from icefall_kd.runtime.files import atomic_path
 
-DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "float16": "F16", "float32": "F32"}
+DTYPES = {"uint8": "U8", "uint16": "U16", "int16": "I16", "int32": "I32", "float16": "F16", "float32": "F32"}
 _TYPES = {**{code: np.dtype(d).newbyteorder("<") for d, code in DTYPES.items()}, "U32": "<u4", "U64": "<u8"}
 _META = "icefall_kd"
 _NO_CHECKSUM = "0" * 64

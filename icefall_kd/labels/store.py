@@ -18,6 +18,7 @@ import numpy as np
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
 from icefall_kd.labels.keys import parse_key
+from icefall_kd.labels.recogniser import content_problem
 from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, hash_words, key_hash, write_shard
 from icefall_kd.runtime.files import file_lock, write_json
 
@@ -64,6 +65,25 @@ def find_shards(path: Path) -> dict[tuple[int, int], Path]:
         if match := _SHARD_NAME.fullmatch(file.name):
             found[int(match[1]), int(match[2])] = file
     return found
+
+
+def row_problem(info: LabelSetInfo, values: np.ndarray, num_samples: int) -> str | None:
+    """Return what is wrong with an utterance's rows, or None.
+
+    Rows that are frames are as many as the teacher's formula gives for the audio.  Of other rows the audio tells
+    nothing but that there is some; what a recogniser's rows say must make sense whatever they are.
+
+    Args:
+        info: provenance of the set.
+        values: (rows, width) as stored.
+        num_samples: samples at the teacher's rate.
+    """
+    frames = info.formula.num_frames(num_samples)
+    if info.row == "frame" and len(values) != frames:
+        return f"{len(values)} frames, the teacher's formula gives {frames} for its {num_samples} samples"
+    if info.row != "frame" and frames == 0:
+        return f"labels of {num_samples} samples, which give no frame of the teacher"
+    return content_problem(info, values)
 
 
 class LabelStore:
@@ -273,7 +293,7 @@ class LabelStore:
         return problems
 
     def _content_problems(self, shard: Shard, owners: dict[bytes, str]) -> Iterator[str]:
-        formula, name = self.info.formula, shard.path.name
+        name = shard.path.name
         for i, key in enumerate(shard.keys()):
             hashed = key_hash(key)
             if hashed in owners:
@@ -281,12 +301,8 @@ class LabelStore:
             owners[hashed] = name
             if shard_of(hashed, shard.header.num_shards) != shard.header.shard:
                 yield f"label shard {shard.path}: key {key!r} belongs to another shard"
-            frames, samples = shard.num_frames_of(i), shard.num_samples_of(i)
-            if frames != formula.num_frames(samples):
-                yield (
-                    f"label shard {shard.path}: {key!r} has {frames} frames, the teacher's formula gives "
-                    f"{formula.num_frames(samples)} for its {samples} samples"
-                )
+            if problem := row_problem(self.info, shard.view(i), shard.num_samples_of(i)):
+                yield f"label shard {shard.path}: {key!r} has {problem}"
 
     def writer(self, shard: int, num_shards: int) -> "ShardWriter":
         """Return the writer of shard ``shard`` (0-based) of ``num_shards``."""
@@ -297,13 +313,14 @@ class LabelStore:
 
         Returns:
             utterances, frames, hours, value_bytes, container_bytes (headers, keys, offsets), overhead (container /
-            value bytes), bytes_per_hour (values), file_bytes_per_hour, ratio_to_float32 (bytes of float32 embeddings
-            of the teacher / value bytes).
+            value bytes), bytes_per_hour (values), file_bytes_per_hour, and, where labels have a plain form in float32
+            (embeddings, posteriors of all classes), ratio_to_float32: its bytes / value bytes.
         """
         shards = [self.shard(k) for k in range(self.num_shards)]
         frames, values = sum(s.num_frames for s in shards), sum(s.value_bytes for s in shards)
         total = sum(s.file_bytes for s in shards) + (self.path / INFO_NAME).stat().st_size
         hours = sum(s.num_samples for s in shards) / self.info.sampling_rate / 3600
+        plain = self.info.plain_floats
         return {
             "utterances": len(self),
             "frames": frames,
@@ -313,7 +330,7 @@ class LabelStore:
             "overhead": (total - values) / max(values, 1),
             "bytes_per_hour": values / hours if hours else 0.0,
             "file_bytes_per_hour": total / hours if hours else 0.0,
-            "ratio_to_float32": 4 * self.info.dim * frames / max(values, 1),
+            **({"ratio_to_float32": 4 * plain * frames / max(values, 1)} if plain else {}),
         }
 
 
@@ -345,10 +362,9 @@ class ShardWriter:
         return (header.fingerprint, header.inputs) == (self.store.info.fingerprint, inputs)
 
     def add(self, key: str, values: np.ndarray, num_samples: int) -> None:
-        """Add an utterance; a DataError when its frames are not what the formula gives, or it is of another shard."""
-        expected = self.store.info.formula.num_frames(num_samples)
-        if len(values) != expected:
-            raise DataError(f"{key!r}: {len(values)} frames; the formula gives {expected} for {num_samples} samples")
+        """Add an utterance; a DataError when its rows cannot be (:func:`row_problem`), or it is of another shard."""
+        if problem := row_problem(self.store.info, values, num_samples):
+            raise DataError(f"{key!r} has {problem}")
         if shard_of(key_hash(key), self.num_shards) != self.shard:
             raise DataError(f"{key!r} belongs to shard {shard_of(key_hash(key), self.num_shards)}, not to {self.shard}")
         self.entries.append(LabelEntry(key, values, num_samples))

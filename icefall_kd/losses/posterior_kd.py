@@ -41,7 +41,7 @@ def posterior_kd(logits: Tensor, ids: Tensor, probs: Tensor, rest: Tensor, tempe
         log_q = (logits.float() / temperature).log_softmax(dim=1)
         log_q_top = log_q.gather(1, ids)  # (M, k)
         others = log_q.scatter(1, ids, -math.inf)
-        p, p_rest = probs.float(), rest.float()
+        p, p_rest = probs.float(), rest.float().clamp(min=0)  # a difference of floats may lie below 0
         if temperature != 1.0:
             num_others = others.isfinite().sum(dim=1).clamp(min=1)
             p, p_rest = p ** (1 / temperature), num_others * (p_rest / num_others) ** (1 / temperature)

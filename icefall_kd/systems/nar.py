@@ -26,6 +26,7 @@ from icefall_kd.decode.joint_beam import JointBeamSearch
 from icefall_kd.decode.mask_ctc import MaskPredict
 from icefall_kd.decode.nar_beam import NarBeamSearch
 from icefall_kd.errors import ConfigError
+from icefall_kd.frames import FBANK_CONV2D
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.ctc import ctc_loss
 from icefall_kd.losses.masked_lm import draw_masks, smoothed_cross_entropy
@@ -85,7 +86,8 @@ class NarSystem(System):
     @property
     def label_specs(self) -> list[LabelSpec]:
         """Return the stored label sets of the active distillation terms."""
-        return [LabelSpec(name=kind, kind=kind, path=path) for kind, path in self.paths.items()]
+        frames = {"frame_formula": FBANK_CONV2D}  # a teacher's frame is a student's
+        return [LabelSpec(name=kind, kind=kind, path=path, expect=frames) for kind, path in self.paths.items()]
 
     @property
     def needs_audio(self) -> bool:
@@ -115,7 +117,7 @@ class NarSystem(System):
         if self.model.decoder.causal:
             self._ar_terms(terms, metrics, batch, memory)
             return LossTerms(terms=terms, frames=frames, metrics=metrics)
-        masks, logits = self._mlm_terms(terms, metrics, batch, memory)
+        masks, logits = self._mlm_terms(terms, metrics, batch, memory)  # of mask_draws rows an utterance
         if self.training and self.kd:
             labels = self._labels(batch)
             warm = min(step / self.cfg.kd_warm_step, 1.0) if self.cfg.kd_warm_step else 1.0
@@ -148,10 +150,11 @@ class NarSystem(System):
         self._decoder_term(terms, metrics, "att", logits, target, valid)
 
     def _mlm_terms(self, terms: dict, metrics: dict, batch: Batch, memory: DecoderMemory) -> tuple[Tensor, Tensor]:
-        """Add the loss of masked tokens; return which they are (N, U) and all logits (N, U, V)."""
-        masks = self._draw(batch.y_lens, batch.y.shape[1])
-        logits = self.model.decoder(batch.y.masked_fill(masks, self.model.mask_id), batch.y_lens, memory)
-        self._decoder_term(terms, metrics, "mlm", logits, batch.y, masks)
+        """Add the loss of masked tokens; return which they are (R, U) and all logits (R, U, V), R = N * mask_draws."""
+        y, y_lens = (x.repeat_interleave(self.attention.mask_draws, dim=0) for x in (batch.y, batch.y_lens))
+        masks = self._draw(y_lens, y.shape[1])
+        logits = self.model.decoder(y.masked_fill(masks, self.model.mask_id), y_lens, memory)
+        self._decoder_term(terms, metrics, "mlm", logits, y, masks, self.attention.mask_draws)
         return masks, logits
 
     def _draw(self, y_lens: Tensor, max_len: int) -> Tensor:
@@ -162,17 +165,17 @@ class NarSystem(System):
             return draw_masks(y_lens, max_len, self.attention.mask_sampling)
 
     def _decoder_term(
-        self, terms: dict, metrics: dict, name: str, logits: Tensor, target: Tensor, where: Tensor
+        self, terms: dict, metrics: dict, name: str, logits: Tensor, target: Tensor, where: Tensor, draws: int = 1
     ) -> None:
         row, _ = where.nonzero(as_tuple=True)
         logits, target = logits[where], target[where]  # (M, V), (M,)
-        loss = smoothed_cross_entropy(logits, target, self.attention.label_smoothing)
+        loss = smoothed_cross_entropy(logits, target, self.attention.label_smoothing) / draws
         terms[f"{name}_loss"] = LossTerm(
             loss.sum(),
             1 - self.attention.ctc_weight,
-            max(len(target), 1),
+            max(len(target), 1) / draws,
             unit="token",
-            per_utterance=_by_row(loss.detach(), row, len(where)),
+            per_utterance=_by_row(loss.detach(), row // draws, len(where) // draws),
         )
         metrics[f"{name}_acc"] = ((logits.argmax(dim=1) == target).sum().float(), float(len(target)))
 
@@ -204,12 +207,13 @@ class NarSystem(System):
 
     def _token_kd(self, logits: Tensor, masks: Tensor, labels: TopK, scale: float) -> LossTerm:
         """Token level: KL to the teacher's decoder at masked tokens, over the classes that a text can have."""
-        row, token = (masks & ~_pad(labels.lens, masks.shape[1])).nonzero(as_tuple=True)
-        ids, probs, rest = (x[row, token] for x in (labels.ids, labels.probs, labels.rest))
-        loss = posterior_kd(self._text_logits(logits[row, token]), ids, probs, rest, self.cfg.kd_temperature)
-        return LossTerm(
-            loss.sum(), scale, max(len(loss), 1), "token", per_utterance=_by_row(loss.detach(), row, len(masks))
-        )
+        draws = self.attention.mask_draws
+        labelled = ~_pad(labels.lens, masks.shape[1]).repeat_interleave(draws, dim=0)
+        row, token = (masks & labelled).nonzero(as_tuple=True)
+        ids, probs, rest = (x[row // draws, token] for x in (labels.ids, labels.probs, labels.rest))
+        loss = posterior_kd(self._text_logits(logits[row, token]), ids, probs, rest, self.cfg.kd_temperature) / draws
+        each = _by_row(loss.detach(), row // draws, len(masks) // draws)
+        return LossTerm(loss.sum(), scale, max(len(loss), 1) / draws, "token", per_utterance=each)
 
     def _text_logits(self, logits: Tensor) -> Tensor:
         """Return logits (M, V) without blank, sos/eos and mask, which no teacher's token posterior has either."""

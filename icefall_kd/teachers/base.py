@@ -16,9 +16,11 @@ class TeacherOutput:
     """Named arrays of a batch, each with its lengths."""
 
     arrays: dict[str, Tensor]
-    """For instance {"embeddings": (N, T, C) float32}; padding frames are 0.  Further layers: see :func:`tap`."""
+    """For instance {"embeddings": (N, T, C) float32}; padding frames are 0.  Further layers: see :func:`tap`; of a
+    recogniser also the rows of its labels, (N, R, W) int32 (teachers/recogniser.py)."""
     lens: dict[str, Tensor]
-    """The valid frames of each array, (N,) int64, equal to ``num_frames(audio_lens)`` exactly."""
+    """The valid frames of each array, (N,) int64, equal to ``num_frames(audio_lens)`` exactly; tokens of token
+    posteriors, numbers of an n-best list."""
 
 
 @runtime_checkable

@@ -221,16 +221,24 @@ def load_for_decoding(
     return state_dict, config, used
 
 
-def load_trained(exp_dir: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def load_trained(
+    exp_dir: str | Path, tokenizer_hash: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Return the newest weights of a training, averaged over its last epoch where it kept averages.
 
     Returns and raises as :func:`load_for_decoding`.
     """
     try:
-        return load_for_decoding(exp_dir)
+        return load_for_decoding(exp_dir, tokenizer_hash=tokenizer_hash)
     except ConfigError as error:
         logger.warning("%s: %s; the newest parameters are taken as they are", exp_dir, error)
-        return load_for_decoding(exp_dir, use_averaged_model=False)
+        return load_for_decoding(exp_dir, use_averaged_model=False, tokenizer_hash=tokenizer_hash)
+
+
+def trained_tokenizer(exp_dir: str | Path) -> str:
+    """Return the hash of the tokenizer that the newest checkpoint of a training knows; empty: none is recorded."""
+    kind = "epoch" if list_checkpoints(exp_dir, "epoch") else "checkpoint"
+    return load_checkpoint(last_n(exp_dir, 1, kind)[-1], mmap=True, verify=False).get("tokenizer_hash", "")
 
 
 def _config(path: Path, tokenizer_hash: str | None) -> dict[str, Any]:

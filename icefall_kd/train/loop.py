@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +30,9 @@ from icefall_kd.train import guards
 from icefall_kd.train.average import RunningAverage
 from icefall_kd.train.metrics import Tracker, finite_only
 from icefall_kd.train.progress import TrainProgress
-from icefall_kd.train.state import TrainState, initialise, refuse_changed_config, refuse_changed_data, write_config
+from icefall_kd.train.state import TrainState, refuse_changed_config, refuse_changed_data, write_config
 from icefall_kd.train.step import Stepper, Wishes
+from icefall_kd.train.transfer import TransferReport, initialise
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,7 @@ class _Trainer:
         self.progress, self.epoch_tracker = TrainProgress(self.loop, self.stepper, epoch_seconds), Tracker()
         self.stop_signal: str | None = None
         self.save_wanted = False
+        self.transfer: TransferReport | None = None
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -216,7 +219,9 @@ class _Trainer:
         """Start from the parameters of another training, where the options name one."""
         if self.loop.init_from is None:
             return
-        self.state.init = initialise(self.system, self.loop.init_from)
+        self.state.init, self.transfer = initialise(
+            self.system, self.loop.init_from, self.config.transfer, self.tokenizer_hash
+        )
         self.stepper.build_optimizer()
         if self.average is not None:
             self.average = RunningAverage(self.system, self.loop.average_period)
@@ -230,6 +235,8 @@ class _Trainer:
             (self.exp_dir / "train_summary.json").unlink(missing_ok=True)
             remove_leftovers(self.exp_dir, "*.pt")
             write_config(self.exp_dir, self.config, self.state.step, self.state.init)
+            if self.transfer is not None:
+                write_json(self.exp_dir / "transfer.json", {**self.state.init, "tensors": asdict(self.transfer)})
             self.progress.open(self.exp_dir, self.state.step)
             if on_start is not None:
                 on_start()

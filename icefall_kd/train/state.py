@@ -1,7 +1,6 @@
 """What a training has done so far, and how it is saved, found again and checked."""
 
 import dataclasses
-import logging
 import math
 import sys
 from dataclasses import dataclass, field
@@ -13,11 +12,6 @@ from icefall_kd.config import TrainConfig
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import read_json, write_json
-from icefall_kd.systems.base import System
-from icefall_kd.train.average import load_trained
-from icefall_kd.train.checkpoint import load_model, state_sha256
-
-logger = logging.getLogger(__name__)
 
 # Options that may change when a training is resumed: they do not alter what is computed at a step, or (folders)
 # what they point to is compared by content.
@@ -116,32 +110,6 @@ def refuse_changed_data(old: dict[str, Any], new: dict[str, Any], path: Path) ->
         )
 
 
-def initialise(system: System, exp_dir: Path) -> dict[str, Any]:
-    """Give ``system`` the parameters of another training that have its names and shapes.
-
-    Every tensor that is not loaded is logged.
-
-    Returns:
-        What is recorded of it: exp_dir, the files, their SHA-256, and how many tensors were loaded or not.
-    Raises:
-        ConfigError: the folder holds no training, or nothing matches.
-        DataError: a checkpoint is damaged.
-    """
-    if not exp_dir.is_dir():
-        raise ConfigError(f"--init-from {exp_dir} is no folder; name the exp_dir of a training")
-    weights, _, used = load_trained(exp_dir)
-    report = load_model(system, weights, strict=False)
-    if not report.loaded:
-        raise ConfigError(
-            f"--init-from {exp_dir} ({used}): no tensor has a name and shape of this model ({report}); name the "
-            "training of a model that shares some, or leave it out"
-        )
-    for line in report.lines():
-        logger.info("--init-from %s: %s", exp_dir, line)
-    counts = {name: len(getattr(report, name)) for name in ("loaded", "missing", "unexpected", "mismatched")}
-    return {"exp_dir": str(exp_dir), "weights": used, "weights_sha256": state_sha256(weights), **counts}
-
-
 def write_config(exp_dir: Path, config: TrainConfig, step: int, init: dict[str, Any] | None = None) -> None:
     """Write exp_dir/config.json: resolved options, command, git state, versions, seed, and the earlier commands.
 
@@ -149,7 +117,7 @@ def write_config(exp_dir: Path, config: TrainConfig, step: int, init: dict[str, 
         exp_dir: folder of the training.
         config: all options.
         step: where this run begins.
-        init: what :func:`initialise` returned when the training began; None: its parameters were drawn.
+        init: what transfer.initialise recorded when the training began; None: its parameters were drawn.
     """
     file = exp_dir / "config.json"
     runs = read_json(file).get("runs", []) if file.exists() else []

@@ -2,14 +2,17 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import soundfile
 
 from icefall_kd.data.corpora import open_corpus, read_part
-from icefall_kd.data.digits import DIGITS, DigitsSpec, join, make_digits, plan_digits, take_of
+from icefall_kd.data.digits import DIGITS, DigitsSpec, bigram_grammar, join, make_digits, plan_digits, take_of
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.runtime.files import fingerprint, read_json
 
 SPEC = DigitsSpec(num_train=20, num_dev=10, dev_takes=(5, 6), train_takes=(10, 11))
 
@@ -78,6 +81,38 @@ def test_the_same_specification_gives_the_same_bytes_and_is_made_once(singles, t
     # More training strings leave the dev strings as they are.
     make_digits(singles, tmp_path / "c", dataclasses.replace(SPEC, num_train=25))
     assert tree(tmp_path / "c" / "dev") == tree(tmp_path / "b" / "dev")
+
+
+def test_a_corpus_made_before_there_were_grammars_is_up_to_date(singles, tmp_path):
+    make_digits(singles, tmp_path / "out", SPEC)
+    made = read_json(tmp_path / "out" / "digits.json")
+    assert set(made) == {"fingerprint", "spec", "parts"}
+    fields = ("num_train", "num_dev", "dev_takes", "train_takes", "length", "pause", "noise_db", "seed")
+    assert tuple(made["spec"]) == fields
+    rows = [[r.utt, r.text, hashlib.sha256(r.audio.read_bytes()).hexdigest()] for r in read_part(singles)]
+    assert made["fingerprint"] == fingerprint([1, {name: getattr(SPEC, name) for name in fields}, rows])
+
+
+def test_in_a_bigram_grammar_each_digit_is_followed_by_its_three(singles, tmp_path):
+    spec = dataclasses.replace(SPEC, grammar="bigram", num_train=4000, num_dev=10)
+    grammar = bigram_grammar(spec.seed)
+    assert grammar == bigram_grammar(spec.seed) != bigram_grammar(spec.seed + 1)
+    for digit in DIGITS:
+        assert sorted(grammar[digit].values()) == [0.1, 0.3, 0.6] and digit not in grammar[digit]
+        # As often as any other, whatever came before: each probability once among the digits that it follows.
+        assert sorted(grammar[before][digit] for before in DIGITS if digit in grammar[before]) == [0.1, 0.3, 0.6]
+    rows = [dataclasses.replace(r, speaker=r.audio.parent.name) for r in read_part(singles)]
+    texts = [string.text.split() for string in plan_digits(rows, spec)["train"]]
+    pairs = Counter(pair for text in texts for pair in pairwise(text))
+    firsts = Counter(pair[0] for pair in pairs.elements())
+    assert set(pairs) == {(a, b) for a in DIGITS for b in grammar[a]}
+    for (a, b), count in pairs.items():  # about 1,600 pairs a digit: 0.06 is five standard deviations
+        assert abs(count / firsts[a] - grammar[a][b]) < 0.06
+    small = dataclasses.replace(spec, num_train=20)
+    assert make_digits(singles, tmp_path / "out", small) and not make_digits(singles, tmp_path / "out", small)
+    made = read_json(tmp_path / "out" / "digits.json")
+    assert made["grammar"] == grammar and made["spec"]["grammar"] == "bigram"
+    assert make_digits(singles, tmp_path / "out", dataclasses.replace(small, grammar="uniform"))
 
 
 def test_missing_digits_and_other_words_are_refused(singles, tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from nar_toys import all_strings, nar_model, ragged_batch
+from nar_search_toys import all_strings, nar_model, ragged_batch
 
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.ctc_prefix import CtcPrefixBeamSearch

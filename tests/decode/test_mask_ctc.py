@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from nar_toys import DIM, all_strings, nar_model, ragged_batch
+from nar_search_toys import DIM, all_strings, nar_model, ragged_batch
 
 from icefall_kd.config import DecodeConfig
 from icefall_kd.decode.base import Decoder

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nar_toys import nar_model, ragged_batch
+from nar_search_toys import nar_model, ragged_batch
 
 from icefall_kd.config import ModelConfig
 from icefall_kd.decode.ctc import CtcGreedySearch

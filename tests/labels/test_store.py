@@ -233,7 +233,7 @@ def test_missing_foreign_and_doubled_shards_are_named(tmp_path):
 
 def test_the_writer_refuses_what_the_formula_does_not_give(tmp_path):
     writer = LabelStore.create(tmp_path, toy_info()).writer(0, 1)
-    with pytest.raises(DataError, match="50 frames; the formula gives 49"):
+    with pytest.raises(DataError, match="50 frames, the teacher's formula gives 49"):
         writer.add("r|0|16000|1/1", np.zeros((50, 8), np.uint8), 16_000)
     values = np.zeros((49, 8), np.uint8)
     writer.add("r|0|16000|1/1", values, 16_000)

@@ -18,8 +18,8 @@ PAGES = ["README.md", "egs/librispeech/README.md", "egs/aishell/README.md", *sor
     str(p.relative_to(REPO)) for p in (REPO / "docs").glob("*.md")
 )]  # fmt: skip
 # Commands of ours: scripts of a recipe, and the tools in local/.
-OURS = re.compile(r"^(\./(run_mvq|prepare)\.sh|\./(train|decode)\.py|(\.\./\.\./)?(local|benchmarks)/\w+\.py)\b")
-DEMO = "./run_mvq.sh --corpus demo"
+OURS = re.compile(r"^(\./(run_\w+|prepare)\.sh|\./(train|decode)\.py|(\.\./\.\./)?(local|benchmarks)/\w+\.py)\b")
+DEMO, NAR_DEMO = "./run_mvq.sh --corpus demo", "./run_nar.sh --corpus demo"
 TINY = "--encoder-dim 16 --feedforward-dim 16 --num-heads 2"
 
 
@@ -101,17 +101,20 @@ class Checkout:
             return ["--num-epochs", "1", "--device", "cpu"]
         if name == "check_teacher.py":
             return ["--check-utts", "2"]
-        if name != "run_mvq.sh":
+        if name not in ("run_mvq.sh", "run_nar.sh"):
             return []
         if "demo" not in words or language == "zh":  # the corpus and the options decide; the rest is as in the demo
             corpus = ["--corpus-dir", str(self.demo_corpus("zh"))] if "demo" in words else ["--partial", "true"]
             return [*corpus, "--stop-stage", "0", "--prepare-args", "--stop-stage 1 --speed-perturb false"]
-        return [
-            *("--corpus-dir", str(self.demo_corpus("en")), "--nj", "1", "--num-shards", "1"),
-            *("--phase1-steps", "10", "--phase2-steps", "10"),
-            *("--decoding-methods", "greedy_search", "--decode-args", "--avg 1"),
-            *("--train-args", f"{TINY} --num-epochs 2 --num-workers 0 --average-period 1"),
-        ]  # fmt: skip
+        epochs = "--num-epochs 2 --num-workers 0 --average-period 1"
+        every = ["--corpus-dir", str(self.demo_corpus("en")), "--nj", "1", "--num-shards", "1"]
+        every += ["--decode-args", "--avg 1"]
+        if name == "run_nar.sh":
+            searches = ["--decoding-methods", "nar_beam_search", "--teacher-methods", "joint_beam_search"]
+            sizes = f"{TINY} --decoder-feedforward-dim 16 {epochs}"
+            return [*every, *searches, "--systems", "scratch transfer-both", "--train-args", sizes]
+        quantizer = ["--phase1-steps", "10", "--phase2-steps", "10"]
+        return [*every, *quantizer, "--decoding-methods", "greedy_search", "--train-args", f"{TINY} {epochs}"]
 
 
 def _published_indexes(folder: Path) -> dict[str, Path]:
@@ -160,23 +163,39 @@ def demo_run(checkout) -> str:
     return checkout.run("README.md", DEMO)
 
 
+@pytest.fixture(scope="module")
+def nar_demo_run(checkout) -> str:
+    """The same of the demo of system nar."""
+    return checkout.run("README.md", NAR_DEMO)
+
+
 def test_the_pages_show_commands():
     assert len(documented_commands()) >= 10
 
 
 def test_the_demo_ends_in_its_table(demo_run, checkout):
     assert "student without KD" in demo_run and "student with MVQ-KD" in demo_run
-    stages = re.findall(r"\(run_mvq\.sh\) stage (\d) \w+(?: \[.*\])?: done", demo_run)
-    assert stages == ["1", "2", "3", "4", "4", "5", "5"]
+    assert stages_done("run_mvq.sh", demo_run) == ["1", "2", "3", "4", "4", "5", "5"]
+
+
+def test_the_demo_of_nar_ends_in_its_table(nar_demo_run, checkout):
+    assert "| NAR |" in nar_demo_run and "| NAR + transfer + frame and sequence KD |" in nar_demo_run
+    assert stages_done("run_nar.sh", nar_demo_run) == ["1", "2", "3", "3", "4", "4", "4"]
+
+
+def stages_done(script: str, output: str) -> list[str]:
+    return re.findall(rf"\({re.escape(script)}\) stage (\d) \w+(?: \[.*\])?: done", output)
 
 
 @pytest.mark.parametrize(("page", "command"), documented_commands(), ids=lambda x: x[:60])
 def test_documented_command_runs(page: str, command: str, checkout, request):
-    first = request.getfixturevalue("demo_run") if "demo" in command and "aishell" not in page else ""
+    first = ""
+    if "demo" in command and "aishell" not in page:
+        first = request.getfixturevalue("nar_demo_run" if "nar" in command else "demo_run")
     output = checkout.run(page, command)
-    if command == DEMO and first:  # the second time: the same table, and nothing is done twice
+    if command in (DEMO, NAR_DEMO) and first:  # the second time: the same table, and nothing is done twice
         assert ": runs, " not in output and output.count("done before, skipped") == 12
-        assert [x for x in first.splitlines() if "student" in x] == [x for x in output.splitlines() if "student" in x]
+        assert [x for x in first.splitlines() if x[:1] == "|"] == [x for x in output.splitlines() if x[:1] == "|"]
     if "--force" in command:
         assert "is moved to exp/demo/mvq-seed42.old" in output and "stage 4 train [mvq-seed42]: done" in output
 

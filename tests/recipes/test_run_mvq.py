@@ -1,84 +1,19 @@
 """What run_mvq.sh starts, and starts again: its real scripts, with a stand-in for Python that only writes outputs."""
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from recipe_copy import PREPARED, RecipeCopy
 
-REPO = Path(__file__).resolve().parent.parent.parent
-# Notes the command, and writes what the real one would; the stage engine keeps its own Python.
-STAND_IN = r"""#!/bin/bash
-case "$*" in *stage_marker.py*) exec REAL "$@" ;; esac
-echo "${1##*/}" >> "$LOG"
-declare -A o
-words=("$@")
-for ((i = 1; i < ${#words[@]}; i++)); do [[ ${words[i]} != --* ]] || o[${words[i]}]=${words[i + 1]:-}; done
-data=${o[--data-dir]:-}
-write() { mkdir -p "$(dirname "$1")" && echo "$2" > "$1"; }
-case $1 in
-  *check_corpus.py | *check_teacher.py | *train_quantizer.py) write "${o[--out]}" x ;;
-  *make_manifests.py)
-    write "$data/corpus.json" x
-    for part in train dev; do write "$data/manifests/cuts_$part.jsonl.gz" x; done
-    ;;
-  *compute_features.py) write "$data/fbank/feature_extractor.json" x; cp "$data"/manifests/* "$data/fbank" ;;
-  *make_tokens.py)
-    kind=${o[--token-kind]}
-    [[ $kind != bpe ]] || kind=bpe_${o[--vocab-size]}
-    write "$data/lang_$kind/tokenizer.json" "$kind"
-    ;;
-  *validate_data.py) write "$data/validated_$(basename "${o[--lang-dir]}").json" x ;;
-  *extract_labels.py)
-    IFS=, read -r -a sets <<< "${o[--label-dir]}"
-    for set in "${sets[@]}"; do write "$set/label_set.json" x; done
-    echo "$* " >> "$LOG.words"
-    ;;
-  *train.py) echo "$* " >> "$LOG.words"; write "${o[--exp-dir]}/train_summary.json" x ;;
-  *decode.py) echo "$* " >> "$LOG.decodings"; mkdir -p "${o[--exp-dir]}/${o[--decoding-method]}" ;;
-esac
-"""
-PREPARED = ["check_corpus.py", "make_manifests.py", "compute_features.py", "make_tokens.py", "validate_data.py"]
 LABELS = ["check_teacher.py", "train_quantizer.py", "extract_labels.py", "label_sets.py", "label_sets.py"]
 STUDENTS = ["train.py"] * 2 + ["decode.py"] * 2
 
 
-class Recipe:
-    """A copy of a recipe over a corpus that nobody reads."""
-
-    def __init__(self, root: Path) -> None:
-        self.folder = root / "egs/librispeech"
-        for name in ("egs", "local", "icefall_kd"):
-            ignored = shutil.ignore_patterns("__pycache__", *(["data", "exp", "download"] if name == "egs" else []))
-            shutil.copytree(REPO / name, root / name, ignore=ignored)
-        stand_in = root / "bin/python3"
-        stand_in.parent.mkdir()
-        stand_in.write_text(STAND_IN.replace("REAL", sys.executable))
-        stand_in.chmod(0o755)
-        (self.folder / "decode.py").write_text('#!/bin/bash\nexec python3 decode.py "$@"\n')
-        (root / "corpus").mkdir()
-        (root / "teacher").mkdir()
-        (root / "teacher/model").write_text("one")
-        self.root, self.log = root, root / "log"
-        path = f"{stand_in.parent}:{os.environ['PATH']}"
-        self.env = {**os.environ, "PATH": path, "LOG": str(self.log), "VIRTUAL_ENV": "other"}
-        self.env.pop("PYTHON", None)
-
-    def run(self, *options: str, code: int = 0) -> tuple[list[str], str]:
-        """Return the names of what was started, and the log."""
-        self.log.write_text("")
-        line = ["bash", str(self.folder / "run_mvq.sh"), "--corpus", "trans", "--corpus-dir", str(self.root / "corpus")]
-        line += ["--teacher", str(self.root / "teacher"), "--num-shards", "1", "--decoding-methods", "greedy_search"]
-        done = subprocess.run([*line, *options], cwd=self.root, env=self.env, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        return self.log.read_text().split(), done.stderr
-
-
 @pytest.fixture
-def recipe(tmp_path) -> Recipe:
-    return Recipe(tmp_path / "a copy")
+def recipe(tmp_path) -> RecipeCopy:
+    root = tmp_path / "a copy"
+    options = ["--teacher", str(root / "teacher"), "--num-shards", "1", "--decoding-methods", "greedy_search"]
+    return RecipeCopy(root, "run_mvq.sh", *options)
 
 
 def test_what_changed_runs_again_and_nothing_else(recipe):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nar_toys import nar_model, ragged_batch
+from nar_search_toys import nar_model, ragged_batch
 
 from icefall_kd.decode.ctc_string import ctc_string_scores
 from icefall_kd.decode.joint_beam import JointBeamSearch

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Run run_nar.sh on small sets of real recordings, one result file a training; finished ones are skipped.
+
+    benchmarks/real_nar.py --data-root DIR                              everything that is still missing
+    benchmarks/real_nar.py --data-root DIR --beds nar_digits --systems teacher,scratch --seeds 1
+    benchmarks/real_nar.py --compare true                               comparisons and table of what is there
+
+DIR is that of real_recordings.py: barista/{train,dev}, fsdd (joined into strings with a bigram grammar, so that
+context says something about a digit), data_aishell (Mandarin words, pinyin tokens).  Every number is one of a small
+bed, reported on dev.  The table of all result files goes into RESULTS.md.
+"""
+
+import json
+import logging
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from real_recordings import BEDS as MVQ_BEDS
+from real_recordings import REPO, SOURCES, run_command, without_machine_paths, write_result
+
+from icefall_kd.bootstrap import confidence_interval
+from icefall_kd.cli import parse_config
+from icefall_kd.errors import ConfigError, run_main
+from icefall_kd.labels.store import LabelStore
+from icefall_kd.results import compare as paired_bootstrap_of
+from icefall_kd.results import find_results, search_name, stack_utterances
+from icefall_kd.results_table import markdown_table, replace_block
+from icefall_kd.runtime.env import environment
+from icefall_kd.runtime.files import read_json, write_json, write_text
+from icefall_kd.runtime.log import setup_logging
+from icefall_kd.scoring import RATE_NAMES
+
+logger = logging.getLogger("real_nar")
+SAME_SIZE = ["scratch", "transfer", "transfer-frame", "transfer-sequence", "transfer-both"]
+SMALL = ["small", "small-frame", "small-sequence", "small-both"]
+SHORT_LIST = ["teacher", "scratch", "transfer", "transfer-both", "small", "small-both"]
+SEARCHES = ["ctc_greedy_search", "mask_predict", "nar_beam_search"]
+TEACHER_SEARCHES = ["ctc_greedy_search", "joint_beam_search"]
+SAMPLES = 10000
+_GIT = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A set of recordings and how run_nar.sh is told to use it."""
+
+    recipe: str
+    options: list[str]
+    seeds: list[int]
+    systems: list[str]
+    home: str
+    """Folder of its prepared data under exp_root."""
+
+
+BEDS = {
+    # Its BPE gives every digit one token: the decoder sees digits, and the grammar is all that it can learn of them.
+    "nar_digits": Bed("librispeech", ["--corpus", "trans"], [1, 2, 3], ["teacher", *SAME_SIZE, *SMALL], "nar_digits"),
+    "nar_barista": Bed("librispeech", MVQ_BEDS["barista"].options, [1], SHORT_LIST, "barista"),
+    "nar_mandarin_words": Bed("aishell", MVQ_BEDS["mandarin_words"].options, [1], SHORT_LIST, "mandarin_words"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealNarConfig:
+    """Run run_nar.sh on small sets of real recordings."""
+
+    data_root: Path | None = None
+    """Folder of the recordings."""
+    exp_root: Path = Path("exp/real")
+    """Folder of prepared data and experiments."""
+    beds: list[str] = field(default_factory=lambda: list(BEDS))
+    """Which beds."""
+    systems: list[str] = field(default_factory=lambda: ["teacher", *SAME_SIZE, *SMALL])
+    """Which systems of them."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Which seeds of them."""
+    results: Path = REPO / "benchmarks/results/real_nar"
+    """Folder of the result files."""
+    report: Path | None = REPO / "RESULTS.md"
+    """Markdown file whose block of results is renewed; None: the table is only printed."""
+    compare: bool = False
+    """Only compare what is there."""
+    jobs: int = 2
+    """Beds and seeds at the same time; a training takes one core."""
+    nar_args: str = ""
+    """More options of run_nar.sh, in one string."""
+    commit: bool = False
+    """Commit each result file to git as it comes."""
+
+
+def source_dir(bed: str, config: RealNarConfig) -> Path:
+    """Return the corpus folder of a bed; digit strings are made first."""
+    if config.data_root is None:
+        raise ConfigError("--data-root is missing: the folder that holds the recordings")
+    if bed == "nar_digits":
+        out = (config.exp_root / "nar_digits-corpus").resolve()
+        command = ["local/make_digits.py", "--source", config.data_root / "fsdd", "--out-dir", out]
+        run_command([sys.executable, *command, "--num-train", 500, "--num-dev", 1500, "--grammar", "bigram"])
+        return out
+    return (config.data_root / SOURCES[BEDS[bed].home]).resolve()
+
+
+def result_file(config: RealNarConfig, bed: str, system: str, seed: int) -> Path:
+    """Return where the result of a training lies."""
+    return config.results / f"{bed}_{system}_seed{seed}.json"
+
+
+def recipe_line(config: RealNarConfig, bed: str, corpus: Path, *options: object) -> list:
+    """Return the command line of run_nar.sh for a bed."""
+    home, exp = (config.exp_root / BEDS[bed].home).resolve(), (config.exp_root / bed).resolve()
+    line = ["bash", f"egs/{BEDS[bed].recipe}/run_nar.sh", *BEDS[bed].options, "--corpus-dir", corpus]
+    line += ["--config", REPO / f"benchmarks/conf/{bed}.yaml", "--data-dir", home / "data", "--exp-dir", exp]
+    return [*line, "--nj", 1, "--num-shards", 1, *config.nar_args.split(), *options]
+
+
+def run_chain(config: RealNarConfig, bed: str, seed: int, corpus: Path) -> None:
+    """Train and decode what is missing of a seed, one system after the other: they share the teacher."""
+    for system in BEDS[bed].systems:
+        out = result_file(config, bed, system, seed)
+        if out.exists() or system not in config.systems:
+            continue
+        run_command(recipe_line(config, bed, corpus, "--stage", 1, "--systems", system, "--seeds", seed))
+        exp_dir = (config.exp_root / bed).resolve() / f"{system}-seed{seed}"
+        write_result(out, without_machine_paths(collect(exp_dir, bed, system, seed), config))
+        if config.commit:
+            with _GIT:
+                run_command(["git", "add", out])
+                run_command(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])
+
+
+def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
+    """Return everything that the result file of a training holds."""
+    run = read_json(exp_dir / "config.json")
+    summary = read_json(exp_dir / "train_summary.json")
+    lines = (exp_dir / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = {record["kind"]: record for record in map(json.loads, lines)}
+    kept = ("loss", "acc", "epoch", "step")
+    stores = [LabelStore(path) for path in run["config"]["label_dir"]]
+    decodings = {search_name(result): result for result in find_results(exp_dir, part="dev")}
+    names = ("finished", "epochs", "steps", "seconds", "audio_hours_per_hour", "peak_memory_gib")
+    return {
+        "bed": bed,
+        "system": system,
+        "seed": seed,
+        "training": {name: summary[name] for name in (*names, "parameters", "device")},
+        "options": run["config"],
+        "last": {kind: {k: v for k, v in r.items() if k.endswith(kept)} for kind, r in last.items()},
+        "labels": [{"kind": s.info.kind, "fingerprint": s.info.fingerprint, **s.storage_report()} for s in stores],
+        "decodings": decodings,
+        "environment": environment(),
+    }
+
+
+def finished(config: RealNarConfig, bed: str, system: str) -> dict[int, dict]:
+    """Return the results of a system on a bed, by seed."""
+    files = {seed: result_file(config, bed, system, seed) for seed in BEDS[bed].seeds}
+    return {seed: read_json(file) for seed, file in files.items() if file.exists()}
+
+
+def pairs_of(bed: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Return what is compared, as ((system, search), (system, search)): the second is hoped to be better."""
+    students = [s for s in BEDS[bed].systems if s != "teacher"]
+    helped = [(("small" if s.startswith("small") else "scratch"), s) for s in students if s not in ("scratch", "small")]
+    pairs = [((a, search), (b, search)) for a, b in helped for search in SEARCHES]
+    for earlier, later in (("ctc_greedy_search", "mask_predict"), ("mask_predict", "nar_beam_search")):
+        pairs += [((system, earlier), (system, later)) for system in students]
+    return [*pairs, *((("teacher", "joint_beam_search"), (s, "nar_beam_search")) for s in students)]
+
+
+def compare(config: RealNarConfig, bed: str) -> list[dict]:
+    """Compare systems and searches of a bed by the paired bootstrap, pooled over the seeds that both have."""
+    results = {system: finished(config, bed, system) for system in BEDS[bed].systems}
+    found = []
+    for a, b in pairs_of(bed):
+        seeds = sorted(set(results[a[0]]) & set(results[b[0]]))
+        both = [[results[system][s]["decodings"].get(search) for s in seeds] for system, search in (a, b)]
+        if not seeds or None in both[0] + both[1]:
+            continue
+        names = [f"{system}, seed {s}, {search}" for system, search in (a, b) for s in seeds]
+        outcome = paired_bootstrap_of(*both, names, num_samples=SAMPLES)
+        values = {"before": str(outcome.a), "after": str(outcome.b), "difference": str(outcome.difference)}
+        values["relative"] = f"{100 * outcome.difference.value / outcome.a.value:+.1f} %" if outcome.a.value else "-"
+        values["probability_of_improvement"] = outcome.probability_of_improvement
+        found.append({"from": list(a), "to": list(b), "seeds": seeds, "samples": SAMPLES, **values})
+    if found:
+        write_json(comparisons_file(config, bed), found)
+    return found
+
+
+def comparisons_file(config: RealNarConfig, bed: str) -> Path:
+    """Return where the comparisons of a bed lie."""
+    return config.results / f"{bed}_comparisons.json"
+
+
+def table(config: RealNarConfig) -> str:
+    """Return the table of all result files, in Markdown: error rates pooled over seeds, and the paired differences."""
+    header = ["bed", "system", "seeds", "search", "parameters", "error rate", "against scratch or small", "relative"]
+    header += ["against the search before", "masked", "RTF", "label bytes an hour", "fastest training in s"]
+    cells = []
+    for bed in BEDS:
+        file = comparisons_file(config, bed)
+        compared = {(tuple(c["from"]), tuple(c["to"])): c for c in (read_json(file) if file.exists() else [])}
+        for system in BEDS[bed].systems:
+            results = finished(config, bed, system)
+            for search in TEACHER_SEARCHES if system == "teacher" else SEARCHES:
+                if results and all(search in r["decodings"] for r in results.values()):
+                    cells.append(_cells(bed, system, search, results, compared))
+    return markdown_table(header, cells)
+
+
+def _cells(bed: str, system: str, search: str, results: dict[int, dict], compared: dict) -> list[str]:
+    found = [result["decodings"][search] for result in results.values()]
+    _, errors, ref_lens = stack_utterances(found, [str(seed) for seed in results])
+    rate = confidence_interval(errors.sum(axis=0), len(found) * ref_lens, SAMPLES)
+    base = "small" if system.startswith("small") else "scratch"
+    before = {"mask_predict": "ctc_greedy_search", "nar_beam_search": "mask_predict"}.get(search)
+    helped = compared.get(((base, search), (system, search)), {})
+    searched = compared.get(((system, before), (system, search)), {})
+    shares = [r["masked_share"] for r in found if r.get("masked_share") is not None]
+    training = [r["training"] for r in results.values()]
+    labels = sum(s["file_bytes_per_hour"] for s in next(iter(results.values()))["labels"])
+    return [
+        bed,
+        system,
+        ", ".join(map(str, results)),
+        search,
+        f"{found[0]['parameters']:,}",
+        f"{RATE_NAMES[found[0]['unit']]} {rate} %",
+        helped.get("difference", "-"),
+        helped.get("relative", "-"),
+        searched.get("difference", "-"),
+        f"{100 * sum(shares) / len(shares):.1f} %" if shares else "-",
+        f"{min(r['rtf'] for r in found):.4f}",  # as with the training below
+        f"{labels:,.0f}" if labels else "-",
+        f"{min(t['seconds'] for t in training):,.0f}",  # what else the machine did meanwhile only adds to it
+    ]
+
+
+def main() -> None:
+    """Run what is missing, then compare."""
+    setup_logging()
+    config = parse_config(RealNarConfig, description=__doc__)
+    chains = []
+    for bed in config.beds if not config.compare else ():
+        missing = [
+            seed
+            for seed in BEDS[bed].seeds
+            if seed in config.seeds
+            and any(not result_file(config, bed, s, seed).exists() for s in BEDS[bed].systems if s in config.systems)
+        ]
+        if missing:
+            corpus = source_dir(bed, config)
+            run_command(recipe_line(config, bed, corpus, "--stop-stage", 0))
+            chains += [(bed, seed, corpus) for seed in missing]
+    with ThreadPoolExecutor(config.jobs) as pool:
+        for done in [pool.submit(run_chain, config, *chain) for chain in chains]:
+            done.result()
+    for bed in config.beds:
+        compare(config, bed)
+    text = table(config)
+    print(text)
+    if config.report is not None:
+        before = config.report.read_text(encoding="utf-8") if config.report.exists() else ""
+        write_text(config.report, replace_block(before, "real_nar", text))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,101 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# What run_mvq.sh and run_nar.sh have in common; sourced behind parse_options, whose options it reads.
+#
+# Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's
+# exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs; and marker_dir, kind (of features),
+# train_cuts, test_cuts, cuts_list, launch (what starts train.py).
+
+[[ -n $recipe ]] || fail 2 "start egs/librispeech/${0##*/} or egs/aishell/${0##*/} instead"
+cd "$recipe" || exit 2
+# shellcheck disable=SC1091
+. ./path.sh
+# shellcheck disable=SC1091
+. ./cmd.sh
+
+[[ $short == false ]] || corpus_tag=$corpus-short
+: "${corpus_tag:=$corpus}"
+: "${data_dir:=data/$corpus_tag}" "${exp_dir:=exp/$corpus_tag$exp_tag}"
+case $recipe:$corpus in
+  *:trans | *:cuts) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev}" ;;
+  *librispeech:demo) : "${train_parts:=train-demo}" "${valid_parts:=dev-demo}" "${test_parts:=dev-demo,test-demo}" ;;
+  *librispeech:mini) : "${train_parts:=train-clean-5}" "${valid_parts:=dev-clean-2}" "${test_parts:=dev-clean-2}" ;;
+  *librispeech:*)
+    : "${train_parts:=train-clean-100,train-clean-360,train-other-500}" "${valid_parts:=dev-clean,dev-other}"
+    : "${test_parts:=dev-clean,dev-other,test-clean,test-other}"
+    ;;
+  *) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev,test}" ;;
+esac
+if [[ $corpus == demo ]]; then
+  : "${extract_jobs:=$nj}"
+  [[ $recipe != *librispeech || -n $token_kind ]] || token_kind=char
+fi
+: "${extract_jobs:=1}"
+
+marker_dir=$exp_dir/.done
+kind=fbank
+IFS=, read -r -a train_cuts <<< "$train_parts"
+IFS=, read -r -a test_cuts <<< "$test_parts"
+train_cuts=("${train_cuts[@]/#/$data_dir/$kind/cuts_}")
+train_cuts=("${train_cuts[@]/%/.jsonl.gz}")
+test_cuts=("${test_cuts[@]/#/$data_dir/$kind/cuts_}")
+test_cuts=("${test_cuts[@]/%/.jsonl.gz}")
+launch=(python3)
+((num_gpus <= 1)) || launch=(torchrun --standalone --nproc-per-node "$num_gpus")
+
+commas() { # commas WORD ...: the words with commas between them
+  local IFS=,
+  echo "$*"
+}
+cuts_list=$(commas "${train_cuts[@]}")
+
+lang_dir() { # the tokenizer that the options name, or the one that there is
+  local found=("$data_dir"/lang_*)
+  case $token_kind:$vocab_size in
+    char:* | pinyin:*) found=("$data_dir/lang_$token_kind") ;;
+    *:?*) found=("$data_dir/lang_bpe_$vocab_size") ;;
+    bpe:) found=("$data_dir"/lang_bpe_*) ;;
+  esac
+  [[ ${#found[@]} == 1 && -d ${found[0]} ]] ||
+    fail 2 "no single tokenizer among ${found[*]}; choose with --token-kind and --vocab-size"
+  echo "${found[0]}"
+}
+
+prepare_data() { # the corpus; the stages of prepare.sh have markers of their own
+  # shellcheck disable=SC2086
+  ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" --partial "$partial" \
+    ${corpus_dir:+--corpus-dir "$corpus_dir"} ${parts:+--parts "$parts"} ${token_kind:+--token-kind "$token_kind"} \
+    ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
+}
+
+extract_and_verify() { # extract_and_verify DIR,... OPTION ...: all shards of label sets, then a check of every byte
+  local dirs dir
+  IFS=, read -r -a dirs <<< "$1"
+  run_cmd --log "${dirs[0]}/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
+    python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$1" --shard JOB \
+    --num-shards "$num_shards" "${@:2}"
+  python3 ../../local/label_sets.py verify "${dirs[@]}"
+  for dir in "${dirs[@]}"; do
+    python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}"
+  done
+}
+
+train_in() { # train_in EXP_DIR OPTION ...: start or resume a training; with --force, start afresh
+  local dir=$1
+  shift
+  if [[ $force == true && -e $dir ]]; then # train.py would go on with it, or find it finished
+    log "the training in $dir is moved to $dir.old"
+    rm -rf "$dir.old"
+    mv "$dir" "$dir.old"
+  fi
+  # shellcheck disable=SC2086
+  "${launch[@]}" ./train.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --train-parts "$train_parts" \
+    --valid-parts "$valid_parts" "$@" $train_args
+}
+
+decode_in() { # decode_in EXP_DIR METHOD OPTION ...: decode and score all test parts
+  local dir=$1 method=$2
+  shift 2
+  # shellcheck disable=SC2086
+  OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
+    --decoding-method "$method" "$@" $decode_args
+}

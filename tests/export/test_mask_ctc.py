@@ -1,0 +1,103 @@
+"""Export of Mask-CTC students: the graphs, and the driver that needs nothing of this project."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nar_toys import nar_config, write_exp_dir
+
+from icefall_kd.config import DecodeConfig, ExportConfig
+from icefall_kd.data.features import FbankExtractor
+from icefall_kd.decode.mask_ctc import MaskPredict
+from icefall_kd.errors import ConfigError
+from icefall_kd.export.exporter import export
+from icefall_kd.export.onnx_files import open_onnx
+from icefall_kd.recipe import load_system
+from icefall_kd.text.tokenizer import Tokenizer
+from tests.students import babble
+
+pytest.importorskip("onnxruntime")
+TOKENS = Tokenizer.train_char(["ONE TWO THREE"])
+DRIVER = Path(__file__).parents[2] / "local/onnx_mask_predict.py"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    exp_dir = tmp_path_factory.mktemp("student")
+    write_exp_dir(exp_dir, nar_config(), TOKENS)
+    return exp_dir
+
+
+@pytest.fixture(scope="module")
+def exported(student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export(ExportConfig(exp_dir=student, out_dir=folder, format="onnx", quantize="int8"))
+    return folder
+
+
+def trained(student):
+    return load_system(DecodeConfig(exp_dir=student, device="cpu"))
+
+
+def test_outputs_equal_the_models_within_the_tolerance(student, exported):
+    record = json.loads((exported / "export.json").read_text())
+    assert record["files"]["fp32"] == {"encoder": "encoder.onnx", "masked_decoder": "masked_decoder.onnx"}
+    assert record["mask_id"] == TOKENS.mask_id and record["blank_id"] == 0
+    assert all(record["checks"][f]["largest_difference"] < 1e-4 for f in record["files"]["fp32"].values())
+    model = trained(student).system.model
+    features, lens = torch.randn(3, 230, 80) * 4 - 6, torch.tensor([230, 101, 9])
+    encoder_out, out_lens, log_probs = open_onnx(exported / "encoder.onnx")(features, lens)
+    with torch.no_grad():
+        expected = model.encoder(features, lens)
+        assert torch.equal(out_lens, expected.encoder_out_lens)
+        y, y_lens = torch.tensor([[3, 11, 4, 11], [11, 5, 0, 0], [11, 0, 0, 0]]), torch.tensor([4, 2, 1])
+        memory = model.decoder.memory(expected.encoder_out, out_lens)
+        logits = open_onnx(exported / "masked_decoder.onnx")(encoder_out, out_lens, y, y_lens)[0]
+        for i, (t, u) in enumerate(zip(out_lens.tolist(), y_lens.tolist(), strict=True)):
+            wanted = model.ctc_log_probs(expected.encoder_out)[i, :t]
+            torch.testing.assert_close(log_probs[i, :t], wanted, atol=1e-4, rtol=1e-4)
+            wanted = model.decoder(y, y_lens, memory)[i, :u]
+            torch.testing.assert_close(logits[i, :u], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("passes", [10, 2])
+def test_the_driver_finds_what_mask_predict_finds(student, exported, monkeypatch, passes):
+    spec = importlib.util.spec_from_file_location("onnx_mask_predict", DRIVER)
+    driver = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(driver)
+    monkeypatch.setattr(driver, "PASSES", passes)
+    system = trained(student).system
+    search = MaskPredict(system.model, passes=passes, mask_threshold=driver.THRESHOLD)
+    masked = []
+    for seed, num_samples in enumerate((48000, 31000, 80000, 2000, 16000, 100)):
+        wave = babble(num_samples, seed)
+        features = FbankExtractor(backend="lhotse").extract(torch.from_numpy(wave))
+        features = torch.nn.functional.pad(features, (0, 0, 0, 7), value=-23.0).unsqueeze(0)
+        lens = torch.tensor([features.shape[1] - 7])
+        with torch.no_grad():
+            out = system.model.encoder(features, lens)
+            (hyp,) = search.decode(out.encoder_out, out.encoder_out_lens)[0]
+        assert driver.recognise(exported, np.asarray(wave)) == TOKENS.decode(hyp.tokens)
+        masked.append(hyp.masked)
+    assert max(masked) >= 4 and min(masked) == 0  # with two passes, several masks a pass; and none at all
+
+
+def test_the_driver_is_short_and_does_without_this_project():
+    text = DRIVER.read_text()
+    assert "icefall_kd" not in text and "torch" not in text
+    code = [line for line in text.split('"""', 2)[2].splitlines() if line.strip()]
+    assert len(code) <= 44
+
+
+def test_what_is_no_student_or_no_format_of_one_is_refused(student, tmp_path):
+    write_exp_dir(tmp_path / "teacher", nar_config("ar"), TOKENS)
+    with pytest.raises(ConfigError, match="autoregressive teacher"):
+        export(ExportConfig(exp_dir=tmp_path / "teacher", out_dir=tmp_path / "out", format="onnx"))
+    with pytest.raises(ConfigError, match=r"--format sherpa-onnx: .* is a Mask-CTC student"):
+        export(ExportConfig(exp_dir=student, out_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    record = export(ExportConfig(exp_dir=student, out_dir=tmp_path / "script", format="torchscript"))
+    assert set(record["files"]["fp32"].values()) == {"encoder.pt", "masked_decoder.pt"}
