@@ -2,6 +2,7 @@
 # make test   run the unit tests
 # make test-all   run all tests: test, test-recipes (every recipe on small corpora), test-faults (kills, damage)
 # make test-k2    the tests of k2, in an environment of its own (Python 3.11, 3.5 GB)
+# make test-espnet   our searches against ESPnet's, in an environment of its own
 # make test-native   build kaldifeat and fast_rnnt from source and test with them (minutes of compiling)
 # make lint   ruff and shellcheck
 # make env    the virtual environment that the others use (made by them when needed)
@@ -13,14 +14,15 @@
 SHELL := /bin/bash
 VENV ?= .venv
 VENV_K2 ?= .venv-k2
+VENV_ESPNET ?= .venv-espnet
 PYTHON ?=
 TESTS ?=
 TEST_JOBS ?= 2
 DEMO_SHORT ?=
 SYSTEM ?= mvq
-export VENV VENV_K2 PYTHON TEST_JOBS
+export VENV VENV_K2 VENV_ESPNET PYTHON TEST_JOBS
 
-.PHONY: env demo test test-recipes test-faults test-all test-k2 test-native lint clean
+.PHONY: env demo test test-recipes test-faults test-all test-k2 test-espnet test-native lint clean
 .DEFAULT_GOAL := demo
 
 env:
@@ -42,6 +44,10 @@ test-all: env
 test-k2:
 	@local/make_k2_env.sh
 	@PYTHONPATH=. $(VENV_K2)/bin/python -m pytest -q tests/with_k2
+
+test-espnet:
+	@local/make_espnet_env.sh
+	@PYTHONPATH=. $(VENV_ESPNET)/bin/python -m pytest -q tests/with_espnet
 
 test-native: env
 	@local/test_native.sh

@@ -68,7 +68,7 @@ def test_nobody_imports_what_the_house_refuses():
 
 def test_an_optional_dependency_is_imported_in_one_module():
     optional = {"k2", "fast_rnnt", "kaldifeat", "espeakng_loader", "pypinyin", "h5py"}
-    optional |= {"onnx", "onnxruntime", "sherpa_onnx"}
+    optional |= {"onnx", "onnxruntime", "sherpa_onnx", "espnet", "espnet2"}
     where = defaultdict(set)
     for name, tree in python_files().items():
         if not name.startswith("tests/"):
