@@ -56,8 +56,13 @@ class Bed:
 
 
 BEDS = {
-    # Its BPE gives every digit one token: the decoder sees digits, and the grammar is all that it can learn of them.
-    "nar_digits": Bed("librispeech", ["--corpus", "trans"], [1, 2, 3], ["teacher", *SAME_SIZE, *SMALL], "nar_digits"),
+    "nar_digits": Bed(
+        "librispeech",
+        ["--corpus", "trans", "--token-kind", "char"],
+        [1, 2, 3],
+        ["teacher", *SAME_SIZE, *SMALL],
+        "nar_digits",
+    ),
     "nar_barista": Bed("librispeech", MVQ_BEDS["barista"].options, [1], SHORT_LIST, "barista"),
     "nar_mandarin_words": Bed("aishell", MVQ_BEDS["mandarin_words"].options, [1], SHORT_LIST, "mandarin_words"),
 }
@@ -98,7 +103,7 @@ def source_dir(bed: str, config: RealNarConfig) -> Path:
     if bed == "nar_digits":
         out = (config.exp_root / "nar_digits-corpus").resolve()
         command = ["local/make_digits.py", "--source", config.data_root / "fsdd", "--out-dir", out]
-        run_command([sys.executable, *command, "--num-train", 500, "--num-dev", 1500, "--grammar", "bigram"])
+        run_command([sys.executable, *command, "--num-train", 400, "--num-dev", 1000, "--grammar", "bigram"])
         return out
     return (config.data_root / SOURCES[BEDS[bed].home]).resolve()
 

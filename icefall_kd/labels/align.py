@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icefall_kd.data.batch import IGNORE, Labels
+from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import FrameFormula, conv2d_subsampled_len, fbank_num_frames
 
@@ -183,3 +183,10 @@ def check_lengths(
         f"{who}: the student has {encoder_len} frames, {num_samples} samples give {student} (label frames beyond "
         f"the student's: {surplus}, healthy are {low} ... {high}); features and labels are of different audio"
     )
+
+
+def check_online_lengths(batch: Batch, label_lens: Tensor, formula: FrameFormula) -> None:
+    """Refuse what :func:`check_lengths` refuses of stored labels, of those (N,) that a teacher makes in training."""
+    counts = (label_lens, batch.audio_lens, conv2d_subsampled_len(batch.x_lens))
+    for utterance, found, num_samples, student in zip(batch.ids, *(x.tolist() for x in counts), strict=True):
+        check_lengths(found, num_samples, formula, student, utterance)

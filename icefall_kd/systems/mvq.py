@@ -26,8 +26,8 @@ from icefall_kd.decode.k2_graph import CtcGraphSearch, FastBeamSearch
 from icefall_kd.decode.streaming import encode_chunks
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError
-from icefall_kd.frames import FrameFormula, conv2d_subsampled_len
-from icefall_kd.labels.align import check_lengths, delay_frames, join_embeddings, join_frames, label_ratio
+from icefall_kd.frames import FrameFormula
+from icefall_kd.labels.align import check_online_lengths, delay_frames, join_embeddings, join_frames, label_ratio
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.codebook import CodebookLoss
 from icefall_kd.losses.ctc import ctc_loss
@@ -130,7 +130,7 @@ class OnlineTeacher:
         with torch.autocast(batch.audio.device.type, enabled=False):
             output = self.teacher.extract(batch)
         embeddings, lens = output.arrays["embeddings"].float(), output.lens["embeddings"]
-        self._check_lengths(batch, lens)
+        check_online_lengths(batch, lens, self.teacher.frame_formula)
         if self.quantizer is None:
             return Labels(embeddings, lens)
         self.quantizer.to(embeddings.device)
@@ -138,12 +138,6 @@ class OnlineTeacher:
         codes = torch.full((*embeddings.shape[:2], self.quantizer.num_codebooks), -100, device=embeddings.device)
         codes[valid] = self.quantizer.encode(embeddings[valid], refine_iters=self.refine_iters).long()
         return Labels(codes, lens)
-
-    def _check_lengths(self, batch: Batch, lens: Tensor) -> None:
-        """Refuse what the data module refuses of stored labels: frames that the formulas do not explain."""
-        counts = (lens, batch.audio_lens, conv2d_subsampled_len(batch.x_lens))
-        for utterance, found, num_samples, student in zip(batch.ids, *(x.tolist() for x in counts), strict=True):
-            check_lengths(found, num_samples, self.teacher.frame_formula, student, utterance)
 
 
 class MvqSystem(System):

@@ -21,8 +21,8 @@ from icefall_kd.data.features import FbankExtractor
 from icefall_kd.decode.base import Decoder
 from icefall_kd.decode.joint_beam import JointBeamSearch
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import FBANK_CONV2D, conv2d_subsampled_len
-from icefall_kd.labels.align import check_lengths
+from icefall_kd.frames import FBANK_CONV2D
+from icefall_kd.labels.align import check_online_lengths
 from icefall_kd.labels.info import RECOGNISER_ROWS
 from icefall_kd.labels.recogniser import (
     collate_nbest,
@@ -293,12 +293,10 @@ class RecogniserTeacher:
 
     def _check(self, batch: Batch, out: TeacherOutput) -> None:
         finite = torch.isfinite(out.arrays["embeddings"]).flatten(1).all(dim=1).tolist()
-        student = conv2d_subsampled_len(batch.x_lens)
-        counts = (x.tolist() for x in (out.lens["embeddings"], batch.audio_lens, student))
-        for name, ok, found, num_samples, frames in zip(batch.ids, finite, *counts, strict=True):
-            if not ok:
-                raise DataError(f"utterance {name}: the teacher's encoder output is not finite; check its weights")
-            check_lengths(found, num_samples, self.frame_formula, frames, name)
+        if not all(finite):
+            name = batch.ids[finite.index(False)]
+            raise DataError(f"utterance {name}: the teacher's encoder output is not finite; check its weights")
+        check_online_lengths(batch, out.lens["embeddings"], self.frame_formula)
 
     def row_format(self, kind: str) -> RowFormat:
         """Return how labels of a recogniser's kind are stored."""
