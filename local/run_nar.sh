@@ -56,8 +56,9 @@ fi
 if [[ -z $systems ]]; then
   systems="scratch transfer transfer-frame transfer-sequence transfer-both small small-frame small-sequence small-both"
   [[ $corpus != demo ]] || systems="scratch transfer transfer-both small small-both"
+  [[ $short == false ]] || systems="scratch transfer-both small-both"
 fi
-[[ $short == false ]] || train_args="$train_args --num-epochs 2"
+[[ $short == false ]] || train_args="$train_args --num-epochs 3"
 [[ $recipe != *librispeech || $corpus != librispeech ]] || : "${vocab_size:=5000}" # as in the recipes that conf/nar.yaml follows
 
 system_dir() { # system_dir SYSTEM SEED: the exp_dir of a training
