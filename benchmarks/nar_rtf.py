@@ -16,6 +16,7 @@ utterance, so that another load on the machine hits all of them; CPU seconds are
 """
 
 import dataclasses
+import importlib.util
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -60,8 +61,8 @@ class RtfConfig:
     """Utterances decoded at once; above 1, all those of a batch have the same script."""
     repeats: int = 5
     """Timed rounds; the median counts, a warm-up round does not."""
-    espnet: bool = False
-    """Time ESPnet's searches too, with the same weights (local/make_espnet_env.sh)."""
+    espnet: bool | None = None
+    """Time ESPnet's searches too, with the same weights; None: where it is installed (local/make_espnet_env.sh)."""
     exp_dirs: list[Path] = field(default_factory=list)
     """Time these trainings of --system nar on a part instead, each with the searches that it offers."""
     manifest_dir: Path = Path("data/fbank")
@@ -167,7 +168,7 @@ def searches_of(size: str, config: RtfConfig, device: torch.device) -> dict[str,
         "NAR beam 5, K 10": (student, NarBeamSearch(student, 5)),
         "NAR beam 10, K 10": (student, NarBeamSearch(student, 10)),
     }
-    if config.espnet:
+    if config.espnet or (config.espnet is None and importlib.util.find_spec("espnet2") is not None):
         from espnet_models import espnet_searches
 
         found |= espnet_searches(teacher, student, Planted)

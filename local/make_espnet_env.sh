@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make a virtual environment with ESPnet 202511: used by `make test-espnet`, safe to repeat.  Its searches are what ours
 # are compared with; of ESPnet's requirements only what these import is installed.
-# Times of both:  source .venv-espnet/bin/activate; benchmarks/nar_rtf.py --espnet true
+# Times of both:  source .venv-espnet/bin/activate; benchmarks/nar_rtf.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
