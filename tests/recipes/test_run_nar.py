@@ -122,7 +122,7 @@ def with_teacher(tmp_path_factory, recipe_env, demo_corpus):
 
 
 def shards(folder: Path) -> dict[str, tuple[int, bytes]]:
-    found = sorted(folder.glob("labels/*/*.safetensors"))
+    found = sorted(folder.glob("labels/*/shard-*.safetensors"))
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
