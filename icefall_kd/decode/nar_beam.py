@@ -157,7 +157,9 @@ class NarBeamSearch(MaskPredict):
             (A, G, P) scores of at most ``beam_size`` combinations, (A, G, P, M) their tokens.
         """
         width = min(self.beam_size, log_probs.shape[3])
-        values, tokens = log_probs.gather(2, slots.unsqueeze(3).expand(*slots.shape, log_probs.shape[3])).topk(width)
+        asked = log_probs.gather(2, slots.unsqueeze(3).expand(*slots.shape, log_probs.shape[3]))
+        # Of equal tokens mask-predict takes the first; topk promises no order.
+        values, tokens = asked.max(dim=3, keepdim=True) if width == 1 else asked.topk(width)
         # A slot that is not filled in has one choice, which changes nothing.
         nothing = torch.full((width,), -torch.inf, device=values.device)
         nothing[0] = 0.0
@@ -165,7 +167,8 @@ class NarBeamSearch(MaskPredict):
         totals, picked = scores.unsqueeze(2), tokens.new_zeros(*scores.shape, 1, 0)
         for i in range(slots.shape[2]):
             sums = (totals.unsqueeze(3) + values[:, :, i].unsqueeze(2)).flatten(2)  # (A, G, P * R)
-            totals, index = sums.topk(min(self.beam_size, sums.shape[2]))
+            # Equal scores keep their order, whatever else is in the batch.
+            totals, index = (x[..., : self.beam_size] for x in sums.sort(dim=2, descending=True, stable=True))
             earlier = (index // width).unsqueeze(3).expand(*index.shape, i)
             choice = tokens[:, :, i].gather(2, index % width).unsqueeze(3)
             picked = torch.cat([picked.gather(2, earlier), choice], dim=3)

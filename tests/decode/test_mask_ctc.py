@@ -163,6 +163,22 @@ def test_a_beam_of_one_is_mask_predict_to_the_bit(rank_by):
             assert NarBeamSearch(model, 1, **options).decode(x, lens) == MaskPredict(model, **options).decode(x, lens)
 
 
+def test_equal_scores_are_ordered_alike_by_every_search_and_in_every_batch():
+    for vocab_size, seed in itertools.product((12, 300), range(3)):
+        model = nar_model(seed, vocab_size)
+        with torch.no_grad():  # every position expects the same tokens, many of them equally
+            model.decoder.output.weight.zero_()
+            model.decoder.output.bias.copy_(torch.randn(vocab_size).round())
+        x, lens = ragged_batch(seed)
+        for passes in (0, 1, 2):
+            options = {"passes": passes, "mask_threshold": 0.9}
+            assert NarBeamSearch(model, 1, **options).decode(x, lens) == MaskPredict(model, **options).decode(x, lens)
+            search = NarBeamSearch(model, 5, nbest=5, **options)
+            for i, hyps in enumerate(search.decode(x, lens)):
+                (alone,) = search.decode(x[i : i + 1, : lens[i]], lens[i : i + 1])
+                assert [h.tokens for h in hyps] == [h.tokens for h in alone]
+
+
 def test_in_one_pass_every_beam_finds_the_best_token_of_each_position():
     for seed in range(4):
         model = nar_model(seed)
