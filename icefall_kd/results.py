@@ -6,6 +6,7 @@ No torch here: a table is printed again in a second.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,6 +109,14 @@ class Row:
     def search(self) -> str:
         """Return the name of the search, with the chunk where there is one; "-" before any decoding."""
         return next((search_name(r) for results in self.results.values() for r in results), "-")
+
+    @property
+    def how(self) -> tuple[str, str, str]:
+        """Return search, averaging and options of the search: what two systems that are compared must share."""
+        method = next((r["decoding_method"] for results in self.results.values() for r in results), "-")
+        parameters, _, options = self.decoding.rpartition(method)
+        averaged = re.search(r"avg-\d+", parameters)
+        return self.search, averaged[0] if averaged else "", options
 
     @property
     def parameters(self) -> int | None:
@@ -330,12 +339,12 @@ def compare(
 def build_rows(runs: Sequence[Run]) -> list[Row]:
     """Group runs that differ in seed alone, and their results by decoding, in the order of ``runs``."""
     groups: dict[str, list[Run]] = {}
+    seeds_of: dict[str, set[int]] = {}
     for run in runs:
-        same = {k: v for k, v in run.config.items() if k not in _NOT_THE_EXPERIMENT}
-        for option in _OF_THE_SEED:
-            if option in same:
-                same[option] = json.dumps(same[option]).replace(f"seed{run.seed}", "seedN")
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+        seeds_of.setdefault(_experiment(run), set()).add(run.seed)
+    for run in runs:
+        shared = len(seeds_of[_experiment(run)]) > 1  # one teacher for several seeds
+        groups.setdefault(_experiment(run) if shared else _experiment(run, "seedN"), []).append(run)
     by_group = []
     for group in groups.values():
         seeds = [run.seed for run in group]
@@ -350,6 +359,15 @@ def build_rows(runs: Sequence[Run]) -> list[Row]:
             for row in rows:
                 row.system += f" ({group[0].exp_dir.name})"
     return [row for rows in by_group for row in rows]
+
+
+def _experiment(run: Run, seed: str | None = None) -> str:
+    """Return the options that make an experiment; with ``seed``, that is what paths of the run's seed say instead."""
+    same = {k: v for k, v in run.config.items() if k not in _NOT_THE_EXPERIMENT}
+    for option in _OF_THE_SEED if seed else ():
+        if option in same:
+            same[option] = json.dumps(same[option]).replace(f"seed{run.seed}", seed)
+    return json.dumps(same, sort_keys=True)
 
 
 def _is_nar(run: Run) -> bool:

@@ -33,7 +33,7 @@ def nar_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return header and cells of the table of autoregressive teachers and mask-predicting students.
 
     The relative change is that of the error rate against students of the same size without any help (scratch), decoded
-    by the same search.
+    by the same search with the same options.  The decoding has a column only where a system has two of one search.
     """
     parts = part_order(rows)
     header = ["system", "search", "parameters", "seeds", "labels", "label bytes per hour"]
@@ -49,12 +49,16 @@ def nar_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             share = row.masked_share(part)
             line += [_rate(row, part), _relative(rows, row, part), "-" if share is None else f"{100 * share:.1f} %"]
         cells.append([*line, "-" if row.rtf is None else f"{row.rtf:.4f}", _seconds(row)])
+    if len({(row.system, row.search) for row in rows}) < len(rows):
+        header.insert(2, "decoding")
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(2, row.decoding)
     return header, cells
 
 
 def _relative(rows: Sequence[Row], row: Row, part: str) -> str:
-    """Return the relative change of the error rate against the scratch student of the same size and search."""
-    same = (r for r in rows if r.parameters == row.parameters and r.search == row.search)
+    """Return the relative change of the error rate against the scratch student of the same size and decoding."""
+    same = (r for r in rows if r.parameters == row.parameters and r.how == row.how)
     base = next((r for r in same if r.system.removeprefix("small ") == "NAR"), None)
     if base is None or base is row or row.rate(part) is None or base.rate(part) is None:
         return "-"

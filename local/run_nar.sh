@@ -102,7 +102,7 @@ behind them, and teacher-small" ;;
 for system in $systems; do # a wrong word is told before a teacher is trained
   configs_of "$system"
 done
-[[ $systems != teacher ]] || systems="" # which has its row anyhow
+systems=$(for system in $systems; do [[ $system == teacher ]] || echo "$system"; done) # it has its row anyhow
 
 label_kinds() { # label_kinds SYSTEM: the kinds of labels that its training reads
   case $1 in

@@ -34,6 +34,7 @@ case $1 in
     for set in "${sets[@]}"; do write "$set/label_set.json" x; done
     echo "$* " >> "$LOG.words"
     ;;
+  *results.py) echo "$* " >> "$LOG.tables" ;;
   *train.py) echo "$* " >> "$LOG.words"; write "${o[--exp-dir]}/train_summary.json" x ;;
   *decode.py) echo "$* " >> "$LOG.decodings"; mkdir -p "${o[--exp-dir]}/${o[--decoding-method]}" ;;
 esac

@@ -173,6 +173,30 @@ def test_rows_of_nar_are_named_by_what_helped_and_compared_with_scratch_of_their
     assert [x["labels"] for x in lines if x["search"] == "mask_predict"] == ["none", "not found", "none", "not found"]
 
 
+def test_seeds_that_share_one_teacher_are_one_experiment(tmp_path):
+    given = {"init_from": "exp/other/teacher-seed1", "label_dir": ["labels/other-teacher-seed1-nbest"]}
+    given |= {"nbest_ctc_scale": 0.3}
+    folders = [nar_dir(tmp_path, "transfer-sequence", seed, [4, 2], **given) for seed in (1, 2)]
+    rows = build_rows([read_run(f) for f in folders])
+    assert [[run.seed for run in row.runs] for row in rows] == [[1, 2], [1, 2]]
+    assert {row.system for row in rows} == {"NAR + transfer + sequence KD"}
+
+
+def test_other_options_of_a_search_are_shown_and_only_equal_ones_compared(tmp_path):
+    def decodings(name, first_epoch, wrong):
+        five, ten = (f"epoch-{first_epoch}_avg-3_nar_beam_search_beam-size-{beam}_passes-10" for beam in (5, 10))
+        found = [result("dev", w, suffix=s, method="nar_beam_search") for w, s in zip(wrong, (five, ten), strict=True)]
+        options = {"system": "nar", "attention_decoder": "mlm", "dropout": 0.1 * first_epoch}
+        return exp_dir(tmp_path / name, found, **options, **({"init_from": "t"} if name == "transfer" else {}))
+
+    header, cells = nar_table(
+        build_rows([read_run(decodings("scratch", 6, [20, 10])), read_run(decodings("transfer", 4, [10, 9]))])
+    )
+    lines = [dict(zip(header, line, strict=True)) for line in cells]
+    changes = [(x["decoding"].split("beam-size-")[1], x["relative change dev"]) for x in lines]
+    assert changes == [("10_passes-10", "-"), ("5_passes-10", "-"), ("10_passes-10", "-10.0 %"), ("5_passes-10", "-50.0 %")]
+
+
 def test_a_list_has_no_plain_form_to_be_compared_with(tmp_path):
     info = asdict(LabelSetInfo.load(label_set(tmp_path / "labels"))) | {"kind": "nbest", "extra": {"vocab_size": 9}}
     write_json(tmp_path / "labels" / "label_set.json", info)

@@ -92,6 +92,20 @@ def test_a_teacher_that_is_there_is_used_and_not_trained(recipe):
     assert decoded == ["exp/other", *(f"exp/trans-nar/transfer-sequence-seed{seed}" for seed in (1, 2))]
 
 
+def test_the_teacher_among_the_systems_is_trained_once_and_never_where_one_is_given(recipe):
+    teacher = recipe.folder / "exp/other"
+    teacher.mkdir(parents=True)
+    (teacher / "train_summary.json").write_text("x")
+    recipe.run("--systems", "teacher scratch", "--teacher-exp-dir", "exp/other")
+    assert list(trainings(recipe)) == ["scratch-seed42"]
+    started = recipe.run("--systems", "scratch teacher", "--exp-dir", "exp/second")[0]
+    assert started.count("train.py") == started.count("decode.py") == 2
+    tables = [x.split("--exp-dirs ")[1].split()[0] for x in Path(f"{recipe.log}.tables").read_text().splitlines()]
+    assert tables == [
+        "exp/other,exp/trans-nar/scratch-seed42", "exp/second/teacher-seed42,exp/second/scratch-seed42",
+    ]  # fmt: skip
+
+
 def test_a_wrong_system_is_told_before_anything_runs(recipe):
     started, log = recipe.run("--systems", "scratch small-best", code=2)
     assert started == [] and "--systems names small-best; there are scratch, transfer, small" in log
