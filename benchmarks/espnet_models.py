@@ -144,8 +144,10 @@ class _Planted:
     def __init__(self, search, planted: type) -> None:
         self.search = search
         search.ctc.ctc_lo = planted(search.ctc.ctc_lo)
+        self.layers = [search.ctc.ctc_lo]
         if isinstance(search, EspnetBeam):
             search.decoder.output_layer = planted(search.decoder.output_layer)
+            self.layers.append(search.decoder.output_layer)
 
     def say(self, script, frames: int, device: torch.device) -> None:
         theirs = dataclasses.replace(script, tokens=[token - 1 for token in script.tokens])
@@ -153,8 +155,13 @@ class _Planted:
         if isinstance(self.search, EspnetBeam):
             self.search.decoder.output_layer.say(theirs.attention(self.search.end, device))
 
-    def decode(self, *encoder_out) -> list[list[Hypothesis]]:
-        return self.search.decode(*encoder_out)
+    def decode(self, encoder_out: torch.Tensor, encoder_out_lens: torch.Tensor) -> list[list[Hypothesis]]:
+        found = []
+        for i in range(len(encoder_out)):  # ESPnet takes one utterance at a time: each has the script from its begin
+            for layer in self.layers:
+                layer.call = 0
+            found += self.search.decode(encoder_out[i : i + 1], encoder_out_lens[i : i + 1])
+        return found
 
 
 def espnet_searches(teacher, student, planted: type) -> dict[str, tuple]:

@@ -26,6 +26,7 @@ import torch
 
 from icefall_kd.cli import parse_config
 from icefall_kd.config import AttentionDecoderConfig, DecodeConfig, ModelConfig
+from icefall_kd.config.checks import at_least
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.joint_beam import JointBeamSearch
 from icefall_kd.decode.mask_ctc import MaskPredict
@@ -77,6 +78,28 @@ class RtfConfig:
     """torch threads on a CPU."""
     out: Path | None = None
     """JSON file of the times."""
+
+    def __post_init__(self) -> None:
+        at_least(self, tokens=3, utterances=1, batch=1, repeats=1, num_cuts=1, num_threads=1)
+        for size in self.sizes:
+            if size not in SIZES:
+                raise ConfigError(f"--sizes names {size!r}; there are {', '.join(SIZES)}")
+        if not 0 <= self.masked_share <= 1:
+            raise ConfigError(f"--masked-share is {self.masked_share}; it must lie in 0 ... 1")
+        frames, most = conv2d_subsampled_len(max(round(100 * self.seconds), 0)), self.tokens + 2 * (self.batch == 1)
+        if frames < most:
+            raise ConfigError(
+                f"--seconds {self.seconds} are {frames} encoder frames, too few for {most} tokens; "
+                "more --seconds or fewer --tokens"
+            )
+        if self.exp_dirs and (self.batch != 1 or self.espnet):
+            raise ConfigError(
+                "--exp-dirs times trainings with our searches, utterances one at a time; leave out --batch and --espnet"
+            )
+        if self.espnet and importlib.util.find_spec("espnet2") is None:
+            raise ConfigError(
+                "--espnet true: ESPnet is not installed here; local/make_espnet_env.sh makes an environment that has it"
+            )
 
 
 class Planted(torch.nn.Module):
@@ -293,9 +316,6 @@ def measure_trained(config: RtfConfig, device: torch.device) -> list[dict]:
 def main() -> None:
     """Measure and print seconds, real-time factors and ratios."""
     config = parse_config(RtfConfig, description=__doc__)
-    for size in config.sizes:
-        if size not in SIZES:
-            raise ConfigError(f"--sizes names {size!r}; there are {', '.join(SIZES)}")
     torch.set_num_threads(config.num_threads)
     device = pick_device(config.device)
     rows = measure_trained(config, device) if config.exp_dirs else measure_random(config, device)

@@ -23,6 +23,7 @@ from real_recordings import REPO, SOURCES, run_command, without_machine_paths, w
 
 from icefall_kd.bootstrap import confidence_interval
 from icefall_kd.cli import parse_config
+from icefall_kd.config.checks import at_least
 from icefall_kd.errors import ConfigError, run_main
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.results import compare as paired_bootstrap_of
@@ -94,6 +95,18 @@ class RealNarConfig:
     """More options of run_nar.sh, in one string."""
     commit: bool = False
     """Commit each result file to git as it comes."""
+
+    def __post_init__(self) -> None:
+        at_least(self, jobs=1)
+        beds = BEDS.values()
+        for option, known in (
+            ("beds", list(BEDS)),
+            ("systems", list(dict.fromkeys(system for bed in beds for system in bed.systems))),
+            ("seeds", sorted({seed for bed in beds for seed in bed.seeds})),
+        ):
+            for value in getattr(self, option):
+                if value not in known:
+                    raise ConfigError(f"--{option} names {value!r}; there are {', '.join(map(str, known))}")
 
 
 def source_dir(bed: str, config: RealNarConfig) -> Path:

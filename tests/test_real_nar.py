@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_real_recordings import decoding
 
-from icefall_kd.errors import KdError
+from icefall_kd.errors import ConfigError, KdError
 from icefall_kd.runtime.files import read_json, write_json
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -112,3 +112,17 @@ def test_a_failed_training_ends_the_driver(driver, config, monkeypatch):
     monkeypatch.setattr(driver, "run_command", run)
     with pytest.raises(KdError, match="exit code 3"):
         driver.run_chain(config, "nar_barista", 1, config.data_root)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beds": ["digits"]}, "--beds names 'digits'; there are nar_digits, nar_barista, nar_mandarin_words"),
+        ({"systems": ["best"]}, "--systems names 'best'; there are teacher, scratch"),
+        ({"seeds": [7]}, "--seeds names 7; there are 1, 2, 3"),
+        ({"jobs": 0}, "--jobs is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_are_told(driver, options, said):
+    with pytest.raises(ConfigError, match=said):
+        driver.RealNarConfig(**options)

@@ -194,7 +194,8 @@ def test_other_options_of_a_search_are_shown_and_only_equal_ones_compared(tmp_pa
     )
     lines = [dict(zip(header, line, strict=True)) for line in cells]
     changes = [(x["decoding"].split("beam-size-")[1], x["relative change dev"]) for x in lines]
-    assert changes == [("10_passes-10", "-"), ("5_passes-10", "-"), ("10_passes-10", "-10.0 %"), ("5_passes-10", "-50.0 %")]
+    ten, five = "10_passes-10", "5_passes-10"
+    assert changes == [(ten, "-"), (five, "-"), (ten, "-10.0 %"), (five, "-50.0 %")]
 
 
 def test_a_list_has_no_plain_form_to_be_compared_with(tmp_path):

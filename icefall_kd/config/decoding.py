@@ -128,8 +128,26 @@ class DecodeConfig:
                 f"{' and '.join(added)} with --decoding-method {self.decoding_method}: only modified_beam_search "
                 "weighs hypotheses that they could change; add --decoding-method modified_beam_search"
             )
+        self._refuse_what_does_nothing()
         if self.lodr_arpa is not None and (self.lm is None or not self.lodr_scale < 0):
             raise ConfigError(f"--lodr-arpa goes with --lm, and --lodr-scale (now {self.lodr_scale}) is below 0")
+
+    def _refuse_what_does_nothing(self) -> None:
+        for name, default, methods in (
+            ("rescore_ctc_weight", 0, ["nar_beam_search"]),
+            ("nar_seeds", "greedy", ["nar_beam_search"]),
+            ("rank_masks_by", "probability", ["mask_predict", "nar_beam_search"]),
+        ):
+            if getattr(self, name) != default and self.decoding_method not in methods:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} with --decoding-method {self.decoding_method}: "
+                    f"it is an option of {' and '.join(methods)}; add --decoding-method {' or '.join(methods)}"
+                )
+        if self.ctm and self.decoding_method == "joint_beam_search":
+            raise ConfigError(
+                "--ctm true with --decoding-method joint_beam_search: this search knows no frames of tokens; "
+                "take the times of ctc_greedy_search or ctc_prefix_beam_search"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

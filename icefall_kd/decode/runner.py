@@ -403,8 +403,6 @@ def write_ctm(path: Path, decoded: Decoded, tokenizer) -> None:
     with atomic_write(path, "w") as f:
         for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
             best = decoded.nbest[i][0]
-            if best.timestamps is None:
-                raise ConfigError("--ctm needs a search that gives the frames of tokens; joint_beam_search has none")
             for word, first, last in tokenizer.words(best.tokens):
                 begin, end = (encoder_seconds(t) for t in (best.timestamps[first], best.timestamps[last] + 1))
                 f.write(f"{decoded.ids[i]} 1 {begin:.2f} {end - begin:.2f} {word}\n")

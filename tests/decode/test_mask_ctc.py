@@ -328,8 +328,9 @@ def test_rescoring_leaves_a_list_alone_of_which_nothing_fits_in_the_frames():
 def test_options_reach_the_searches_and_a_teacher_is_refused():
     model = nar_model(0)
     config = DecodeConfig(
-        passes=3, mask_threshold=0.5, rank_masks_by="logit", beam_size=7, nbest=9, nar_seeds="prefix_beam"
-    )
+        decoding_method="nar_beam_search", passes=3, mask_threshold=0.5, rank_masks_by="logit", beam_size=7, nbest=9,
+        nar_seeds="prefix_beam",
+    )  # fmt: skip
     one, beam = MaskPredict.from_config(model, config), NarBeamSearch.from_config(model, config)
     assert isinstance(one, Decoder)
     for search in (one, beam):

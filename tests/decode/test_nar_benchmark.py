@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from icefall_kd.errors import ConfigError
 from icefall_kd.runtime.files import read_json
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "nar_rtf.py"
@@ -52,3 +53,21 @@ def test_the_searches_say_the_script(benchmark):
             kept = [not unsure or not name.startswith("NAR") for unsure in script.unsure]
             pairs = zip(best.tokens, script.tokens, kept, strict=True)
             assert all(a == b for a, b, same in pairs if same), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--repeats 0", "--repeats is 0; it must be at least 1"),
+        ("--masked-share 1.5", "--masked-share is 1.5; it must lie in 0 ... 1"),
+        ("--sizes huge", "--sizes names 'huge'; there are big, small"),
+        ("--seconds 0.5 --tokens 14", "11 encoder frames, too few for 16 tokens; more --seconds or fewer --tokens"),
+        ("--exp-dirs x --batch 8", "--exp-dirs .* one at a time; leave out --batch"),
+        ("--espnet true", "ESPnet is not installed here; local/make_espnet_env.sh"),
+    ],
+)
+def test_wrong_options_are_told_with_a_remedy(benchmark, options, said, monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["nar_rtf.py", *options.split()])
+    with pytest.raises(ConfigError, match=said):
+        benchmark.main()

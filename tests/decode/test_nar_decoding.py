@@ -72,9 +72,20 @@ def test_a_system_offers_what_its_decoder_can_do(tokenizer):
         build_decoder(make_system(tokenizer, "mlm"), DecodeConfig(decoding_method="joint_beam_search"))
 
 
-def test_times_of_words_are_refused_where_a_search_has_none(tmp_path, tokenizer):
-    with pytest.raises(ConfigError, match="--ctm needs a search that gives the frames"):
-        decode(tmp_path, tokenizer, "joint_beam_search", "ar", ctm=True)
+@pytest.mark.parametrize(
+    ("method", "options", "remedy"),
+    [
+        ("mask_predict", {"rescore_ctc_weight": 0.3}, "nar_beam_search"),
+        ("ctc_prefix_beam_search", {"nar_seeds": "prefix_beam"}, "nar_beam_search"),
+        ("ctc_greedy_search", {"rank_masks_by": "logit"}, "mask_predict or nar_beam_search"),
+        ("joint_beam_search", {"ctm": True}, "ctc_prefix_beam_search"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(method, options, remedy):
+    ((name, value),) = options.items()
+    said = f"--{name.replace('_', '-')} {str(value).lower()} with --decoding-method {method}: .*{remedy}"
+    with pytest.raises(ConfigError, match=said):
+        DecodeConfig(decoding_method=method, **options)
 
 
 @pytest.mark.parametrize(
