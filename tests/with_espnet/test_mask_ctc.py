@@ -82,3 +82,17 @@ def test_the_joint_beam_search_scores_as_espnet_does_and_finds_no_worse(theirs):
             attention = logits.log_softmax(-1)[range(len(path)), path].sum()
             (ctc,) = ctc_string_scores(log_probs, lens, [0], [hyp.tokens])
             assert hyp.score == pytest.approx(0.7 * float(attention) + 0.3 * ctc, abs=1e-3)
+
+
+def test_the_benchmark_times_espnet_on_batches_too(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("nar_rtf", SCRIPT.with_name("nar_rtf.py"))
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, benchmark)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "VOCAB", 40)
+    monkeypatch.setattr(benchmark, "SIZES", {"big": (1, 1, 16, 16, (2, 4, 8))})
+    config = benchmark.RtfConfig(sizes=["big"], seconds=1.2, tokens=6, utterances=2, batch=2, repeats=1, espnet=True)
+    rows = benchmark.measure_random(config, torch.device("cpu"))
+    assert sum(row["search"].startswith("ESPnet") for row in rows) == 2
+    assert all(row["tokens"] == 6.0 for row in rows)
