@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -218,6 +218,11 @@ class _Trainer:
     def _initialise(self) -> None:
         """Start from the parameters of another training, where the options name one."""
         if self.loop.init_from is None:
+            if given := [f.name for f in fields(self.config.transfer) if getattr(self.config.transfer, f.name)]:
+                raise ConfigError(
+                    f"--{given[0].replace('_', '-')} says what is taken of --init-from, which is not given; name the "
+                    "other training's exp_dir, or leave it out"
+                )
             return
         self.state.init, self.transfer = initialise(
             self.system, self.loop.init_from, self.config.transfer, self.tokenizer_hash

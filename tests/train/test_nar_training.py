@@ -7,6 +7,7 @@ import torch
 from nar_toys import VOCAB, nar_config, toy_batch, toy_labels, write_exp_dir
 
 from icefall_kd.config import LoopConfig, OptimConfig, TransferConfig
+from icefall_kd.errors import ConfigError
 from icefall_kd.runtime.files import read_json
 from icefall_kd.systems.nar import KD_LABELS, NarSystem
 from icefall_kd.text.tokenizer import Tokenizer
@@ -71,3 +72,14 @@ def test_a_transferred_student_begins_with_its_teachers_parts_and_says_so(tmp_pa
     assert {n.split(".")[1] for n in report["tensors"]["loaded"]} == {"encoder", "ctc_output"}
     assert {n.split(".")[1] for n in report["tensors"]["skipped"]} == {"decoder"}
     assert report["loaded"] == len(report["tensors"]["loaded"]) and not report["tensors"]["mismatched"]
+
+
+def test_what_to_take_without_from_where_is_refused_but_not_at_a_resume(tmp_path):
+    wanted = TransferConfig(init_modules=["encoder", "ctc"])
+    with pytest.raises(ConfigError, match="--init-modules says what is taken of --init-from, which is not given"):
+        run(tmp_path / "new", "mlm", transfer=wanted, max_steps=1)
+    assert not (tmp_path / "new").exists()
+    write_exp_dir(tmp_path / "teacher", nar_config("ar"), Tokenizer.train_char(["ONE TWO THREE"]))
+    run(tmp_path / "student", "mlm", transfer=wanted, init_from=tmp_path / "teacher", max_steps=1)
+    result, _ = run(tmp_path / "student", "mlm", transfer=wanted, max_steps=2)
+    assert result["steps"] == 2
