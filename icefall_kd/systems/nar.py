@@ -100,6 +100,11 @@ class NarSystem(System):
         return self.online is not None
 
     @property
+    def online_sources(self) -> dict[str, str]:
+        """Return the hash of the weights of the teacher that makes labels in training: its exp_dir may go on."""
+        return {} if self.online is None else {"online_teacher": self.online.provenance()["weights_sha256"]}
+
+    @property
     def alignment_losses(self) -> dict[str, bool]:
         """Return which losses are active."""
         return {"transducer": False, "ctc": True}

@@ -121,7 +121,8 @@ class _Trainer:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.system = system.to(self.device)
         self.stepper = Stepper(self.system, config, self.device)
-        self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=data.state())
+        sources = {**data.state(), **system.online_sources}
+        self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=sources)
         self.average = RunningAverage(system, self.loop.average_period) if self.rank == 0 else None
         self.progress, self.epoch_tracker = TrainProgress(self.loop, self.stepper, epoch_seconds), Tracker()
         self.stop_signal: str | None = None
