@@ -72,7 +72,6 @@ def test_an_optional_dependency_is_imported_in_one_module():
     alone = "local/onnx_mask_predict.py"  # shows what runs an exported student without this project
     assert not any("icefall_kd" in module for module in imported_modules(python_files()[alone]))
     where = defaultdict(set)
-    alone = "local/onnx_mask_predict.py"  # shows what runs without any module of ours
     for name, tree in python_files().items():
         if not name.startswith("tests/") and name != alone:
             for module in imported_modules(tree) & optional:
