@@ -46,7 +46,8 @@ def recognise(folder: Path, samples: np.ndarray) -> str:
         easiest = masked[np.argsort(-logits[masked].max(axis=1), kind="stable")][:count]
         y[0, easiest] = logits[easiest].argmax(axis=1)
         left -= len(easiest)
-    return "".join(tokens["tokens"][i] for i in y[0]).replace("\u2581", " ").strip()
+    text = (" " if tokens["kind"] == "pinyin" else "").join(tokens["tokens"][i] for i in y[0])
+    return " ".join(text.replace("\u2581", " ").split())
 
 
 if __name__ == "__main__":

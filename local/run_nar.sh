@@ -18,7 +18,7 @@ valid_parts=               # Parts to validate and choose on
 test_parts=                # Parts to decode, with commas
 data_dir=                  # Prepared data; empty: data/CORPUS
 exp_dir=                   # Experiments; empty: exp/CORPUS-nar
-systems=                   # Students, with spaces; empty: all but teacher-small, five of them for the demo; teacher: none
+systems=                   # Students, with spaces; empty: all but teacher-small, four of them for the demo; teacher: none
 seeds=42                   # Seeds, with spaces: one teacher, and one training of each system, a seed
 teacher_exp_dir=           # A trained teacher (train.py --system nar --attention-decoder ar); empty: train one a seed
 num_shards=4               # Shards of each label set: tasks of the extraction
@@ -55,7 +55,7 @@ if [[ -z $config ]]; then
 fi
 if [[ -z $systems ]]; then
   systems="scratch transfer transfer-frame transfer-sequence transfer-both small small-frame small-sequence small-both"
-  [[ $corpus != demo ]] || systems="scratch transfer transfer-both small small-both"
+  [[ $corpus != demo ]] || systems="scratch transfer-both small small-both"
   [[ $short == false ]] || systems="scratch transfer-both small-both"
 fi
 [[ $short == false ]] || train_args="$train_args --num-epochs 3"

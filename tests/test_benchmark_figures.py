@@ -1,4 +1,4 @@
-"""The figures that docs/mvq.md gives are those of the result files."""
+"""The figures that the pages give are those of the result files."""
 
 import json
 from pathlib import Path
@@ -63,3 +63,17 @@ def test_exported_models():
         what = what.replace("_chunk16", ", chunks of 640 ms")
         what = what.replace("_chunk8", ", chunks of 320 ms")
         assert f"| {what} | {eager['error_rate']:.2f} | {' | '.join(cells)} |" in page, name
+
+
+def test_the_searches_of_nar():
+    page = (REPO / "docs" / "nar.md").read_text(encoding="utf-8")
+    rows = {(r["size"], r["search"].removesuffix(", K 10")): r for r in result("nar_rtf/cpu")["rows"]}
+    for search in dict.fromkeys(search for _, search in rows):
+        big, small = (rows[size, search] for size in ("big", "small"))
+        figures = f"{big['cpu_seconds']:.3f} | {small['cpu_seconds']:.3f} | {small['cpu_ratio_to_first']:.1f}"
+        assert f"| {search} | {figures} |" in page
+    ours, greedy, espnet = (rows["big", s]["cpu_seconds"] for s in ("AR beam 10", "NAR greedy", "ESPnet AR beam 10"))
+    encoder = ours - rows["big", "AR beam 10"]["search_cpu_seconds"]
+    text = " ".join(page.split())
+    assert f"at most {ours / encoder:.1f} times faster" in text and f"it is {ours / greedy:.1f} times faster" in text
+    assert f"takes {espnet / ours:.1f} times the seconds of ours, and {espnet / greedy:.1f} times those" in text

@@ -22,7 +22,7 @@ class TeacherConfig:
     long_utterances: Literal["window", "reject"] = "window"
     """Utterances longer than the teacher's limit: overlapping windows, or reject."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    """auto: bfloat16 on a GPU, float32 on a CPU and for posteriors and n-best lists of a recogniser."""
     teacher_device: str = "auto"
     """auto: the GPU when there is one."""
 

@@ -61,6 +61,8 @@ class TransferConfig:
             layers = getattr(self, name)
             if layers is not None and (not layers or min(layers) < 1):
                 raise ConfigError(f"--{name.replace('_', '-')} is {layers}; layers count from 1")
+            if twice := [layer for i, layer in enumerate(layers or ()) if layer in layers[:i]]:
+                raise ConfigError(f"--{name.replace('_', '-')} names layer {twice[0]} twice; give each layer once")
             if layers is not None and self.init_modules is not None and part not in self.init_modules:
                 raise ConfigError(f"--{name.replace('_', '-')} is given, but --init-modules leaves out {part}")
 

@@ -34,8 +34,8 @@ def export(config: ExportConfig) -> dict:
     """Export what ``config`` names and return what export.json holds.
 
     Raises:
-        ConfigError: the model has no transducer, a package is missing, out-dir holds something else, or the format
-            does not offer what is asked for.
+        ConfigError: the model has no transducer or is an autoregressive teacher, a package is missing, out-dir holds
+            something else, or the format does not offer what is asked for.
         NumericError: an exported graph differs from the model.
     """
     if config.format != "torchscript":
@@ -113,7 +113,8 @@ def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[l
 def _search_facts(model: torch.nn.Module) -> dict[str, int]:
     """Return what a search over the graphs must know beside the tokens."""
     if isinstance(model, CtcAttentionModel):
-        return {"blank_id": model.blank_id, "sos_id": model.sos_id, "unk_id": 2, "mask_id": model.mask_id}
+        unk_id = Tokenizer.unk_id
+        return {"blank_id": model.blank_id, "sos_id": model.sos_id, "unk_id": unk_id, "mask_id": model.mask_id}
     return {"context_size": model.decoder.context_size}
 
 

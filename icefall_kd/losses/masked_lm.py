@@ -17,7 +17,7 @@ def smoothed_cross_entropy(logits: Tensor, y: Tensor, smoothing: float) -> Tenso
     Args:
         logits: (M, V) before the softmax.
         y: (M,) token ids.
-        smoothing: in 0 ... 1.
+        smoothing: at least 0, below 1.
     Returns:
         (M,) float32 in nats.
     """

@@ -36,7 +36,8 @@ def posterior_kd(logits: Tensor, ids: Tensor, probs: Tensor, rest: Tensor, tempe
             f"{tuple(logits.shape)}"
         )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[1]:
-        raise DataError(f"posteriors name class {int(ids.max())}; the student has {logits.shape[1]}")
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise DataError(f"posteriors name class {wrong}; the student has {logits.shape[1]}")
     with torch.autocast(logits.device.type, enabled=False):
         log_q = (logits.float() / temperature).log_softmax(dim=1)
         log_q_top = log_q.gather(1, ids)  # (M, k)

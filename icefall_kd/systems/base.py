@@ -73,6 +73,11 @@ class System(nn.Module):
         return False
 
     @property
+    def online_sources(self) -> dict[str, str]:
+        """Return hashes of what makes labels in training, by name: a resumed training must find the same."""
+        return {}
+
+    @property
     def alignment_losses(self) -> dict[str, bool]:
         """Return which of the losses transducer and ctc are active: they ask for enough frames an utterance."""
         raise NotImplementedError

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from icefall_kd.config import ENCODER_SIZES, KdConfig, TrainConfig
+from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.k2_graph import CtcGraphSearch, FastBeamSearch
@@ -283,8 +284,11 @@ class MvqSystem(System):
 
 
 def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> MvqSystem:
-    """Build the system with stored or online labels, as ``config.kd`` says."""
-    if inference or config.kd.kd == "none":
+    """Build the system with stored or online labels, as ``config.kd`` says; a ConfigError for options of nar."""
+    if inference:
+        return MvqSystem(config, vocab_size)
+    refuse_options(config.recogniser_kd, "nar")
+    if config.kd.kd == "none":
         return MvqSystem(config, vocab_size)
     num_layers = config.model.num_encoder_layers or ENCODER_SIZES[config.model.encoder_size][0]
     if config.kd.teacher_labels == "stored":

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icefall_kd.config import RecogniserKdConfig, TrainConfig
+from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import Batch, Labels, NBest, TopK
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.ctc_prefix import CtcPrefixBeamSearch
@@ -44,6 +45,10 @@ KD_LABELS = {
     "nbest_token": "nbest",
     "encoder_kd": "embeddings",
 }
+
+# Where a warm-up begins: nothing beside the other losses, but at 0 a projection would get no gradient, which is refused
+# in the first step, and the scan of the memory would leave the distillation's backward pass out.
+_FAINT = 1e-30
 
 
 def active_kd(kd: RecogniserKdConfig) -> dict[str, float]:
@@ -95,6 +100,11 @@ class NarSystem(System):
         return self.online is not None
 
     @property
+    def online_sources(self) -> dict[str, str]:
+        """Return the hash of the weights of the teacher that makes labels in training: its exp_dir may go on."""
+        return {} if self.online is None else {"online_teacher": self.online.provenance()["weights_sha256"]}
+
+    @property
     def alignment_losses(self) -> dict[str, bool]:
         """Return which losses are active."""
         return {"transducer": False, "ctc": True}
@@ -120,7 +130,7 @@ class NarSystem(System):
         masks, logits = self._mlm_terms(terms, metrics, batch, memory)  # of mask_draws rows an utterance
         if self.training and self.kd:
             labels = self._labels(batch)
-            warm = min(step / self.cfg.kd_warm_step, 1.0) if self.cfg.kd_warm_step else 1.0
+            warm = min(max(step, _FAINT) / self.cfg.kd_warm_step, 1.0) if self.cfg.kd_warm_step else 1.0
             scales = {name: warm * scale for name, scale in self.kd.items()}
             tokens = float(batch.y_lens.sum())
             if "ctc_kd" in scales:
@@ -302,12 +312,13 @@ def build_nar(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     """Build teacher or student, with stored or online labels, as the options say.
 
     Raises:
-        ConfigError: distillation into an autoregressive decoder, or labels that are missing.
+        ConfigError: distillation into an autoregressive decoder, labels that are missing, or options of mvq.
     """
-    if config.kd.kd != "none":
-        raise ConfigError(f"--kd {config.kd.kd} is of --system mvq; nar distils by --ctc-kd-scale and its like")
+    if inference:
+        return NarSystem(config, vocab_size)
+    refuse_options(config.kd, "mvq", besides=("teacher_labels", "label_dir", "min_coverage"))
     kd = active_kd(config.recogniser_kd)
-    if inference or not kd:
+    if not kd:
         return NarSystem(config, vocab_size)
     if config.attention.attention_decoder == "ar":
         raise ConfigError(f"{', '.join(kd)}: distillation needs --attention-decoder mlm, the student")

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def batch_shapes(batch: Batch) -> dict[str, Any]:
         tensor = getattr(batch, name)
         if tensor is not None:
             shapes[name] = tensor.tolist()
-    shapes["labels"] = {name: list(x.values.shape) for name, x in batch.labels.items()}
+    # The first field of every kind of labels is the one with all dimensions.
+    shapes["labels"] = {name: list(getattr(x, fields(x)[0].name).shape) for name, x in batch.labels.items()}
     return shapes
 
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,7 +121,8 @@ class _Trainer:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.system = system.to(self.device)
         self.stepper = Stepper(self.system, config, self.device)
-        self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=data.state())
+        sources = {**data.state(), **system.online_sources}
+        self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=sources)
         self.average = RunningAverage(system, self.loop.average_period) if self.rank == 0 else None
         self.progress, self.epoch_tracker = TrainProgress(self.loop, self.stepper, epoch_seconds), Tracker()
         self.stop_signal: str | None = None
@@ -218,6 +219,11 @@ class _Trainer:
     def _initialise(self) -> None:
         """Start from the parameters of another training, where the options name one."""
         if self.loop.init_from is None:
+            if given := [f.name for f in fields(self.config.transfer) if getattr(self.config.transfer, f.name)]:
+                raise ConfigError(
+                    f"--{given[0].replace('_', '-')} says what is taken of --init-from, which is not given; name the "
+                    "other training's exp_dir, or leave it out"
+                )
             return
         self.state.init, self.transfer = initialise(
             self.system, self.loop.init_from, self.config.transfer, self.tokenizer_hash

@@ -60,7 +60,7 @@ class TrainState:
     init: dict[str, Any] = field(default_factory=dict)
     """Where the first parameters came from (--init-from); empty: they were drawn."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Fingerprint of the training data."""
+    """Fingerprint of the training data, labels and their sources included."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counters as plain containers."""

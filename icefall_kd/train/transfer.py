@@ -63,10 +63,11 @@ def initialise(
     transfer = transfer or TransferConfig()
     if not exp_dir.is_dir():
         raise ConfigError(f"--init-from {exp_dir} is no folder; name the exp_dir of a training")
-    weights, _, used = load_trained(exp_dir)
+    weights, options, used = load_trained(exp_dir)
     names = _renamed(list(weights), transfer, exp_dir)
     chosen = {new: weights[old] for old, new in names.items() if new is not None}
-    chosen |= _mask_embedding(system, chosen)
+    if options.get("attention_decoder") == "ar":
+        chosen |= _mask_embedding(system, chosen)
     report = load_model(system, chosen, strict=False)
     if not report.loaded:
         raise ConfigError(
@@ -112,6 +113,8 @@ def _mask_embedding(system: System, chosen: dict[str, Tensor]) -> dict[str, Tens
     name = f"{MODULES['decoder']}embedding.weight"
     model = getattr(system, "model", None)
     if name not in chosen or getattr(getattr(model, "decoder", None), "causal", True):
+        return {}
+    if chosen[name].shape != model.decoder.embedding.weight.shape:  # which is reported, or refused, later
         return {}
     embedding = chosen[name].clone()
     embedding[model.mask_id] = embedding[: model.mask_id].mean(dim=0)

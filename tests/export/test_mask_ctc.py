@@ -38,6 +38,13 @@ def exported(student, tmp_path_factory):
     return folder
 
 
+def load_driver():
+    spec = importlib.util.spec_from_file_location("onnx_mask_predict", DRIVER)
+    driver = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(driver)
+    return driver
+
+
 def trained(student):
     return load_system(DecodeConfig(exp_dir=student, device="cpu"))
 
@@ -65,9 +72,7 @@ def test_outputs_equal_the_models_within_the_tolerance(student, exported):
 
 @pytest.mark.parametrize("passes", [10, 2])
 def test_the_driver_finds_what_mask_predict_finds(student, exported, monkeypatch, passes):
-    spec = importlib.util.spec_from_file_location("onnx_mask_predict", DRIVER)
-    driver = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(driver)
+    driver = load_driver()
     monkeypatch.setattr(driver, "PASSES", passes)
     system = trained(student).system
     search = MaskPredict(system.model, passes=passes, mask_threshold=driver.THRESHOLD)
@@ -83,6 +88,33 @@ def test_the_driver_finds_what_mask_predict_finds(student, exported, monkeypatch
         assert driver.recognise(exported, np.asarray(wave)) == TOKENS.decode(hyp.tokens)
         masked.append(hyp.masked)
     assert max(masked) >= 4 and min(masked) == 0  # with two passes, several masks a pass; and none at all
+
+
+@pytest.mark.parametrize("texts", [["DA QI", "A  B"], ["\u4f60\u597d\u4e2d\u56fd"]], ids=["char", "pinyin"])
+def test_the_driver_writes_tokens_as_the_tokenizer_does(tmp_path, texts, monkeypatch):
+    kind = Tokenizer.train_char if texts[0].isascii() else Tokenizer.train_pinyin
+    tokens = kind(texts)
+    tokens.save(tmp_path)
+    said = tokens.encode(texts[-1])
+    driver = load_driver()
+    monkeypatch.setattr(driver, "THRESHOLD", 0.0)
+    facts = {"blank_id": 0, "sos_id": 1, "unk_id": 2, "mask_id": tokens.mask_id}
+    (tmp_path / "export.json").write_text(json.dumps(facts))
+    frames = [i for token in said for i in (token, 0)]
+
+    class Session:
+        """An encoder that says these tokens, with a blank between each two."""
+
+        def __init__(self, path, providers):
+            assert path.suffix == ".onnx" and providers
+
+        def run(self, outputs, inputs):
+            log_probs = np.full((1, len(frames), tokens.vocab_size), -9.0, np.float32)
+            log_probs[0, np.arange(len(frames)), frames] = 0.0
+            return [np.zeros((1, len(frames), 4)), np.array([len(frames)]), log_probs]
+
+    monkeypatch.setattr(driver.onnxruntime, "InferenceSession", Session)
+    assert driver.recognise(tmp_path, babble(8000, 0)) == tokens.decode(said) != ""
 
 
 def test_the_driver_is_short_and_does_without_this_project():

@@ -156,9 +156,3 @@ def test_killed_labels_go_on_where_they_were(with_teacher):
     after = shards(exp_dir)
     assert "stage 2 labels [exp/demo-nar/teacher-seed42]: runs, not finished before" in log
     assert len(after) == 6 and {name: after[name] for name in before} == before
-    # The same as in one go.
-    shutil.rmtree(exp_dir / "labels")
-    process = start("--stage", "2", "--stop-stage", "2")
-    log = process.communicate(timeout=280)[1]
-    assert process.returncode == 0, log[-3000:]
-    assert {name: content for name, (_, content) in shards(exp_dir).items()} == {n: c for n, (_, c) in after.items()}

@@ -295,6 +295,20 @@ def test_distillation_grows_over_its_warm_up():
         assert terms["token_kd_loss"].scale == pytest.approx(0.2 * share)
 
 
+@pytest.mark.parametrize("name", KD_LABELS)
+def test_a_warm_up_begins_with_a_gradient_of_every_parameter(name):
+    """A training refuses parameters without a gradient in its first step, and DDP does in any."""
+    torch.manual_seed(1)
+    system = NarSystem(nar_config(kd={"kd_warm_step": 10}), VOCAB, {name: 0.5}, teacher_dim=16).train()
+    terms = losses(system, toy_labels(toy_batch()), 0)
+    terms.total.backward()
+    assert parameters_without_gradient(system) == []
+    plain = build()
+    losses(plain, toy_batch(), 0).total.backward()
+    for (n, p), (_, q) in zip(plain.named_parameters(), system.named_parameters(), strict=False):
+        torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=1e-12, msg=n)  # which does not count yet
+
+
 def test_distillation_changes_nothing_at_inference():
     torch.manual_seed(1)
     plain = NarSystem(nar_config(), VOCAB)
@@ -322,8 +336,13 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
     assert active_kd(RecogniserKdConfig(ctc_kd_scale=0.1, nbest_ctc_scale=0.2)) == {"ctc_kd": 0.1, "nbest_ctc": 0.2}
     with pytest.raises(ConfigError, match=r"--ctc-kd-scale: one label set of kind ctc_posteriors is needed"):
         build_system(nar_config(kd={"ctc_kd_scale": 0.1}), VOCAB)
-    with pytest.raises(ConfigError, match="--kd mvq is of --system mvq"):
-        build_system(nar_config(labels={"kd": "mvq"}), VOCAB)
+    for name, value in (("kd", "mvq"), ("kd_delay", 2), ("kd_layer", [1]), ("kd_scale", [0.5])):
+        with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')} is of --system mvq"):
+            build_system(nar_config(labels={name: value}), VOCAB)
+    for options, message in (({}, "--ctc-kd-scale is of --system nar"), ({"kd": "l2"}, "--ctc-kd-scale is of")):
+        config = dataclasses.replace(nar_config(kd={"ctc_kd_scale": 0.1}, labels=options), system="mvq")
+        with pytest.raises(ConfigError, match=message):
+            build_system(config, VOCAB)
     for name, value in (("ctc_weight", 0.0), ("ctc_weight", 1.0), ("label_smoothing", 1.0), ("decoder_dropout", -0.1)):
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is"):
             AttentionDecoderConfig(**{name: value})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from icefall_kd.data.batch import Batch, Labels
+from icefall_kd.data.batch import Batch, Labels, NBest, TopK
 from icefall_kd.errors import ConfigError, NumericError
 from icefall_kd.runtime.files import read_json
 from icefall_kd.systems.base import LossTerm, LossTerms
@@ -81,7 +81,11 @@ def test_the_dump_holds_shapes_and_no_audio(tmp_path):
         y=torch.ones(2, 3, dtype=torch.int64),
         y_lens=torch.tensor([3, 1]),
         texts=["secret", "words"],
-        labels={"kd": Labels(torch.zeros(2, 9, 8), torch.tensor([9, 8]))},
+        labels={
+            "kd": Labels(torch.zeros(2, 9, 8), torch.tensor([9, 8])),
+            "ctc_posteriors": TopK(torch.zeros(2, 9, 4), torch.zeros(2, 9, 4), torch.zeros(2, 9), torch.tensor([9, 8])),
+            "nbest": NBest(torch.zeros(2, 5, 3), torch.zeros(2, 5), torch.zeros(2, 5)),
+        },
         durations=[110.0, 50.0],
     )
     error = guards.out_of_memory(MemoryError(), batch, "here", tmp_path / "oom.json", 200.0)
@@ -96,7 +100,7 @@ def test_the_dump_holds_shapes_and_no_audio(tmp_path):
         "y": [2, 3],
         "x_lens": [7, 5],
         "y_lens": [3, 1],
-        "labels": {"kd": [2, 9, 8]},
+        "labels": {"kd": [2, 9, 8], "ctc_posteriors": [2, 9, 4], "nbest": [2, 5, 3]},
     }
 
 

@@ -7,6 +7,7 @@ import torch
 from nar_toys import VOCAB, nar_config, toy_batch, toy_labels, write_exp_dir
 
 from icefall_kd.config import LoopConfig, OptimConfig, TransferConfig
+from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.files import read_json
 from icefall_kd.systems.nar import KD_LABELS, NarSystem
 from icefall_kd.text.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ class Data:
         return {"train": "toy"}
 
 
-def run(exp_dir, decoder, seed=7, transfer=None, dropout=0.1, **loop):
+def run(exp_dir, decoder, seed=7, transfer=None, dropout=0.1, online=None, **loop):
     options = {"num_epochs": 2, "log_interval": 1, "average_period": 2, "device": "cpu", "num_threads": 1, **loop}
     config = nar_config(decoder, attention={"decoder_dropout": dropout}, loop=LoopConfig(exp_dir=exp_dir, **options))
     config = dataclasses.replace(
@@ -41,7 +42,7 @@ def run(exp_dir, decoder, seed=7, transfer=None, dropout=0.1, **loop):
     )  # fmt: skip
     torch.manual_seed(seed)
     kd = dict.fromkeys(KD_LABELS, 0.2) if decoder == "mlm" else None
-    system = NarSystem(config, VOCAB, kd, teacher_dim=16)
+    system = NarSystem(config, VOCAB, kd, online=online, teacher_dim=16)
     return train(system, Data(), config, tokenizer_hash=loop.get("hash", "")), system
 
 
@@ -71,3 +72,35 @@ def test_a_transferred_student_begins_with_its_teachers_parts_and_says_so(tmp_pa
     assert {n.split(".")[1] for n in report["tensors"]["loaded"]} == {"encoder", "ctc_output"}
     assert {n.split(".")[1] for n in report["tensors"]["skipped"]} == {"decoder"}
     assert report["loaded"] == len(report["tensors"]["loaded"]) and not report["tensors"]["mismatched"]
+
+
+def test_what_to_take_without_from_where_is_refused_but_not_at_a_resume(tmp_path):
+    wanted = TransferConfig(init_modules=["encoder", "ctc"])
+    with pytest.raises(ConfigError, match="--init-modules says what is taken of --init-from, which is not given"):
+        run(tmp_path / "new", "mlm", transfer=wanted, max_steps=1)
+    assert not (tmp_path / "new").exists()
+    write_exp_dir(tmp_path / "teacher", nar_config("ar"), Tokenizer.train_char(["ONE TWO THREE"]))
+    run(tmp_path / "student", "mlm", transfer=wanted, init_from=tmp_path / "teacher", max_steps=1)
+    result, _ = run(tmp_path / "student", "mlm", transfer=wanted, max_steps=2)
+    assert result["steps"] == 2
+
+
+class Online:
+    """A teacher of some weights that makes labels in training."""
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+    def labels(self, batch, kinds):
+        return toy_labels(batch).labels
+
+    def provenance(self):
+        return {"weights_sha256": self.weights}
+
+
+def test_a_resumed_training_refuses_an_online_teacher_that_was_trained_further(tmp_path):
+    run(tmp_path, "mlm", online=Online("first"), max_steps=1)
+    with pytest.raises(DataError, match="online_teacher: first -> second"):
+        run(tmp_path, "mlm", online=Online("second"), max_steps=2)
+    result, _ = run(tmp_path, "mlm", online=Online("first"), max_steps=2)
+    assert result["steps"] == 2

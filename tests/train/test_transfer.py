@@ -61,6 +61,22 @@ def test_the_decoder_goes_along_when_it_is_named_and_its_mask_is_the_mean(teache
             assert torch.equal(new.model.decoder.state_dict()[name], tensor), name
 
 
+def test_a_mask_that_was_trained_is_kept(tmp_path):
+    system = write_exp_dir(tmp_path, nar_config("mlm", model={"num_encoder_layers": 4}), TOKENS)
+    new = student()
+    initialise(new, tmp_path, TransferConfig(), TOKENS.hash)
+    assert torch.equal(new.model.decoder.embedding.weight, system.model.decoder.embedding.weight)
+
+
+def test_a_teacher_of_fewer_tokens_is_refused_by_its_tokens(teacher):
+    exp_dir, _ = teacher
+    other = Tokenizer.train_char(["ONE TWO THREE FOUR"])
+    torch.manual_seed(8)
+    new = build_system(nar_config("mlm", model={"num_encoder_layers": 4}), other.vocab_size)
+    with pytest.raises(ConfigError, match="was trained with tokenizer"):
+        initialise(new, exp_dir, TransferConfig(init_modules=["encoder", "ctc", "decoder"]), other.hash)
+
+
 def test_a_shallower_student_takes_the_layers_that_are_named(teacher):
     exp_dir, system = teacher
     new = student(model={"num_encoder_layers": 2}, attention={"num_decoder_layers": 1})
@@ -97,6 +113,8 @@ def test_a_layer_that_does_not_exist_is_refused(teacher):
     for wrong, message in (
         ({"init_modules": ["joiner"]}, "names 'joiner'"),
         ({"init_encoder_layers": [0]}, "layers count from 1"),
+        ({"init_encoder_layers": [2, 4, 2]}, "--init-encoder-layers names layer 2 twice"),
+        ({"init_decoder_layers": [1, 1]}, "--init-decoder-layers names layer 1 twice"),
         ({"init_modules": ["ctc"], "init_encoder_layers": [1]}, "leaves out encoder"),
     ):
         with pytest.raises(ConfigError, match=message):
