@@ -5,11 +5,11 @@
     benchmarks/nar_rtf.py --exp-dirs exp/teacher,exp/student --manifest-dir data/fbank --test-part dev
 
 Without exp-dirs the models are random, of the sizes "A1-big" (ESPnet's AISHELL-1 recipe) and "A1-small a" (about a
-ninth) with V = 4233 and <mask>, and a script is planted in them.  Numbers are added to the logits of the CTC head, so
-that an utterance of --seconds has --tokens tokens, of which --masked-share have a probability of about 0.7 and are
-masked, the others one above 0.99; and to those of the autoregressive decoder, so that it expects the same tokens with
-probabilities of about 0.9, then the end.  All that the models compute is computed.  The masked decoder is left alone:
-what it fills in does not change its time.
+ninth) but for fewer channels of the subsampling, with V = 4233 and <mask>, and a script is planted in them.  Numbers
+are added to the logits of the CTC head, so that an utterance of --seconds has --tokens tokens, of which --masked-share
+have a probability of about 0.7 and are masked, the others one above 0.99; and to those of the autoregressive decoder,
+so that it expects the same tokens with probabilities of about 0.9, then the end.  All that the models compute is
+computed.  The masked decoder is left alone: what it fills in does not change its time.
 
 Times are those of the encoder and of the search; computing fbanks is not among them.  Searches take turns utterance by
 utterance, so that another load on the machine hits all of them; CPU seconds are measured beside those of the clock.
