@@ -8,6 +8,7 @@ K passes of easy-first mask-predict over the greedy CTC string (Higuchi et al. 2
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,14 @@ import soundfile
 from lhotse import Fbank, FbankConfig
 
 PASSES, THRESHOLD = 10, 0.99
+# Every graph is opened once, however many files there are.
+graph = cache(lambda path: onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
 
 
 def recognise(folder: Path, samples: np.ndarray) -> str:
     """Return the text of (S,) float32 samples."""
     facts, tokens = (json.loads((folder / name).read_text()) for name in ("export.json", "tokenizer.json"))
-    encoder, decoder = (
-        onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        for name in ("encoder", "masked_decoder")
-    )
+    encoder, decoder = (graph(folder / f"{name}.onnx") for name in ("encoder", "masked_decoder"))
     if len(samples) < 400:  # not one window of 25 ms
         return ""
     x = np.asarray(Fbank(FbankConfig(sampling_rate=16000, num_filters=80)).extract(samples, 16000))[None]
@@ -52,4 +52,7 @@ def recognise(folder: Path, samples: np.ndarray) -> str:
 
 if __name__ == "__main__":
     for name in sys.argv[2:]:
-        print(name, recognise(Path(sys.argv[1]), soundfile.read(name, dtype="float32")[0]))
+        samples, rate = soundfile.read(name, dtype="float32")
+        if rate != 16000 or samples.ndim != 1:
+            sys.exit(f"{name} has {rate} samples a second and shape {samples.shape}; give it 16000 and one channel")
+        print(name, recognise(Path(sys.argv[1]), samples))

@@ -72,9 +72,9 @@ class RecogniserKdConfig:
     """Distillation from an autoregressive recogniser (--system nar); each term is off at scale 0."""
 
     ctc_kd_scale: float = 0.0
-    """Frame level: the teacher's CTC posteriors, cross-entropy a frame."""
+    """Frame level: divergence from the teacher's CTC posteriors, a frame."""
     token_kd_scale: float = 0.0
-    """Token level: the teacher's decoder posteriors at masked tokens, cross-entropy a masked token."""
+    """Token level: divergence from the teacher's decoder posteriors, a masked token."""
     nbest_ctc_scale: float = 0.0
     """Sequence level: CTC loss of the teacher's n-best, a token."""
     nbest_token_scale: float = 0.0

@@ -8,14 +8,14 @@ def make_pad_mask(lens: Tensor, max_len: int | None = None) -> Tensor:
     """Return which frames are padding.
 
     Args:
-        lens: (N,) integer lengths in frames.
+        lens: (N,) integer lengths in frames, or of any other shape.
         max_len: T of the mask; None: the largest length (which waits for the device).
     Returns:
-        (N, T) bool, True at padding.
+        (N, T) bool, True at padding; a dimension T behind those of ``lens``.
     """
     if max_len is None:
         max_len = int(lens.max())
-    return torch.arange(max_len, device=lens.device) >= lens.unsqueeze(1)
+    return torch.arange(max_len, device=lens.device) >= lens.unsqueeze(-1)
 
 
 def chunk_mask(queries: Tensor, keys: Tensor, chunk_size: int, left_context_frames: int) -> Tensor:

@@ -35,6 +35,7 @@ from icefall_kd.losses.posterior_kd import nbest_weights, posterior_kd
 from icefall_kd.models.attention_decoder import DecoderMemory
 from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.ctc_attention import CtcAttentionModel
+from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms, System
 
 # Which labels each distillation term reads.
@@ -218,7 +219,7 @@ class NarSystem(System):
     def _token_kd(self, logits: Tensor, masks: Tensor, labels: TopK, scale: float) -> LossTerm:
         """Token level: KL to the teacher's decoder at masked tokens, over the classes that a text can have."""
         draws = self.attention.mask_draws
-        labelled = ~_pad(labels.lens, masks.shape[1]).repeat_interleave(draws, dim=0)
+        labelled = ~make_pad_mask(labels.lens, masks.shape[1]).repeat_interleave(draws, dim=0)
         row, token = (masks & labelled).nonzero(as_tuple=True)
         ids, probs, rest = (x[row // draws, token] for x in (labels.ids, labels.probs, labels.rest))
         loss = posterior_kd(self._text_logits(logits[row, token]), ids, probs, rest, self.cfg.kd_temperature) / draws
@@ -289,13 +290,9 @@ class NarSystem(System):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("heads.")}
 
 
-def _pad(lens: Tensor, max_len: int) -> Tensor:
-    return torch.arange(max_len, device=lens.device) >= lens.unsqueeze(-1)
-
-
 def _valid(label_lens: Tensor, lens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
     """Return utterances and frames that have labels and are the student's."""
-    return (~_pad(torch.minimum(label_lens, lens), max_len)).nonzero(as_tuple=True)
+    return (~make_pad_mask(torch.minimum(label_lens, lens), max_len)).nonzero(as_tuple=True)
 
 
 def _by_row(values: Tensor, rows: Tensor, n: int) -> Tensor:
@@ -304,7 +301,7 @@ def _by_row(values: Tensor, rows: Tensor, n: int) -> Tensor:
 
 def _repeats(y: Tensor, lens: Tensor) -> Tensor:
     """Return how often a token equals the one before it, of sequences (N, B, U): CTC needs a blank there."""
-    same = (y[..., 1:] == y[..., :-1]) & ~_pad(lens, y.shape[2])[..., 1:]
+    same = (y[..., 1:] == y[..., :-1]) & ~make_pad_mask(lens, y.shape[2])[..., 1:]
     return same.sum(dim=-1)
 
 

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from nar_toys import nar_config, write_exp_dir
 
@@ -115,6 +118,15 @@ def test_the_driver_writes_tokens_as_the_tokenizer_does(tmp_path, texts, monkeyp
 
     monkeypatch.setattr(driver.onnxruntime, "InferenceSession", Session)
     assert driver.recognise(tmp_path, babble(8000, 0)) == tokens.decode(said) != ""
+
+
+def test_the_driver_refuses_audio_that_it_would_hear_wrongly(exported, tmp_path):
+    soundfile.write(tmp_path / "eight.wav", babble(8000, 0), 8000)
+    soundfile.write(tmp_path / "two.wav", np.zeros((16000, 2)), 16000)
+    for name in ("eight.wav", "two.wav"):
+        command = [sys.executable, str(DRIVER), str(exported), str(tmp_path / name)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode != 0 and "give it 16000 and one channel" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_the_driver_is_short_and_does_without_this_project():
