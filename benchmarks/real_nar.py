@@ -38,7 +38,19 @@ logger = logging.getLogger("real_nar")
 SAME_SIZE = ["scratch", "transfer", "transfer-frame", "transfer-sequence", "transfer-both"]
 SMALL = ["small", "small-frame", "small-sequence", "small-both"]
 SHORT_LIST = ["teacher", "scratch", "transfer", "transfer-both", "small", "small-both"]
-SEARCHES = ["ctc_greedy_search", "mask_predict", "nar_beam_search"]
+DEFAULT_THRESHOLD, TUNED_THRESHOLD = 0.99, 0.7
+"""mask-threshold of run_nar.sh, and the best of 0.5, 0.7 and 0.9 on dev for students with and without help."""
+TUNED = f", threshold {TUNED_THRESHOLD}"
+MASKED = ["mask_predict", "nar_beam_search"]
+# A student's searches, each with the one that it goes on from.
+BEFORE = {
+    "ctc_greedy_search": None,
+    "mask_predict": "ctc_greedy_search",
+    "nar_beam_search": "mask_predict",
+    f"mask_predict{TUNED}": "ctc_greedy_search",
+    f"nar_beam_search{TUNED}": f"mask_predict{TUNED}",
+}
+SEARCHES = list(BEFORE)
 TEACHER_SEARCHES = ["ctc_greedy_search", "joint_beam_search"]
 SAMPLES = 10000
 _GIT = threading.Lock()
@@ -138,15 +150,31 @@ def run_chain(config: RealNarConfig, bed: str, seed: int, corpus: Path) -> None:
     """Train and decode what is missing of a seed, one system after the other: they share the teacher."""
     for system in BEDS[bed].systems:
         out = result_file(config, bed, system, seed)
-        if out.exists() or system not in config.systems:
+        if system not in config.systems or is_finished(out, system):
             continue
-        run_command(recipe_line(config, bed, corpus, "--stage", 1, "--systems", system, "--seeds", seed))
+        which = ["--systems", system, "--seeds", seed]
+        run_command(recipe_line(config, bed, corpus, "--stage", 1, *which))
+        if system != "teacher":
+            tuned = ["--mask-threshold", TUNED_THRESHOLD, "--decoding-methods", " ".join(MASKED)]
+            run_command(recipe_line(config, bed, corpus, "--stage", 4, "--stop-stage", 4, *which, *tuned))
         exp_dir = (config.exp_root / bed).resolve() / f"{system}-seed{seed}"
         write_result(out, without_machine_paths(collect(exp_dir, bed, system, seed), config))
         if config.commit:
             with _GIT:
                 run_command(["git", "add", out])
                 run_command(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])
+
+
+def is_finished(out: Path, system: str) -> bool:
+    """Return whether a result file is there with every search."""
+    searches = TEACHER_SEARCHES if system == "teacher" else SEARCHES
+    return out.exists() and set(searches) <= set(read_json(out)["decodings"])
+
+
+def decoding_name(result: dict) -> str:
+    """Return the search of a decoding, with its threshold where that is not the recipe's."""
+    threshold = result["config"]["mask_threshold"] if result["decoding_method"] in MASKED else DEFAULT_THRESHOLD
+    return search_name(result) + (f", threshold {threshold}" if threshold != DEFAULT_THRESHOLD else "")
 
 
 def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
@@ -157,7 +185,7 @@ def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
     last = {record["kind"]: record for record in map(json.loads, lines)}
     kept = ("loss", "acc", "epoch", "step")
     stores = [LabelStore(path) for path in run["config"]["label_dir"]]
-    decodings = {search_name(result): result for result in find_results(exp_dir, part="dev")}
+    decodings = {decoding_name(result): result for result in find_results(exp_dir, part="dev")}
     names = ("finished", "epochs", "steps", "seconds", "audio_hours_per_hour", "peak_memory_gib")
     return {
         "bed": bed,
@@ -183,9 +211,10 @@ def pairs_of(bed: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
     students = [s for s in BEDS[bed].systems if s != "teacher"]
     helped = [(("small" if s.startswith("small") else "scratch"), s) for s in students if s not in ("scratch", "small")]
     pairs = [((a, search), (b, search)) for a, b in helped for search in SEARCHES]
-    for earlier, later in (("ctc_greedy_search", "mask_predict"), ("mask_predict", "nar_beam_search")):
-        pairs += [((system, earlier), (system, later)) for system in students]
-    return [*pairs, *((("teacher", "joint_beam_search"), (s, "nar_beam_search")) for s in students)]
+    steps = [(earlier, later) for later, earlier in BEFORE.items() if earlier is not None]
+    pairs += [((system, earlier), (system, later)) for earlier, later in steps for system in students]
+    beams = ["nar_beam_search", f"nar_beam_search{TUNED}"]
+    return [*pairs, *((("teacher", "joint_beam_search"), (s, beam)) for s in students for beam in beams)]
 
 
 def compare(config: RealNarConfig, bed: str) -> list[dict]:
@@ -234,7 +263,7 @@ def _cells(bed: str, system: str, search: str, results: dict[int, dict], compare
     _, errors, ref_lens = stack_utterances(found, [str(seed) for seed in results])
     rate = confidence_interval(errors.sum(axis=0), len(found) * ref_lens, SAMPLES)
     base = "small" if system.startswith("small") else "scratch"
-    before = {"mask_predict": "ctc_greedy_search", "nar_beam_search": "mask_predict"}.get(search)
+    before = BEFORE.get(search)
     helped = compared.get(((base, search), (system, search)), {})
     searched = compared.get(((system, before), (system, search)), {})
     shares = [r["masked_share"] for r in found if r.get("masked_share") is not None]
@@ -267,7 +296,9 @@ def main() -> None:
             seed
             for seed in BEDS[bed].seeds
             if seed in config.seeds
-            and any(not result_file(config, bed, s, seed).exists() for s in BEDS[bed].systems if s in config.systems)
+            and not all(
+                is_finished(result_file(config, bed, s, seed), s) for s in BEDS[bed].systems if s in config.systems
+            )
         ]
         if missing:
             corpus = source_dir(bed, config)

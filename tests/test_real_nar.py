@@ -12,6 +12,7 @@ from icefall_kd.runtime.files import read_json, write_json
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SEARCHES = {"ctc_greedy_search": 2, "mask_predict": 1, "nar_beam_search": 0}
+TUNED = {f"{search}, threshold 0.7" for search in ("mask_predict", "nar_beam_search")}
 
 
 @pytest.fixture
@@ -33,8 +34,13 @@ def write_exp_dir(folder: Path, errors: int, masked: float | None = 0.25) -> Non
     (folder / "log/metrics.jsonl").write_text('{"kind": "train", "loss": 2.0, "lr": 1}\n{"kind": "valid", "loss": 1.5}')
     searches = SEARCHES if masked is not None else {"ctc_greedy_search": 1, "joint_beam_search": 0}
     for search, more in searches.items():
-        found = decoding("dev", search, [errors + more] * 40) | {"parameters": 4321}
-        write_json(folder / search / "results-x.json", found | ({"masked_share": masked} if masked else {}))
+        write_decoding(folder, search, errors + more, masked, 0.99)
+
+
+def write_decoding(folder: Path, search: str, errors: int, masked: float | None, threshold: float) -> None:
+    """Write the result of a search that makes so many errors in each of 40 utterances."""
+    found = decoding("dev", search, [errors] * 40) | {"parameters": 4321, "config": {"mask_threshold": threshold}}
+    write_json(folder / search / f"results-{threshold}.json", found | ({"masked_share": masked} if masked else {}))
 
 
 @pytest.fixture
@@ -56,9 +62,16 @@ def started(driver, config, monkeypatch):
         assert words[:2] == ["bash", "egs/librispeech/run_nar.sh"]
         if "--systems" in words:
             system, seed = (words[words.index(f"--{name}") + 1] for name in ("systems", "seeds"))
-            found.append(system)
             folder = config.exp_root / "nar_barista" / f"{system}-seed{seed}"
-            write_exp_dir(folder, rates[system], None if system == "teacher" else 0.25)
+            if "--mask-threshold" in words:
+                assert words[words.index("--stage") + 1] == "4" and found[-1] == system
+                for search in words[words.index("--decoding-methods") + 1].split():
+                    errors = rates[system] + (search == "mask_predict")
+                    write_decoding(folder, search, errors, 0.1, float(words[words.index("--mask-threshold") + 1]))
+                return
+            found.append(system)
+            if not (folder / "config.json").exists():
+                write_exp_dir(folder, rates[system], None if system == "teacher" else 0.25)
 
     monkeypatch.setattr(driver, "run_command", run)
     return found
@@ -74,9 +87,14 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
         file.unlink() if file.is_file() else file.rmdir()
     driver.run_chain(config, "nar_barista", 1, corpus)
     assert started[6:] == ["small"]
+    out = driver.result_file(config, "nar_barista", "scratch", 1)
+    whole = read_json(out)
+    write_json(out, whole | {"decodings": {s: d for s, d in whole["decodings"].items() if s not in TUNED}})
+    driver.run_chain(config, "nar_barista", 1, corpus)  # a row that lacks searches is decoded
+    assert started[7:] == ["scratch"] and read_json(out)["decodings"] == whole["decodings"]
 
     result = read_json(driver.result_file(config, "nar_barista", "transfer", 1))
-    assert set(result["decodings"]) == set(SEARCHES)
+    assert set(result["decodings"]) == set(SEARCHES) | TUNED
     assert result["last"] == {"train": {"loss": 2.0}, "valid": {"loss": 1.5}}
     driver.compare(config, "nar_barista")
     compared = {
@@ -91,7 +109,7 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
     assert [tuple(row[1:4:2]) for row in rows[:2]] == [
         ("teacher", "ctc_greedy_search"), ("teacher", "joint_beam_search"),
     ]  # fmt: skip
-    assert len(rows) == 2 + 5 * 3
+    assert len(rows) == 2 + 5 * 5
     (transfer,) = [row for row in rows if (row[1], row[3]) == ("transfer", "mask_predict")]
     assert transfer[5] == "WER 40.00 [40.00, 40.00] %" and transfer[7] == "-33.3 %" and transfer[9] == "25.0 %"
     assert transfer[8] == compared[("transfer", "ctc_greedy_search"), ("transfer", "mask_predict")]["difference"]
