@@ -3,10 +3,17 @@
 import dataclasses
 
 import torch
-from nar_toys import SIZES, VOCAB, toy_batch
+from nar_toys import SIZES, toy_batch
 
-from icefall_kd.config import AttentionDecoderConfig, CifConfig, KdConfig, LoopConfig, ModelConfig, TextKdConfig
-from icefall_kd.config import TrainConfig
+from icefall_kd.config import (
+    AttentionDecoderConfig,
+    CifConfig,
+    KdConfig,
+    LoopConfig,
+    ModelConfig,
+    TextKdConfig,
+    TrainConfig,
+)
 from icefall_kd.data.batch import Batch, TextStates
 
 TEACHER_DIM = 16
