@@ -5,6 +5,7 @@ command line and in YAML all fields are flat, since a field name occurs once amo
 Precedence: defaults < ``--config conf/x.yaml`` < flags.
 """
 
+from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.labels import (
@@ -24,6 +25,7 @@ __all__ = [
     "AsrLossConfig",
     "AttentionDecoderConfig",
     "AugmentConfig",
+    "CifConfig",
     "DataConfig",
     "DecodeConfig",
     "DecodingMethod",
@@ -40,6 +42,7 @@ __all__ = [
     "QuantizerConfig",
     "RecogniserKdConfig",
     "TeacherConfig",
+    "TextKdConfig",
     "TrainConfig",
     "TransferConfig",
 ]
