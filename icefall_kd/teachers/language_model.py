@@ -22,12 +22,61 @@ from icefall_kd.teachers import hf
 from icefall_kd.teachers.locate import locate
 from icefall_kd.teachers.pretrained import pick_layer
 from icefall_kd.text.alignment import close_gaps
+from icefall_kd.text.wordpiece import WordPieces
 from icefall_kd.train.checkpoint import state_sha256
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text in a language model's pieces, special ones left out."""
+
+    ids: list[int]
+    spans: np.ndarray
+    """(P, 2) int64 characters of the text that each piece stands for; (i, i) for white space alone."""
+    unknown: np.ndarray
+    """(P,) bool: the model has no piece for these characters."""
+
 
 RANDOM_MODELS = {"tiny-random-masked": False, "tiny-random-causal": True}
 """Models of random weights by name, and whether they are causal."""
 # Characters are stored as 16 bits.
 _MOST_CHARACTERS = 65535
+
+
+def load_tokenizer(plm: str) -> Any:
+    """Return the tokenizer of a language model; raises as :meth:`LanguageModelTeacher.load`."""
+    if plm in RANDOM_MODELS:
+        return hf.random_language_model(RANDOM_MODELS[plm])[1]
+    return hf.text_tokenizer(locate(plm).folder)
+
+
+def is_byte_level(tokenizer: Any) -> bool:
+    """Tell whether pieces of a word hold the space before it, so that a first word's are others without one."""
+    return "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+
+
+def encode(tokenizer: Any, texts: Sequence[str], case: str = "lower") -> list[Encoded]:
+    """Return texts in the pieces of a language model, with the characters of the texts as they are given.
+
+    Args:
+        tokenizer: of :func:`load_tokenizer`.
+        texts: normalised texts.
+        case: "lower": change it, character by character, so that each keeps its place; "keep".
+    """
+    leads, given, byte_level = [], [], is_byte_level(tokenizer)
+    for text in texts:
+        lead = byte_level and text[:1] > " " and unicodedata.east_asian_width(text[0]) not in "WF"
+        if case == "lower":
+            text = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+        leads.append(int(lead))
+        given.append(" " * lead + text)
+    found = tokenizer(given, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    result = []
+    for text, lead, ids, offsets in zip(texts, leads, found["input_ids"], found["offset_mapping"], strict=True):
+        spans = np.maximum(np.array(offsets, np.int64).reshape(-1, 2) - lead, 0)
+        unknown = np.array(ids, np.int64) == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)
+        result.append(Encoded(ids, close_gaps(spans, text), unknown))
+    return result
 
 
 @dataclass(frozen=True)
@@ -72,8 +121,6 @@ class LanguageModelTeacher:
         self.num_layers = int(model.config.num_hidden_layers)
         self.layer = pick_layer(cfg.plm_layer, self.num_layers, f"language model {identity['teacher']}")
         self.max_pieces = self._limit()
-        # Byte-level pieces of a word hold the space before it, and the first word's are others without one.
-        self._spaced = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
         self._first, self._last = self._ends()
 
     @classmethod
@@ -128,22 +175,10 @@ class LanguageModelTeacher:
         return special[:-1], special[-1:]
 
     def read(self, texts: Sequence[str]) -> list[ReadText | str]:
-        """Return texts as ids and characters, or why a text cannot be read: it is empty, or too long.
-
-        Case is changed character by character, so that characters are those of the text given.
-        """
+        """Return texts as ids and characters, or why a text cannot be read: it is empty, or too long."""
         found: list[ReadText | str] = []
-        given = [self._as_read(text) for text in texts]
-        encoded = self.tokenizer(
-            [lead * " " + text for lead, text in given],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,  # texts that are too long are told apart below
-        )
-        for text, (lead, _), ids, offsets in zip(
-            texts, given, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            length = len(self._first) + len(ids) + len(self._last)
+        for text, encoded in zip(texts, encode(self.tokenizer, texts, self.case) if texts else [], strict=True):
+            length = len(self._first) + len(encoded.ids) + len(self._last)
             if not text.strip():
                 found.append("there is no text")
             elif self.max_pieces is not None and length > self.max_pieces:
@@ -151,22 +186,17 @@ class LanguageModelTeacher:
             elif len(text) > _MOST_CHARACTERS:
                 found.append(f"{len(text)} characters, a label set holds texts of at most {_MOST_CHARACTERS}")
             else:
-                spans = np.maximum(np.array(offsets, np.int64).reshape(-1, 2) - lead, 0)
-                found.append(self._read_text(text, ids, close_gaps(spans, text)))
+                found.append(self._with_ends(encoded, len(text)))
         return found
 
-    def _as_read(self, text: str) -> tuple[int, str]:
-        """Return how many spaces go in front of a text, and it in the model's case."""
-        if self.case == "lower":
-            text = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-        return int(self._spaced and text[:1] > " " and unicodedata.east_asian_width(text[0]) not in "WF"), text
-
-    def _read_text(self, text: str, ids: list[int], spans: np.ndarray) -> ReadText:
-        kept = np.flatnonzero(spans[:, 0] < spans[:, 1])  # a piece may be white space alone
-        rows = np.append(kept + len(self._first), len(self._first) + len(ids))
-        unknown = np.array([ids[i] == self.tokenizer.unk_token_id for i in kept] + [False], bool)
-        ends = np.array([[len(text), len(text)]])
-        return ReadText([*self._first, *ids, *self._last], rows, np.concatenate([spans[kept], ends]), unknown)
+    def _with_ends(self, encoded: Encoded, length: int) -> ReadText:
+        kept = np.flatnonzero(encoded.spans[:, 0] < encoded.spans[:, 1])
+        return ReadText(
+            ids=[*self._first, *encoded.ids, *self._last],
+            rows=np.append(kept, len(encoded.ids)) + len(self._first),
+            spans=np.concatenate([encoded.spans[kept], [[length, length]]]),
+            unknown=np.append(encoded.unknown[kept], False),
+        )
 
     @torch.no_grad()
     def states(self, texts: Sequence[ReadText]) -> list[Tensor]:
@@ -207,9 +237,28 @@ class LanguageModelTeacher:
                 "vocabulary": fingerprint(tokenizer.get_vocab()),
                 "in_front": tokenizer.convert_ids_to_tokens(self._first),
                 "behind": tokenizer.convert_ids_to_tokens(self._last),
-                "space_in_front": self._spaced,
+                "space_in_front": is_byte_level(tokenizer),
             },
             "device": self.device.type,
             "dtype": self.dtype,
             "versions": {name: package_version(name) for name in ("torch", "transformers", "tokenizers")},
         }
+
+
+def word_pieces(plm: str, texts: Sequence[str], min_count: int = 1) -> WordPieces:
+    """Return what a language model of the BERT family cuts texts into, in the texts' own spelling.
+
+    Raises:
+        ConfigError: its tokenizer is no WordPiece, or does not take ideographs apart.
+    """
+    tokenizer = load_tokenizer(plm)
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    made = [(rules[part] or {}).get("type") for part in ("model", "pre_tokenizer")]
+    if made != ["WordPiece", "BertPreTokenizer"] or not (rules["normalizer"] or {}).get("handle_chinese_chars"):
+        raise ConfigError(
+            f"the tokenizer of {plm} is {made[0]} with {made[1]}; --token-kind plm needs BERT's WordPiece. Use "
+            "--token-kind bpe or char, which are aligned with any language model"
+        )
+    encoded = encode(tokenizer, texts)
+    pieces = [zip(*e.spans.T.tolist(), (~e.unknown).tolist(), strict=True) for e in encoded]
+    return WordPieces.collect(texts, pieces, min_count)
