@@ -17,6 +17,7 @@ from icefall_kd.config.labels import (
 )
 from icefall_kd.config.model import ENCODER_SIZES, ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
+from icefall_kd.config.report import ReportConfig
 from icefall_kd.config.training import AsrLossConfig, Kd, KdConfig, LoopConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "OptimConfig",
     "QuantizerConfig",
     "RecogniserKdConfig",
+    "ReportConfig",
     "TeacherConfig",
     "TrainConfig",
     "TransferConfig",
