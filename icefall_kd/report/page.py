@@ -29,6 +29,8 @@ p { max-width: 46rem; margin: .5rem 0; }
 a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none; }
 code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
+table code { overflow-wrap: normal; }
+code.whole { white-space: nowrap; }
 .note { color: var(--muted); }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 .scroll:focus-visible { outline: 2px solid var(--c1); outline-offset: 2px; }
@@ -37,7 +39,9 @@ caption { text-align: left; color: var(--muted); padding-bottom: .4rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 600; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
+thead th { vertical-align: bottom; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .7rem; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
 figure.wide { margin: 1rem 0; }
@@ -71,8 +75,8 @@ def text(value: object) -> str:
 
 
 def code(value: object) -> str:
-    """Return a value as HTML in a typewriter's letters."""
-    return f"<code>{text(value)}</code>"
+    """Return a value as HTML in a typewriter's letters; long ones break behind / and _."""
+    return f"<code>{text(value).replace('/', '/<wbr>').replace('_', '_<wbr>')}</code>"
 
 
 def paragraph(content: str, note: bool = False) -> str:

@@ -93,8 +93,9 @@ def draw_curve(name: str, curve: Curve, unit: str) -> str:
     with _style(name):
         figure = Figure(figsize=(3.7, 2.4), layout="constrained")
         axes = figure.subplots()
+        faint = {"alpha": 0.4, "linewidth": 1} if curve.running else {"linewidth": 1.7}
         for points, style in (
-            (curve.train, {"color": C1, "alpha": 0.4, "linewidth": 1, "label": "one step"}),
+            (curve.train, {"color": C1, "label": "one step"} | faint),
             (curve.running, {"color": C1, "linewidth": 1.7, "label": "running mean"}),
             (curve.valid, {"color": C2, "linewidth": 1.7, "marker": "o", "markersize": 3, "label": "validation"}),
         ):

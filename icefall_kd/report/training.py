@@ -22,7 +22,8 @@ from icefall_kd.train.metrics import read_metrics
 _RECORD = ("kind", "step", "tot", "epoch", "batch", "skipped", "units")
 _STEPPING = {"lr": "learning rate", "grad_norm": "gradient norm", "audio_hours_per_hour": "audio hours an hour"}
 _MACHINE = ("memory_gib",)
-# Options that say where and how a training ran; what it was is the rest.
+# Groups of options that say from what and how a training ran, and options that say where.
+_OF_THE_RUN = (("data",), ("augment",), ("loop",))
 _NOT_SHOWN = ("exp_dir", "num_threads", "num_workers", "device", "log_interval", "start_epoch")
 
 
@@ -41,7 +42,7 @@ def read_log(exp_dir: Path) -> list[dict]:
 
 
 def trained_section(run: Run) -> Section:
-    """Return the facts of a training: system, size, options, labels, provenance."""
+    """Return the facts of a training: system, size, length, labels, provenance."""
     summary, config = run.summary, run.config
     facts = [("system", f"{text(system_name(config))} ({code('--system ' + config['system'])})")]
     if run.summary.get("parameters") is not None:
@@ -57,51 +58,53 @@ def trained_section(run: Run) -> Section:
     if summary.get("peak_memory_gib") is not None:
         facts.append(("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"))
     facts.append(("commit", code(run.commit)))
-    body = table("The training", ["", ""], [[text(name), value] for name, value in facts])
+    body = table("The training", ["what", "value"], [[text(name), value] for name, value in facts])
     body += details("The command", paragraph(code(shlex.join(run.command))))
-    return Section("What was trained", body + _labels(run) + _options(config) + _left_out(run.exp_dir))
+    return Section("What was trained", body + _labels(run) + _left_out(run.exp_dir))
 
 
 def _labels(run: Run) -> str:
-    """Return where the labels of the distillation came from."""
+    """Return where the labels of the distillation came from, and what they cost."""
     if not distils(run.config):
-        return paragraph("It learned from transcripts alone: no label set of a teacher.")
+        return paragraph("It learned from transcripts alone, from no teacher's labels.")
     if run.config.get("teacher_labels") == "online":
         return paragraph(f"A teacher made the labels in training: {code(run.config['teacher'])}.")
-    rows = []
-    for folder in run.config["label_dir"]:
+    rows, folders = [], run.config["label_dir"]
+    storage = run.labels if len(run.labels) == len(folders) else [None] * len(folders)
+    for folder, cost in zip(folders, storage, strict=True):
         found = find_folder(run.exp_dir, folder, INFO_NAME)
-        if found is None:
-            rows.append([code(folder), "not found any more", *["?"] * 4])
-            continue
-        info = LabelSetInfo.load(found)
-        layer = "-" if info.layer is None else f"{info.layer} ({info.layer_convention})"
-        quantizer = code(info.quantizer_sha256[:12]) if info.quantizer_sha256 else "-"
-        width = f"{info.width} {info.dtype}"
-        rows.append([code(folder), text(info.kind.replace("_", " ")), f"{text(info.teacher)} "
-                     f"{code(info.teacher_sha256[:12])}", text(layer), quantizer, text(width)])  # fmt: skip
-    header = ["label set", "kind", "teacher, SHA-256 of its weights", "layer", "quantizer", "a row"]
-    costs = "".join(
-        paragraph(f"{s.kind.replace('_', ' ')}: {s.hours:.2f} hours of audio, {s.bytes_per_hour:,.0f} bytes an hour.")
-        for s in run.labels
-    )
-    return table("Labels of the teacher", header, rows) + costs
+        about = ["not found any more", "?", "?", "?"]
+        if found is not None:
+            info = LabelSetInfo.load(found)
+            layer = "-" if info.layer is None else f"{info.layer} ({info.layer_convention})"
+            quantizer = code(info.quantizer_sha256[:12]) if info.quantizer_sha256 else "-"
+            teacher = f"{text(info.teacher)} {code(info.teacher_sha256[:12])}"
+            about = [text(info.kind.replace("_", " ")), teacher, text(layer), quantizer]
+        costs = ["?", "?"] if cost is None else [f"{cost.hours:.2f}", f"{cost.bytes_per_hour:,.0f}"]
+        rows.append([code(folder), *about, *costs])
+    header = ["label set", "kind", "teacher, SHA-256 of its weights", "layer", "quantizer", "hours", "bytes an hour"]
+    return table("Labels of the teacher", header, rows, numbers=(5, 6))
 
 
-def _options(config: dict) -> str:
-    """Return the options that differ from their defaults, and all of them folded away."""
+def options_section(config: dict) -> Section:
+    """Return the options that differ from their defaults: those of model, losses and distillation before the rest."""
     known = options_of(TrainConfig)
-    changed, everything = [], []
+    changed: dict[bool, list] = {True: [], False: []}
+    everything = []
     for name, value in config.items():
         option = known.get(name)
-        usual = None if option is None else option.default
-        shown = code(_plain(value))
-        if name not in _NOT_SHOWN and (option is None or _plain(usual) != _plain(value)):
-            doc = "" if option is None else option.doc
-            changed.append([code(f"--{name.replace('_', '-')}"), shown, code(_plain(usual)), text(doc)])
-        everything.append([code(f"--{name.replace('_', '-')}"), shown])
-    body = table("Options that differ from their defaults", ["option", "value", "default", "meaning"], changed)
-    return body + details(f"All {len(everything)} options", table("All options", ["option", "value"], everything))
+        flag, shown = f'<code class="whole">--{text(name.replace("_", "-"))}</code>', code(_plain(value))
+        everything.append([flag, shown])
+        if name in _NOT_SHOWN or (option is not None and _plain(option.default) == _plain(value)):
+            continue
+        usual, doc = ("?", "") if option is None else (code(_plain(option.default)), text(option.doc))
+        changed[option is None or option.group[:1] not in _OF_THE_RUN].append([flag, shown, usual, doc])
+    header = ["option", "value", "default", "meaning"]
+    body = table("What differs from the defaults in model, losses, distillation and optimiser", header, changed[True])
+    others = table("What differs from the defaults in data, augmentation and loop", header, changed[False])
+    body += details(f"Data, augmentation and loop ({len(changed[False])} options)", others)
+    body += details(f"All {len(everything)} options", table("All options", ["option", "value"], everything))
+    return Section("Options", body)
 
 
 def _plain(value: object) -> str:
@@ -180,29 +183,22 @@ def results_section(run: Run, others: Sequence[Run]) -> Section:
     parts = part_order(rows)
     if not parts:
         return Section("Results", paragraph("Nothing was decoded yet: decode.py --exp-dir writes results here."))
-    masks = any(row.masked_share(part) is not None for row in rows for part in parts)
-    header = ["system", "search", "decoding", "parameters", *(f"{rate_name(rows, part)} {part}" for part in parts)]
-    header += [*(["masked"] if masks else []), "RTF"]
+    header = ["system", "search", "parameters", *(f"{rate_name(rows, part)} {part}" for part in parts)]
+    header += ["RTF", "decoding"]
     cells = []
     for row in rows:
         if row.results:
             rates = [_rate(row, part) for part in parts]
-            masked = [_shares(row, parts)] if masks else []
             rtf = "-" if row.rtf is None else f"{row.rtf:.4f}"
             size = "?" if row.parameters is None else f"{row.parameters:,}"
-            cells.append([text(row.system), text(row.search), code(row.decoding), size, *rates, *masked, rtf])
+            cells.append([text(row.system), text(row.search), size, *rates, rtf, code(row.decoding)])
     told = "Error rates in per cent with their 95 % bootstrap intervals; RTF: seconds of computing a second of audio."
-    return Section("Results", table(told, header, cells, numbers=range(3, len(header))))
+    return Section("Results", table(told, header, cells, numbers=range(2, len(header) - 1)))
 
 
 def _rate(row: Row, part: str) -> str:
     rate = row.rate(part)
     return "-" if rate is None else f"<b>{rate.value:.2f}</b> ({rate.low:.2f} to {rate.high:.2f})"
-
-
-def _shares(row: Row, parts: Sequence[str]) -> str:
-    shares = [row.masked_share(part) for part in parts]
-    return ", ".join("-" if share is None else f"{100 * share:.1f} %" for share in shares)
 
 
 def read_nbest(run: Run, result: dict) -> list[dict]:
