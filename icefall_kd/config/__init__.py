@@ -5,6 +5,7 @@ command line and in YAML all fields are flat, since a field name occurs once amo
 Precedence: defaults < ``--config conf/x.yaml`` < flags.
 """
 
+from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.labels import (
@@ -25,6 +26,7 @@ __all__ = [
     "AsrLossConfig",
     "AttentionDecoderConfig",
     "AugmentConfig",
+    "CifConfig",
     "DataConfig",
     "DecodeConfig",
     "DecodingMethod",
@@ -42,6 +44,7 @@ __all__ = [
     "RecogniserKdConfig",
     "ReportConfig",
     "TeacherConfig",
+    "TextKdConfig",
     "TrainConfig",
     "TransferConfig",
 ]
