@@ -15,7 +15,7 @@ import numpy as np
 
 from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, paired_bootstrap
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.labels.info import RECOGNISER_ROWS, LabelSetInfo
+from icefall_kd.labels.info import INFO_NAME, RECOGNISER_ROWS, LabelSetInfo
 from icefall_kd.labels.shard import Shard
 from icefall_kd.runtime.files import read_json, write_json
 
@@ -269,15 +269,23 @@ def measure_labels(label_dir: Path) -> LabelStorage:
     )
 
 
+def find_folder(exp_dir: Path, folder: str, holds: str) -> Path | None:
+    """Return where a folder lies that an option of a training names, None where it is no more.
+
+    Args:
+        exp_dir: of the training.
+        folder: relative to the folder where train.py was called, an ancestor of the exp_dir, or absolute.
+        holds: pattern of a file in it.
+    """
+    places = (place / folder for place in (Path(), *exp_dir.resolve().parents))
+    return next((place for place in places if place.is_dir() and any(place.glob(holds))), None)
+
+
 def _labels_of(exp_dir: Path, config: dict) -> list[LabelStorage]:
     """Return the storage of the run's label sets, kept in the exp_dir so that it outlives the sets."""
     if not distils(config) or config.get("teacher_labels") == "online":
         return []
-    # Paths of the options are relative to the folder where train.py was called: an ancestor of the exp_dir.
-    places = [Path(), *exp_dir.resolve().parents]
-    found = [
-        next((p / d for p in places if (p / d / "label_set.json").exists()), None) for d in config.get("label_dir", [])
-    ]
+    found = [find_folder(exp_dir, folder, INFO_NAME) for folder in config.get("label_dir", [])]
     kept = exp_dir / _STORAGE_FILE
     before = read_json(kept) if kept.exists() else []
     if not found or None in found:

@@ -16,7 +16,7 @@ def demo_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """
     parts = part_order(rows)
     header = ["system", "parameters", "labels", "label bytes per hour", "ratio to float32"]
-    header += [f"{_rate_name(rows, part)} {part}" for part in parts] + ["seconds"]
+    header += [f"{rate_name(rows, part)} {part}" for part in parts] + ["seconds"]
     cells = []
     for row in rows:
         parameters = "?" if row.parameters is None else f"{row.parameters:,}"
@@ -38,7 +38,7 @@ def nar_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     parts = part_order(rows)
     header = ["system", "search", "parameters", "seeds", "labels", "label bytes per hour"]
     for part in parts:
-        header += [f"{_rate_name(rows, part)} {part}", f"relative change {part}", f"masked {part}"]
+        header += [f"{rate_name(rows, part)} {part}", f"relative change {part}", f"masked {part}"]
     header += ["RTF", "seconds"]
     cells = []
     for row in rows:
@@ -75,7 +75,8 @@ def full_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def _rate_name(rows: Sequence[Row], part: str) -> str:
+def rate_name(rows: Sequence[Row], part: str) -> str:
+    """Return what the error rate of a part is called: WER, CER, MER, TER."""
     units = {r["unit"] for row in rows for r in row.results.get(part, [])}
     return "/".join(RATE_NAMES[unit] for unit in sorted(units))
 

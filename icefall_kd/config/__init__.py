@@ -20,6 +20,7 @@ from icefall_kd.config.labels import (
 )
 from icefall_kd.config.model import ENCODER_SIZES, ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
+from icefall_kd.config.report import ReportConfig
 from icefall_kd.config.training import AsrLossConfig, Kd, KdConfig, LoopConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "OptimConfig",
     "QuantizerConfig",
     "RecogniserKdConfig",
+    "ReportConfig",
     "TeacherConfig",
     "TextKdConfig",
     "TrainConfig",

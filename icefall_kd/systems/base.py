@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
+from icefall_kd.frames import encoder_seconds
 from icefall_kd.labels.store import LabelStore
 
 
@@ -95,6 +96,10 @@ class System(nn.Module):
     def forward(self, batch: Batch, step: int) -> LossTerms:
         """Call :meth:`losses`."""
         return self.losses(batch, step)
+
+    def frame_seconds(self, frame: int) -> float:
+        """Return where a frame (0-based) of the encoder output begins, in seconds."""
+        return encoder_seconds(frame)
 
     def decoders(self) -> dict[str, "object"]:
         """Return the decoders of this system by method name (decode/base.py: Decoder)."""

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from icefall_kd.config import TextKdConfig, TrainConfig
 from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import Batch
+from icefall_kd.decode.cif_beam import CifBeamSearch, CifGreedySearch
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.errors import ConfigError
+from icefall_kd.frames import pooled_seconds
 from icefall_kd.losses.contrastive import contrastive_loss
 from icefall_kd.losses.ctc import ctc_loss
 from icefall_kd.losses.masked_lm import smoothed_cross_entropy
@@ -173,9 +175,19 @@ class HkdSystem(System):
                 loss = loss.sum(dim=1) if self.text_cfg.lrd_reduction == "sum" else loss.mean(dim=1)
                 terms["lrd_loss"] = _kd_term(loss, units, y_lens, warm * self.kd["lrd"])
 
+    def frame_seconds(self, frame: int) -> float:
+        """Return where a frame (0-based) of the encoder output begins, in seconds: 80 ms a frame behind two pools."""
+        return pooled_seconds(frame, self.model.encoder.num_pools)
+
     def decoders(self) -> dict[str, object]:
         """Return the constructors of this model's searches, by the names of --decoding-method."""
-        return {"ctc_greedy_search": lambda config: CtcGreedySearch(self.model)}
+        found: dict[str, object] = {
+            "cif_greedy_search": lambda config: CifGreedySearch.from_config(self.model, config),
+            "cif_beam_search": lambda config: CifBeamSearch.from_config(self.model, config),
+        }
+        if self.model.ctc_output is not None:  # it writes the end of the text, too
+            found["ctc_greedy_search"] = lambda config: CtcGreedySearch(self.model, end_id=self.model.sos_id)
+        return found
 
     def inference_state_dict(self) -> dict[str, Tensor]:
         """Return the parameters without the distillation heads."""

@@ -158,7 +158,8 @@ class MetricsWriter:
             kind: "train" or "valid".
             step: steps done.
             values: losses and metrics per frame or token, shown as train/current_* or train/valid_*.
-            **fields: further numbers (``tot``: the running values by name; lr, grad_norm, ... as train/*).
+            **fields: further numbers (``tot``: the running values by name; lr, grad_norm, ... as train/*), and
+                ``units``, what values are divided by where it is not frames, which goes into the file alone.
         """
         record = {"kind": kind, "step": step, **values, **fields}
         try:
@@ -171,6 +172,8 @@ class MetricsWriter:
         for name, value in values.items():
             self.board.add_scalar(prefix + name, value, step)
         for name, value in fields.items():
+            if name == "units":
+                continue
             if isinstance(value, dict):
                 for key, number in value.items():
                     self.board.add_scalar(f"train/{name}_{key}", number, step)
