@@ -51,7 +51,7 @@ cuts_list=$(commas "${train_cuts[@]}")
 lang_dir() { # the tokenizer that the options name, or the one that there is
   local found=("$data_dir"/lang_*)
   case $token_kind:$vocab_size in
-    char:* | pinyin:*) found=("$data_dir/lang_$token_kind") ;;
+    char:* | pinyin:* | plm:*) found=("$data_dir/lang_$token_kind") ;;
     *:?*) found=("$data_dir/lang_bpe_$vocab_size") ;;
     bpe:) found=("$data_dir"/lang_bpe_*) ;;
   esac
@@ -64,7 +64,8 @@ prepare_data() { # the corpus; the stages of prepare.sh have markers of their ow
   # shellcheck disable=SC2086
   ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" --partial "$partial" \
     ${corpus_dir:+--corpus-dir "$corpus_dir"} ${parts:+--parts "$parts"} ${token_kind:+--token-kind "$token_kind"} \
-    ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
+    ${vocab_size:+--vocab-size "$vocab_size"} ${plm:+--plm "$plm"} \
+    ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
 }
 
 extract_and_verify() { # extract_and_verify DIR,... OPTION ...: all shards of label sets, then a check of every byte

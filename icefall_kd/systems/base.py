@@ -55,7 +55,7 @@ class LabelSpec:
     name: str
     """Name in ``Batch.labels``."""
     kind: str
-    """"codebook_indexes", "embeddings", "ctc_posteriors", "token_posteriors", "nbest" or "text_states"."""
+    """LabelSetInfo.kind: "codebook_indexes", "embeddings", "nbest", "text_states", ..."""
     path: str | None
     """Folder of the stored set; None when the labels are made online by a teacher."""
     expect: dict = field(default_factory=dict)
