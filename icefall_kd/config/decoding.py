@@ -177,6 +177,8 @@ class ExportConfig:
     """Epochs (or checkpoints) averaged."""
     use_averaged_model: bool = True
     """Use the running averages of the two end points of the range."""
+    tail_threshold: float = 0.4
+    """CIF recognisers: weight left behind the last whole token above which it makes one more."""
     decode_chunk_size: int | None = None
     """Streaming models: encoder frames of 40 ms a chunk, -1: a model of whole utterances; None: the first trained
     with."""
@@ -185,6 +187,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         at_least(self, epoch=1, iter=1, avg=1)
+        if not 0 <= self.tail_threshold <= 1:
+            raise ConfigError(f"--tail-threshold is {self.tail_threshold}; it must lie in 0 ... 1")
         if self.left_context_frames == -1 and self.decode_chunk_size != -1:
             raise ConfigError("--left-context-frames is -1; the caches of an exported model have one size: name it")
         if self.format == "torchscript" and self.quantize != "none":

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icefall_kd.models.dropout import Dropout
@@ -56,7 +57,7 @@ def cif_weights(alpha: Tensor, num_tokens: int) -> Tensor:
     filled = (total - token).clamp(0.0, 1.0)
     if alpha.dtype != torch.float64:
         filled = filled.float()
-    return torch.diff(filled, dim=2, prepend=filled.new_zeros(*filled.shape[:2], 1))
+    return filled - F.pad(filled[..., :-1], (1, 0))  # not torch.diff, which ONNX lacks
 
 
 def fired_tokens(quantity: Tensor, tail_threshold: float = TAIL_THRESHOLD) -> Tensor:
@@ -71,6 +72,7 @@ def integrate_and_fire(
     target_lens: Tensor | None = None,
     tail_threshold: float = TAIL_THRESHOLD,
     max_factor: float | None = None,
+    num_tokens: int | None = None,
 ) -> CifOutput:
     """Integrate frames and fire tokens.
 
@@ -83,6 +85,8 @@ def integrate_and_fire(
         target_lens: (N,) tokens, the end of the text included; None: as many as the weights say.
         tail_threshold: of the tail, without target_lens.
         max_factor: largest factor; an utterance that it leaves too short has fewer tokens; None: no limit.
+        num_tokens: U of the result without target_lens, for a tracer, which cannot look into lengths: T' is always
+            enough; None: the largest length.
     Returns:
         see :class:`CifOutput`; ``c`` has the type of encoder_out, whatever autocast says.
     """
@@ -100,7 +104,7 @@ def integrate_and_fire(
             weights = cif_weights(scaled, max(int(target_lens.max()), 1)).to(alpha.dtype)
         else:
             lens = fired_tokens(quantity, tail_threshold)
-            weights = cif_weights(alpha, max(int(lens.max()), 1))
+            weights = cif_weights(alpha, max(int(lens.max()), 1) if num_tokens is None else num_tokens)
             token = torch.arange(weights.shape[1], device=alpha.device)
             tail = token >= torch.floor(quantity + _ROUNDING).unsqueeze(1)  # (N, U)
             mass = weights.sum(dim=2).clamp(min=_ROUNDING)
