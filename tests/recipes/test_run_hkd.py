@@ -56,7 +56,8 @@ def test_each_system_gets_its_losses_and_its_labels(recipe):
     for name, line in found.items():
         system, seed = name.split("-seed")
         losses = {"cif": None, "acd": "acd", "lrd": "lrd", "both": "acd,lrd"}[system]
-        given = {o: line.split(f"--{o} ")[1].split()[0] if f"--{o} " in line else None for o in ("text-kd", "label-dir")}
+        options = ("text-kd", "label-dir")
+        given = {o: line.split(f"--{o} ")[1].split()[0] if f"--{o} " in line else None for o in options}
         assert given == {"text-kd": losses, "label-dir": losses and folder}, name
         assert f"--seed {seed} " in line and "--system hkd " in line
         words = [word for word in line.split() if word.startswith("--config=")]
