@@ -73,7 +73,7 @@ def test_without_distillation_no_language_model_is_needed(recipe):
 
 
 def test_states_belong_to_words_where_tokens_are_english_characters(recipe):
-    for number, (kind, unit) in enumerate((("char", "word"), ("plm", "token"), ("bpe", "token"))):
+    for number, kind in enumerate(("char", "plm", "bpe")):
         out = ["--exp-dir", f"exp/{number}"]
         recipe.run("--systems", "acd", "--token-kind", kind, "--vocab-size", "50", *out, "--stop-stage", "2")
     units = [line.split("--text-alignment ")[1].split()[0] for line in started_lines(recipe, "train.py")]
