@@ -132,6 +132,30 @@ def conv2d_subsampled_len(num_frames):
     return max(length, 0) if isinstance(length, int) else length.clamp(min=0)
 
 
+def pooled_len(num_frames, num_pools: int = 2):
+    """Return T' of one un-padded stride-2 convolution of kernel 3 and ``num_pools`` max pools over pairs of frames.
+
+    The convolution's frames are of 20 ms, each pool doubles that: 80 ms behind two.  A last frame without a partner is
+    a pair, too, so that what an utterance gives does not depend on the padding of its batch.
+
+    Args:
+        num_frames: an int or an integer tensor of input frames T (10 ms each).
+        num_pools: pools behind the convolution.
+    Returns:
+        The same type, never negative.
+    """
+    length = (num_frames - 1) // 2
+    length = max(length, 0) if isinstance(length, int) else length.clamp(min=0)
+    for _ in range(num_pools):
+        length = (length + 1) // 2
+    return length
+
+
+def pooled_seconds(frame: int, num_pools: int = 2) -> float:
+    """Return where a frame (0-based) behind the convolution and pools of :func:`pooled_len` begins, in seconds."""
+    return round(frame * 0.02 * 2**num_pools, 6)
+
+
 def chunk_num_frames(chunk_size: int) -> int:
     """Return the Fbank frames that a streaming encoder needs for a chunk of ``chunk_size`` encoder frames.
 

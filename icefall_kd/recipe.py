@@ -49,6 +49,7 @@ def train_main(argv: list[str] | None = None) -> int:
             tokenizer,
             label_specs=system.label_specs,
             min_coverage=config.kd.min_coverage,
+            text_alignment=config.text_kd.text_alignment,
             with_audio=system.needs_audio,
             **system.alignment_losses,
             seed=config.loop.seed,

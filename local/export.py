@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export a trained transducer or Mask-CTC student for use without this project.
+"""Export a trained transducer, Mask-CTC student or CIF recogniser for use without this project.
 
     local/export.py --exp-dir exp/mvq --epoch 30 --avg 9 --format sherpa-onnx --quantize int8 --out-dir exported
 """

@@ -5,6 +5,8 @@
     local/label_sets.py verify DIR...                 read every byte, name what is damaged or missing
     local/label_sets.py merge --into DIR DIR...       shards of one set from several machines
     local/label_sets.py join DIR --cuts FILE...       matched, missing and extra utterances of cut sets
+    local/label_sets.py align DIR --cuts FILE... --lang-dir DIR
+                                                      how a language model's pieces meet the tokens of cut sets
 """
 
 import argparse
@@ -22,14 +24,15 @@ def print_info(path: Path) -> None:
     store = LabelStore(path)
     print(info_json(store.info))
     cost = store.storage_report()
-    rows = {"frame": "frames", "token": "tokens", "list": "numbers"}[store.info.row]
+    rows = {"frame": "frames", "token": "tokens", "list": "numbers", "piece": "pieces"}[store.info.row]
     print(f"{cost['utterances']} utterances, {cost['frames']} {rows}, {cost['hours']:.3f} h")
     print(
         f"{cost['value_bytes']} bytes of labels = {cost['bytes_per_hour']:.0f} an hour, plus "
         f"{cost['container_bytes']} of container ({cost['overhead']:.2%})"
     )
     if "ratio_to_float32" in cost:
-        plain = "posteriors" if store.info.kind.endswith("_posteriors") else "embeddings"
+        kind = store.info.kind
+        plain = "posteriors" if kind.endswith("_posteriors") else "states" if kind == "text_states" else "embeddings"
         print(
             f"float32 {plain} of {store.info.plain_floats} would take {cost['ratio_to_float32']:.1f} times as much"
         )
@@ -57,11 +60,26 @@ def verify(paths: list[Path]) -> None:
 def join(path: Path, cuts: list[Path], min_coverage: float) -> None:
     """Print how the keys of cut sets meet those of a set."""
     from icefall_kd.data.manifests import iterate_cuts
-    from icefall_kd.labels.keys import label_key
+    from icefall_kd.labels.keys import key_of
     from icefall_kd.labels.store import LabelStore
 
-    keys = (label_key(cut) for file in cuts for cut in iterate_cuts(file))
-    print(LabelStore(path).join(keys, min_coverage))
+    store = LabelStore(path)
+    keys = (key_of(cut, store.info.key_kind) for file in cuts for cut in iterate_cuts(file))
+    print(store.join(keys, min_coverage))
+
+
+def align(path: Path, cuts: list[Path], lang_dir: Path) -> None:
+    """Print how the texts of cut sets align with a set of text_states, for tokens and for words."""
+    from icefall_kd.data.manifests import iterate_cuts
+    from icefall_kd.data.transcripts import transcript
+    from icefall_kd.labels.store import LabelStore
+    from icefall_kd.labels.text_reading import coverage
+    from icefall_kd.text.tokenizer import Tokenizer
+
+    store, tokenizer = LabelStore(path, expect={"kind": "text_states"}), Tokenizer.load(lang_dir)
+    texts = [transcript(cut) for file in cuts for cut in iterate_cuts(file)]
+    for unit in ("token", "word"):
+        print(f"{unit}: {coverage(store, texts, tokenizer, unit)}")
 
 
 def main() -> None:
@@ -79,6 +97,10 @@ def main() -> None:
     joined.add_argument("dir", type=Path)
     joined.add_argument("--cuts", type=Path, nargs="+", required=True, help="cut sets")
     joined.add_argument("--min-coverage", type=float, default=1.0, help="least fraction with labels (default: 1.0)")
+    aligned = commands.add_parser("align", help="a language model's pieces against tokens")
+    aligned.add_argument("dir", type=Path)
+    aligned.add_argument("--cuts", type=Path, nargs="+", required=True, help="cut sets")
+    aligned.add_argument("--lang-dir", type=Path, required=True, help="folder of the tokenizer")
     args = parser.parse_args()
     if args.command == "info":
         print_info(args.dir)
@@ -89,6 +111,8 @@ def main() -> None:
 
         store = merge_label_sets(args.dirs, args.into)
         print(f"{args.into}: {len(store)} utterances in {store.num_shards} shards")
+    elif args.command == "align":
+        align(args.dir, args.cuts, args.lang_dir)
     else:
         join(args.dir, args.cuts, args.min_coverage)
 

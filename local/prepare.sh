@@ -13,8 +13,10 @@ corpus_dir=""         # folder of a corpus that is on disk already; empty: downl
 parts=""              # parts to prepare, comma-separated; empty: all that the corpus has
 data_dir=""           # folder of everything prepared; empty: data/<corpus>
 nj=4                  # parallel jobs; clipped to the number of items
-token_kind=bpe        # tokens: bpe, char, pinyin (initials and finals with tone)
+token_kind=bpe        # tokens: bpe, char, pinyin (initials and finals with tone), plm (pieces of a language model)
 vocab_size=500        # tokens of bpe; clipped where the corpus is too small
+plm=minilm            # language model of plm tokens: hub id, folder or short name, of the BERT family
+plm_min_count=1       # plm: pieces that occur less often in the training parts are spelled with shorter ones
 speed_perturb=auto    # copies of the training parts at 0.9 and 1.1 of the speed: true, false; auto: not for demo, trans and cuts
 features=precomputed  # precomputed, or on_the_fly: computed from audio in training
 language=auto         # text normalisation: en, zh; auto: by the corpus, or the script of the transcripts
@@ -129,9 +131,13 @@ stage_3_features() { # 80-bin log-mel features (--features precomputed)
 }
 
 stage_4_tokens() { # Tokenizer, trained on the training parts
-  begin --option token_kind vocab_size --input "$data_dir/corpus.json" --output "$lang_dir/tokenizer.json" \
-    --code icefall_kd/text/tokenizer.py icefall_kd/data/prepare.py || return 0
-  python3 ../../local/make_tokens.py --data-dir "$data_dir" --token-kind "$token_kind" --vocab-size "$vocab_size"
+  local options=()
+  [[ $token_kind != plm ]] || options=(--plm "$plm" --plm-min-count "$plm_min_count")
+  begin --option token_kind vocab_size ${options:+plm plm_min_count} --input "$data_dir/corpus.json" \
+    --output "$lang_dir/tokenizer.json" --code icefall_kd/text/{tokenizer,wordpiece}.py icefall_kd/data/prepare.py \
+    || return 0
+  python3 ../../local/make_tokens.py --data-dir "$data_dir" --token-kind "$token_kind" --vocab-size "$vocab_size" \
+    "${options[@]}"
 }
 
 stage_5_validation() { # Check everything that training assumes

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What run_mvq.sh and run_nar.sh have in common; sourced behind parse_options, whose options it reads.
+# What run_mvq.sh, run_nar.sh and run_hkd.sh have in common; sourced behind parse_options, whose options it reads.
 #
 # Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's
 # exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs; and marker_dir, kind (of features),
@@ -51,7 +51,7 @@ cuts_list=$(commas "${train_cuts[@]}")
 lang_dir() { # the tokenizer that the options name, or the one that there is
   local found=("$data_dir"/lang_*)
   case $token_kind:$vocab_size in
-    char:* | pinyin:*) found=("$data_dir/lang_$token_kind") ;;
+    char:* | pinyin:* | plm:*) found=("$data_dir/lang_$token_kind") ;;
     *:?*) found=("$data_dir/lang_bpe_$vocab_size") ;;
     bpe:) found=("$data_dir"/lang_bpe_*) ;;
   esac
@@ -64,14 +64,15 @@ prepare_data() { # the corpus; the stages of prepare.sh have markers of their ow
   # shellcheck disable=SC2086
   ./prepare.sh --corpus "$corpus" --data-dir "$data_dir" --nj "$nj" --short "$short" --partial "$partial" \
     ${corpus_dir:+--corpus-dir "$corpus_dir"} ${parts:+--parts "$parts"} ${token_kind:+--token-kind "$token_kind"} \
-    ${vocab_size:+--vocab-size "$vocab_size"} ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
+    ${vocab_size:+--vocab-size "$vocab_size"} ${plm:+--plm "$plm"} \
+    ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
 }
 
 extract_and_verify() { # extract_and_verify DIR,... OPTION ...: all shards of label sets, then a check of every byte
   local dirs dir
   IFS=, read -r -a dirs <<< "$1"
   run_cmd --log "${dirs[0]}/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
-    python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$1" --shard JOB \
+    python3 "../../local/${extractor:-extract_labels.py}" --cuts "$cuts_list" --label-dir "$1" --shard JOB \
     --num-shards "$num_shards" "${@:2}"
   python3 ../../local/label_sets.py verify "${dirs[@]}"
   for dir in "${dirs[@]}"; do

@@ -29,11 +29,13 @@ case $1 in
     write "$data/lang_$kind/tokenizer.json" "$kind"
     ;;
   *validate_data.py) write "$data/validated_$(basename "${o[--lang-dir]}").json" x ;;
-  *extract_labels.py)
+  *extract_labels.py | *extract_text_states.py)
     IFS=, read -r -a sets <<< "${o[--label-dir]}"
     for set in "${sets[@]}"; do write "$set/label_set.json" x; done
     echo "$* " >> "$LOG.words"
     ;;
+  *label_sets.py) echo "$* " >> "$LOG.sets" ;;
+  *report.py) write "${o[--exp-dir]}/report.html" x ;;
   *results.py) echo "$* " >> "$LOG.tables" ;;
   *train.py) echo "$* " >> "$LOG.words"; write "${o[--exp-dir]}/train_summary.json" x ;;
   *decode.py) echo "$* " >> "$LOG.decodings"; mkdir -p "${o[--exp-dir]}/${o[--decoding-method]}" ;;

@@ -71,7 +71,7 @@ def write_student(exp_dir: Path, tokenizer: Tokenizer, config: TrainConfig) -> P
     """Write an exp_dir whose model is random, and neither silent nor talking in every frame."""
     torch.manual_seed(5)
     system = build_system(config, tokenizer.vocab_size, inference=True)
-    if system.model.joiner is not None:
+    if getattr(system.model, "joiner", None) is not None:
         enliven(system.eval().model)
     tokenizer.save(exp_dir / "tokenizer")
     write_config(exp_dir, config, 0)

@@ -81,24 +81,24 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
     corpus = driver.source_dir("nar_barista", config)
     driver.run_chain(config, "nar_barista", 1, corpus)
     assert started == driver.BEDS["nar_barista"].systems
-    driver.result_file(config, "nar_barista", "small", 1).unlink()
+    driver.chains.result_file(config, "nar_barista", "small", 1).unlink()
     exp = config.exp_root / "nar_barista" / "small-seed1"
     for file in sorted(exp.rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
     driver.run_chain(config, "nar_barista", 1, corpus)
     assert started[6:] == ["small"]
-    out = driver.result_file(config, "nar_barista", "scratch", 1)
+    out = driver.chains.result_file(config, "nar_barista", "scratch", 1)
     whole = read_json(out)
     write_json(out, whole | {"decodings": {s: d for s, d in whole["decodings"].items() if s not in TUNED}})
     driver.run_chain(config, "nar_barista", 1, corpus)  # a row that lacks searches is decoded
     assert started[7:] == ["scratch"] and read_json(out)["decodings"] == whole["decodings"]
 
-    result = read_json(driver.result_file(config, "nar_barista", "transfer", 1))
+    result = read_json(driver.chains.result_file(config, "nar_barista", "transfer", 1))
     assert set(result["decodings"]) == set(SEARCHES) | TUNED
     assert result["last"] == {"train": {"loss": 2.0}, "valid": {"loss": 1.5}}
     driver.compare(config, "nar_barista")
     compared = {
-        (tuple(c["from"]), tuple(c["to"])): c for c in read_json(driver.comparisons_file(config, "nar_barista"))
+        (tuple(c["from"]), tuple(c["to"])): c for c in read_json(driver.chains.comparisons_file(config, "nar_barista"))
     }
     helped = compared[("scratch", "mask_predict"), ("transfer", "mask_predict")]
     assert helped["relative"] == "-33.3 %" and helped["probability_of_improvement"] == 1.0  # from 3 to 2 an utterance

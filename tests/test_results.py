@@ -14,7 +14,15 @@ from icefall_kd.frames import WHISPER_CONV
 from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.shard import LabelEntry, ShardHeader, write_shard
 from icefall_kd.results import build_rows, compare, measure_labels, read_run, stack_utterances
-from icefall_kd.results_table import demo_table, details, full_table, markdown_table, nar_table, replace_block
+from icefall_kd.results_table import (
+    demo_table,
+    details,
+    full_table,
+    hkd_table,
+    markdown_table,
+    nar_table,
+    replace_block,
+)
 from icefall_kd.runtime.files import read_json, write_json
 from icefall_kd.scoring import per_utterance, score, summarize
 
@@ -171,6 +179,52 @@ def test_rows_of_nar_are_named_by_what_helped_and_compared_with_scratch_of_their
     assert [x["masked dev"] for x in lines] == ["-", *["15.0 %"] * 8]
     assert lines[1]["WER dev"].startswith("12.50 % (") and {x["RTF"] for x in lines} == {"0.0100"}
     assert [x["labels"] for x in lines if x["search"] == "mask_predict"] == ["none", "not found", "none", "not found"]
+
+
+def hkd_dir(root, name, seed, wrong, **options):
+    """Write an exp_dir of --system hkd with two decodings."""
+    both = zip(("cif_greedy_search", "cif_beam_search"), wrong, strict=True)
+    found = [result("dev", w, suffix=m, method=m) for m, w in both]
+    folder = exp_dir(root / f"{name}-seed{seed}", found, seed=seed, system="hkd", **options)
+    covered = {"utterances": 200, "aligned": 190, "missing": 0, "misaligned": 10, "unit": "token"}
+    summary = read_json(folder / "train_summary.json") | {"text_coverage": covered if "text_kd" in options else None}
+    write_json(folder / "train_summary.json", summary)
+    return folder
+
+
+def test_rows_of_hkd_name_the_language_model_and_are_compared_with_cif(tmp_path):
+    plain = asdict(LabelSetInfo.load(label_set(tmp_path / "labels" / "real")))
+    label_set(tmp_path / "labels" / "random")
+    models = (("real", "/models/some-lm", "folder"), ("random", "tiny", "random weights, not trained"))
+    for name, teacher, source in models:
+        more = {"kind": "text_states", "key_kind": "text", "frame_formula": {}, "teacher": teacher}
+        write_json(tmp_path / "labels" / name / "label_set.json", plain | more | {"origin": {"source": source}})
+    real, random = ({"label_dir": [f"labels/{name}"]} for name in ("real", "random"))
+    folders = []
+    for seed in (1, 2):
+        folders.append(hkd_dir(tmp_path, "cif", seed, [20, 16]))
+        folders.append(hkd_dir(tmp_path, "acd", seed, [15, 16], text_kd=["acd"], **real))
+        folders.append(hkd_dir(tmp_path, "lrd", seed, [22, 12], text_kd=["lrd"], **random))
+        folders.append(hkd_dir(tmp_path, "both", seed, [10, 8], text_kd=["acd", "lrd"], **real))
+    header, cells = hkd_table(build_rows([read_run(f) for f in folders]))
+    lines = [dict(zip(header, line, strict=True)) for line in cells]
+    assert [line["system"] for line in lines[::2]] == [
+        "CIF", "CIF + ACD (some-lm)", "CIF + LRD (tiny, RANDOM weights)", "CIF + ACD + LRD (some-lm)",
+    ]  # fmt: skip
+    changes = {
+        s: [x["relative change dev"] for x in lines if x["search"] == f"cif_{s}_search"] for s in ("greedy", "beam")
+    }
+    assert changes["greedy"] == ["-", "-25.0 %", "+10.0 %", "-50.0 %"]  # from 20 to 15, 22 and 10
+    assert changes["beam"] == ["-", "+0.0 %", "-25.0 %", "-50.0 %"]  # from 16 to 16, 12 and 8
+    assert {line["seeds"] for line in lines} == {"1, 2"}
+    storage = measure_labels(tmp_path / "labels" / "real")
+    assert [line["label bytes per hour"] for line in lines[:3:2]] == ["0", f"{storage.bytes_per_hour:,.0f}"]
+    assert [line["coverage"] for line in lines[:3:2]] == ["-", "95.0 %"]
+
+
+def test_a_scale_of_nothing_is_no_distillation(tmp_path):
+    folder = hkd_dir(tmp_path, "acd", 1, [3, 3], text_kd=["acd"], acd_scale=0.0)
+    assert {row.system for row in build_rows([read_run(folder)])} == {"CIF"}
 
 
 def test_seeds_that_share_one_teacher_are_one_experiment(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig
-from icefall_kd.decode.runner import decode_suffix
+from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError
 from icefall_kd.results import find_results
 from icefall_kd.runtime.files import read_json, write_json

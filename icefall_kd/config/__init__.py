@@ -5,18 +5,22 @@ command line and in YAML all fields are flat, since a field name occurs once amo
 Precedence: defaults < ``--config conf/x.yaml`` < flags.
 """
 
+from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
+    ExtractTextConfig,
     ImportConfig,
+    LanguageModelConfig,
     LayersConfig,
     QuantizerConfig,
     TeacherConfig,
 )
 from icefall_kd.config.model import ENCODER_SIZES, ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
+from icefall_kd.config.report import ReportConfig
 from icefall_kd.config.training import AsrLossConfig, Kd, KdConfig, LoopConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -24,22 +28,27 @@ __all__ = [
     "AsrLossConfig",
     "AttentionDecoderConfig",
     "AugmentConfig",
+    "CifConfig",
     "DataConfig",
     "DecodeConfig",
     "DecodingMethod",
     "ExportConfig",
     "ExtractConfig",
     "ExtractLayersConfig",
+    "ExtractTextConfig",
     "ImportConfig",
     "Kd",
     "KdConfig",
+    "LanguageModelConfig",
     "LayersConfig",
     "LoopConfig",
     "ModelConfig",
     "OptimConfig",
     "QuantizerConfig",
     "RecogniserKdConfig",
+    "ReportConfig",
     "TeacherConfig",
+    "TextKdConfig",
     "TrainConfig",
     "TransferConfig",
 ]

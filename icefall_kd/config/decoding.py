@@ -12,6 +12,7 @@ DecodingMethod = Literal[
     "fast_beam_search", "fast_beam_search_nbest", "fast_beam_search_LG", "fast_beam_search_nbest_LG",
     "ctc_decoding", "ctc_decoding_HLG", "ctc_decoding_nbest_HLG",
     "ctc_prefix_beam_search", "joint_beam_search", "mask_predict", "nar_beam_search",
+    "cif_greedy_search", "cif_beam_search",
 ]  # fmt: skip
 
 
@@ -28,7 +29,7 @@ class DecodeConfig:
     decoding_method: DecodingMethod = "greedy_search"
     """Search; those over graphs (fast_beam_search..., ctc_decoding...) need k2."""
     beam_size: int = 4
-    """Beam of modified_beam_search, ctc_prefix_beam_search, joint_beam_search and nar_beam_search."""
+    """Beam of modified_beam_search, ctc_prefix_beam_search, joint_beam_search, nar_beam_search, cif_beam_search."""
     nbest: int = 1
     """Hypotheses a utterance written with their scores (beam searches: at most beam-size)."""
     joint_ctc_weight: float = 0.3
@@ -44,13 +45,16 @@ class DecodeConfig:
     whose lengths differ (finished hypotheses then have the score of their string added, unless rescore-ctc-weight)."""
     rank_masks_by: Literal["probability", "logit"] = "probability"
     """What makes a masked token easy to fill in: its best probability, or the best raw logit as in ESPnet."""
+    tail_threshold: float = 0.4
+    """cif_greedy_search and cif_beam_search: weight left behind the last whole token above which it makes one more;
+    1: never."""
     blank_penalty: float = 0.0
     """Subtracted from the blank's logit in transducer searches; above 0: fewer deletions."""
     temperature: float = 1.0
     """Divides the logits in modified_beam_search and fast_beam_search."""
     lm: Path | None = None
-    """Language model over tokens for modified_beam_search: an ARPA file (local/make_ngram.py --lang-dir) or the folder
-    of local/train_lm.py; see docs/decoding.md."""
+    """Language model over tokens for modified_beam_search and cif_beam_search: an ARPA file (local/make_ngram.py
+    --lang-dir) or the folder of local/train_lm.py; see docs/decoding.md."""
     lm_scale: float = 0.3
     """Scale of its log-probabilities."""
     lodr_arpa: Path | None = None
@@ -58,7 +62,7 @@ class DecodeConfig:
     lodr_scale: float = -0.16
     """Scale of that n-gram's log-probabilities, below 0."""
     hotwords: Path | None = None
-    """File of phrases that modified_beam_search prefers, one a line; "NEW YORK :2.5" gives a score of its own."""
+    """File of phrases that these two searches prefer, one a line; "NEW YORK :2.5" gives a score of its own."""
     hotwords_score: float = 1.5
     """Score of each token of a phrase that has none of its own."""
     ctm: bool = False
@@ -116,17 +120,18 @@ class DecodeConfig:
         at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
         at_least(self, lm_scale=0, passes=0)
         at_least(self, max_contexts=1, max_states=1, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
-        for name in ("joint_ctc_weight", "mask_threshold", "rescore_ctc_weight"):
+        for name in ("joint_ctc_weight", "mask_threshold", "rescore_ctc_weight", "tail_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie in 0 ... 1")
         for name in ("temperature", "nbest_scale", "beam", "output_beam"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
         added = [f"--{name}" for name in ("lm", "hotwords") if getattr(self, name) is not None]
-        if added and self.decoding_method != "modified_beam_search":
+        if added and self.decoding_method not in ("modified_beam_search", "cif_beam_search"):
             raise ConfigError(
-                f"{' and '.join(added)} with --decoding-method {self.decoding_method}: only modified_beam_search "
-                "weighs hypotheses that they could change; add --decoding-method modified_beam_search"
+                f"{' and '.join(added)} with --decoding-method {self.decoding_method}: only modified_beam_search and "
+                "cif_beam_search weigh hypotheses that they could change; add --decoding-method modified_beam_search, "
+                "or cif_beam_search for --system hkd"
             )
         self._refuse_what_does_nothing()
         if self.lodr_arpa is not None and (self.lm is None or not self.lodr_scale < 0):
@@ -137,6 +142,7 @@ class DecodeConfig:
             ("rescore_ctc_weight", 0, ["nar_beam_search"]),
             ("nar_seeds", "greedy", ["nar_beam_search"]),
             ("rank_masks_by", "probability", ["mask_predict", "nar_beam_search"]),
+            ("tail_threshold", 0.4, ["cif_greedy_search", "cif_beam_search"]),
         ):
             if getattr(self, name) != default and self.decoding_method not in methods:
                 raise ConfigError(
@@ -171,6 +177,8 @@ class ExportConfig:
     """Epochs (or checkpoints) averaged."""
     use_averaged_model: bool = True
     """Use the running averages of the two end points of the range."""
+    tail_threshold: float = 0.4
+    """CIF recognisers: weight left behind the last whole token above which it makes one more."""
     decode_chunk_size: int | None = None
     """Streaming models: encoder frames of 40 ms a chunk, -1: a model of whole utterances; None: the first trained
     with."""
@@ -179,6 +187,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         at_least(self, epoch=1, iter=1, avg=1)
+        if not 0 <= self.tail_threshold <= 1:
+            raise ConfigError(f"--tail-threshold is {self.tail_threshold}; it must lie in 0 ... 1")
         if self.left_context_frames == -1 and self.decode_chunk_size != -1:
             raise ConfigError("--left-context-frames is -1; the caches of an exported model have one size: name it")
         if self.format == "torchscript" and self.quantize != "none":

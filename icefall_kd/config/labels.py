@@ -166,6 +166,51 @@ class ExtractLayersConfig(ExtractConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """Which language model teaches, which of its layers, and how it is run."""
+
+    plm: str = "minilm"
+    """Masked or causal language model: hub id, local folder, minilm (English, pip-supplied), or tiny-random-masked and
+    tiny-random-causal, which have learnt nothing."""
+    plm_layer: int = -1
+    """Layer whose states are taken, 1-based; -1: the last one, with the model's final normalisation."""
+    plm_case: Literal["lower", "keep"] = "lower"
+    """What the model reads: texts in lower case, or as they are."""
+    plm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of weights and products."""
+    plm_device: str = "auto"
+    """auto: the GPU when there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractTextConfig:
+    """States of a language model: of which texts, into which label set."""
+
+    cuts: list[Path]
+    """Cut sets (cuts_*.jsonl.gz) whose texts are read, several as a,b; equal texts, as of speed copies, count once."""
+    label_dir: Path
+    """Folder of the label set."""
+    shard: int = 0
+    """Which shard to extract, from 0."""
+    num_shards: int = 1
+    """Into how many shards the set is divided."""
+    batch_pieces: int = 4096
+    """Padded pieces of the language model a batch."""
+    part_texts: int = 1000
+    """Texts a part: what a kill can cost at most."""
+    num_threads: int | None = None
+    """torch threads on a CPU; None: torch's own choice."""
+    max_reject_ratio: float = 0.05
+    """Largest fraction of texts that may be rejected (empty, longer than the model reads) before the shard fails."""
+    language_model: LanguageModelConfig = LanguageModelConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard < self.num_shards:
+            raise ConfigError(f"--shard is {self.shard}; with --num-shards {self.num_shards} it runs from 0")
+        at_least(self, batch_pieces=1, part_texts=1, max_reject_ratio=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """Import of codebook indexes that icefall published."""
 

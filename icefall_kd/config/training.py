@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from icefall_kd.config.checks import at_least
+from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
@@ -147,8 +148,9 @@ class LoopConfig:
 class TrainConfig:
     """All options of train.py."""
 
-    system: Literal["mvq", "nar"] = "mvq"
-    """The distillation system: mvq, a transducer; nar, CTC with an attention decoder."""
+    system: Literal["mvq", "nar", "hkd"] = "mvq"
+    """The distillation system: mvq, a transducer; nar, CTC with an attention decoder; hkd, continuous
+    integrate-and-fire."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
@@ -156,6 +158,8 @@ class TrainConfig:
     attention: AttentionDecoderConfig = AttentionDecoderConfig()
     kd: KdConfig = KdConfig()
     recogniser_kd: RecogniserKdConfig = RecogniserKdConfig()
+    cif: CifConfig = CifConfig()
+    text_kd: TextKdConfig = TextKdConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()

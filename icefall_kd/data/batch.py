@@ -55,6 +55,18 @@ class NBest:
 
 
 @dataclass(frozen=True)
+class TextStates:
+    """Contextual states of a language model, of the reference texts of a batch."""
+
+    values: Tensor
+    """(N, M, C) float32 padded with 0: one state a unit, the end of the text included."""
+    lens: Tensor
+    """(N,) int64 units M of each utterance; 0: it has none and is left out of distillation."""
+    owner: Tensor
+    """(N, U) int64: which of the M units token u belongs to, the end token included (U = y_lens + 1); -100 beyond."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch of N utterances; fields that a consumer does not need may be absent."""
 
@@ -76,7 +88,7 @@ class Batch:
     """(N, U) int64 token ids padded with 0 (the blank)."""
     y_lens: Tensor | None = None
     """(N,) int64."""
-    labels: dict[str, Labels | TopK | NBest] = field(default_factory=dict)
+    labels: dict[str, Labels | TopK | NBest | TextStates] = field(default_factory=dict)
     """Teacher labels by label set name."""
     durations: list[float] = field(default_factory=list)
     """Seconds of audio."""
@@ -88,7 +100,7 @@ class Batch:
         """Return the same batch with every tensor on ``device``."""
 
         def move(value):
-            if isinstance(value, Labels | TopK | NBest):
+            if isinstance(value, Labels | TopK | NBest | TextStates):
                 return type(value)(*(move(getattr(value, f.name)) for f in dataclasses.fields(value)))
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 

@@ -30,12 +30,14 @@ from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.data.transcripts import pad_tokens, transcript
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.compat import check_label_compat
-from icefall_kd.labels.keys import label_key
+from icefall_kd.labels.keys import key_of, label_key
 from icefall_kd.labels.reading import read_labels
 from icefall_kd.labels.store import LabelStore
+from icefall_kd.labels.text_reading import coverage, read_text_states
 from icefall_kd.runtime.dist import get_rank, get_world_size
 from icefall_kd.runtime.files import fingerprint
 from icefall_kd.systems.base import LabelSpec
+from icefall_kd.text.alignment import Unit
 from icefall_kd.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -129,6 +131,7 @@ class CutBatches(Dataset):
         features: str = "precomputed",
         augment: AugmentConfig | None = None,
         stores: dict[str, LabelStore] | None = None,
+        text_alignment: Unit = "token",
         with_audio: bool = False,
         seed: int = 0,
         tail_padding: float = 0.0,
@@ -138,7 +141,9 @@ class CutBatches(Dataset):
         self.extractor = FbankExtractor() if features == "on_the_fly" else None
         self.spec_aug = FeatureAugment(augment) if augment is not None and augment.spec_aug else None
         self.noise = NoiseAugment(augment, features) if augment is not None and augment.musan_cuts else None
-        self.stores = stores or {}
+        self.stores, self.text_alignment = stores or {}, text_alignment
+        # Cut sets that name no spans of recordings can be decoded and trained on, but not joined with labels of audio.
+        self.with_keys = any(store.info.key_kind == "audio" for store in self.stores.values())
         self.with_audio = with_audio
         self.seed = seed
         # Whether an utterance without labels gets made-up ones of the right length, for a look at the memory.
@@ -157,8 +162,7 @@ class CutBatches(Dataset):
                 self.spec_aug(x, stable_seed(self.seed, epoch, index, i, cut.id))
                 for i, (x, cut) in enumerate(zip(features, clean, strict=True))
             ]
-        # Cut sets that name no spans of recordings can be decoded and trained on, but not joined with labels.
-        keys = [label_key(cut) for cut in clean] if self.stores else []
+        keys = [label_key(cut) for cut in clean] if self.with_keys else []
         texts = [transcript(cut) for cut in clean]
         y, y_lens = pad_tokens(self.tokenizer, texts)
         frames = [len(x) for x in features]
@@ -179,7 +183,9 @@ class CutBatches(Dataset):
             y=y,
             y_lens=y_lens,
             labels={
-                name: read_labels(store, clean, keys, frames, ids, self.tokenizer.tokens, self.label_all)
+                name: read_text_states(store, texts, self.tokenizer, self.text_alignment, self.label_all)
+                if store.info.key_kind == "text"
+                else read_labels(store, clean, keys, frames, ids, self.tokenizer.tokens, self.label_all)
                 for name, store in self.stores.items()
             },
             durations=[cut.duration for cut in clean],
@@ -238,9 +244,12 @@ class DataModule:
         *,
         label_specs: list[LabelSpec] = (),
         min_coverage: float = 1.0,
+        text_alignment: Unit = "token",
         with_audio: bool = False,
         transducer: bool = True,
         ctc: bool = True,
+        end_token: bool = False,
+        num_encoder_frames=None,
         seed: int = 42,
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
@@ -254,6 +263,8 @@ class DataModule:
             "max_duration": config.max_utt_duration,
             "transducer": transducer,
             "ctc": ctc,
+            "end_token": end_token,
+            "num_encoder_frames": num_encoder_frames,
         }
         self.train_cuts, self.rejected = filter_cuts(cuts, **keep)
         self.valid_cuts = _spread(filter_cuts(valid_cuts, **keep)[0], config.valid_utts)
@@ -267,17 +278,21 @@ class DataModule:
                 f"--spec-aug-time-warp-factor is {warp}, online teacher labels need 0: time warp moves the student's "
                 "frames away from the teacher's"
             )
-        keys = [label_key(cut) for cut in self.train_cuts] if self.stores else []
         kinds = {spec.name: spec.kind for spec in label_specs}
+        self.text_coverage: dict | None = None  # how the training's texts meet a language model's states
         for name, store in self.stores.items():
             wanted = {"kind": kinds[name], "tokenizer_hash": tokenizer.hash}
             check_label_compat(store.info, str(store.path), time_warp_factor=warp, **wanted)
+            keys = (key_of(cut, store.info.key_kind) for cut in self.train_cuts)
             logger.info("labels %s: %s", name, store.join(keys, min_coverage=min_coverage))
+            if store.info.key_kind == "text":
+                self._report_alignment(name, store, text_alignment)
         self.train_data = CutBatches(
             tokenizer,
             features=config.features,
             augment=augment,
             stores=self.stores,
+            text_alignment=text_alignment,
             with_audio=with_audio,
             seed=seed,
         )
@@ -287,6 +302,16 @@ class DataModule:
             "training on %d utterances, %.2f h (%d left out by the filters), validating on %d",
             len(self.train_cuts), hours, len(self.rejected), len(self.valid_cuts),
         )  # fmt: skip
+
+    def _report_alignment(self, name: str, store: LabelStore, unit: Unit) -> None:
+        """Log how the states of a language model meet the tokens; a DataError when no text can be aligned."""
+        report = coverage(store, map(transcript, self.train_cuts), self.tokenizer, unit)
+        level = logging.WARNING if report.misaligned else logging.INFO
+        logger.log(level, "labels %s, by %s: %s", name, unit, report)
+        if not report.aligned:
+            raise DataError(f"no text of the training aligns with the states in {store.path}: {report}")
+        names = ("utterances", "aligned", "missing", "misaligned")
+        self.text_coverage = {"unit": unit, **{n: getattr(report, n) for n in names}}
 
     def state(self) -> dict:
         """Return what must not change between a stop and a resume."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lhotse.cut import MonoCut
 
+from icefall_kd.config.checks import at_least
 from icefall_kd.data.corpora import open_corpus
 from icefall_kd.data.manifests import cuts_file, iterate_cuts, part_of, write_cuts, write_jsonl
 from icefall_kd.data.recordings import Reject, check_rejects, make_cuts, prepare_cut_set, with_speed_copies
@@ -147,12 +148,18 @@ class TokenConfig:
 
     data_dir: Path
     """Folder of everything prepared; manifests/ lies in it."""
-    token_kind: Literal["bpe", "char", "pinyin"] = "bpe"
-    """bpe: sentencepiece; char: characters; pinyin: initials and finals with tone (Mandarin)."""
+    token_kind: Literal["bpe", "char", "pinyin", "plm"] = "bpe"
+    """bpe: sentencepiece; char: characters; pinyin: initials and finals with tone (Mandarin); plm: pieces of a language
+    model, those that occur in the training parts, and characters for everything else."""
     vocab_size: int = 500
     """Tokens of bpe, specials included; clipped where the corpus is too small."""
+    plm: str = "minilm"
+    """Language model of plm tokens: hub id, local folder or short name, of the BERT family (WordPiece)."""
+    plm_min_count: int = 1
+    """plm: pieces that occur less often are spelled with shorter ones."""
 
     def __post_init__(self) -> None:
+        at_least(self, plm_min_count=1)
         if self.vocab_size < 8:
             raise ConfigError(f"--vocab-size is {self.vocab_size}; it must be at least 8")
 
@@ -183,6 +190,10 @@ def make_tokens(config: TokenConfig) -> Tokenizer:
         tokenizer = Tokenizer.train_bpe(lines, config.vocab_size)
     elif config.token_kind == "char":
         tokenizer = Tokenizer.train_char(lines)
+    elif config.token_kind == "plm":
+        from icefall_kd.teachers.language_model import word_pieces  # transformers is large
+
+        tokenizer = Tokenizer.of_word_pieces(word_pieces(config.plm, lines, config.plm_min_count))
     else:
         tokenizer = Tokenizer.train_pinyin(lines)
     tokenizer.save(config.lang_dir)

@@ -15,9 +15,12 @@ class CtcGreedySearch:
         model: TransducerModel with a CTC head, in evaluation mode.
         blank_id: id of the blank.
         unk_id: dropped from the output; None: kept.
+        end_id: of models whose CTC head writes the end of the text: cut off there; None: others.
     """
 
-    def __init__(self, model, *, blank_id: int = 0, unk_id: int | None = UNK_ID) -> None:
+    def __init__(
+        self, model, *, blank_id: int = 0, unk_id: int | None = UNK_ID, end_id: int | None = None
+    ) -> None:
         if model.ctc_output is None:
             raise ConfigError(
                 "the model has no CTC head (it was trained with --ctc-scale 0); "
@@ -26,6 +29,7 @@ class CtcGreedySearch:
         self.model = model
         self.blank_id = blank_id
         self.unk_id = unk_id
+        self.end_id = end_id
 
     @classmethod
     def from_config(cls, model, config: DecodeConfig) -> "CtcGreedySearch":
@@ -56,5 +60,7 @@ class CtcGreedySearch:
         result = []
         for i, score in enumerate(scores):
             times = starts[i].nonzero().squeeze(1)
+            if self.end_id is not None:
+                times = times[: len(times) - int((symbols[i][times] == self.end_id).cumsum(0).gt(0).sum())]
             result.append([Hypothesis(symbols[i][times].tolist(), score, times.tolist())])
         return result

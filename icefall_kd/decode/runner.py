@@ -11,11 +11,10 @@ import itertools
 import json
 import logging
 import math
-import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
 from icefall_kd.decode.fusion import build_fusion
+from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len, encoder_seconds
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
@@ -54,6 +54,8 @@ class Decoded:
     search_seconds: float = 0.0
     warm_up_seconds: float = 0.0
     """Wall time of the first batch's first run, whose output is thrown away."""
+    frame_seconds: Callable[[int], float] = encoder_seconds
+    """Where a frame of the encoder begins."""
 
     def rtf(self) -> dict[str, float | None]:
         """Return real-time factors, wall seconds over audio seconds (data loading left out)."""
@@ -97,101 +99,6 @@ def build_decoder(system, config: DecodeConfig, tokenizer=None) -> Decoder:
     return decoder
 
 
-def decode_suffix(
-    config: DecodeConfig, files_used: str = "", context_size: int | None = None, chunks: Chunks = WHOLE_UTTERANCE
-) -> str:
-    """Return the part of the file names that says which parameters and which search, as in icefall.
-
-    Args:
-        config: options of decode.py.
-        files_used: what load_for_decoding says it took; its last file counts when no option names one.
-        context_size: of the stateless decoder; None: left out.
-        chunks: what the encoder sees.
-    """
-    found = re.findall(r"(epoch|checkpoint)-(\d+)", files_used)
-    kind, number = found[-1] if found else ("epoch", "newest")
-    if config.iter is not None or config.epoch is not None:
-        kind, number = ("checkpoint", config.iter) if config.iter is not None else ("epoch", config.epoch)
-    where = f"{'iter' if kind == 'checkpoint' else 'epoch'}-{number}_avg-{config.avg}"
-    parts = [where if config.weights is None else f"weights-{_plain_name(config.weights)}"]
-    if config.decoding_method == "greedy_search":
-        if context_size is not None:
-            parts.append(f"context-{context_size}")
-        parts.append("max-sym-per-frame-1")
-    elif config.decoding_method == "modified_beam_search":
-        parts[0] += "__modified_beam_search__beam-size-" + str(config.beam_size)
-        if config.temperature != 1.0:
-            parts.append(f"temperature-{config.temperature}")
-        parts += _fusion_suffix(config)
-    elif config.decoding_method.startswith(("fast_beam_search", "ctc_decoding")):
-        parts += _graph_suffix(config)
-    else:
-        parts += [config.decoding_method, *_nar_suffix(config)]
-    if chunks != WHOLE_UTTERANCE:
-        parts[0] += f"_chunk-{chunks.chunk_size}_left-context-{chunks.left_context_frames}"
-        parts[0] += "_streaming" if config.chunk_by_chunk else ""
-    if config.tail_padding:
-        parts.append(f"tail-padding-{config.tail_padding}")
-    if config.blank_penalty:
-        parts.append(f"blank-penalty-{config.blank_penalty}")
-    if config.use_averaged_model and config.weights is None:
-        parts.append("use-averaged-model")
-    return "_".join(parts)
-
-
-def _fusion_suffix(config: DecodeConfig) -> list[str]:
-    parts = []
-    if config.lm is not None:
-        parts.append(f"lm-{_plain_name(config.lm)}-scale-{config.lm_scale}")
-    if config.lodr_arpa is not None:
-        parts.append(f"lodr-{_plain_name(config.lodr_arpa)}-scale-{config.lodr_scale}")
-    if config.hotwords is not None:
-        parts.append(f"hotwords-{_plain_name(config.hotwords)}-score-{config.hotwords_score}")
-    return parts
-
-
-def _plain_name(path: Path) -> str:
-    """Return the name of a file or folder as part of another file's name."""
-    if path.name == "lm.safetensors":  # every neural language model has this name
-        path = path.parent
-    name = path.resolve().name.removesuffix(".gz")
-    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(arpa|txt|safetensors)$", "", name))
-
-
-def _nar_suffix(config: DecodeConfig) -> list[str]:
-    """Return the parameters of the searches of --system nar, none of other searches."""
-    method, parts = config.decoding_method, []
-    if method in ("ctc_prefix_beam_search", "joint_beam_search", "nar_beam_search"):
-        parts.append(f"beam-size-{config.beam_size}")
-    if method == "joint_beam_search":
-        parts.append(f"ctc-weight-{config.joint_ctc_weight}")
-    if method in ("mask_predict", "nar_beam_search"):
-        parts += [f"passes-{config.passes}", f"threshold-{config.mask_threshold}"]
-        parts += [f"rank-by-{config.rank_masks_by}"] if config.rank_masks_by != "probability" else []
-    if method == "nar_beam_search":
-        parts += [f"seeds-{config.nar_seeds}"] if config.nar_seeds != "greedy" else []
-        parts += [f"rescore-ctc-weight-{config.rescore_ctc_weight}"] if config.rescore_ctc_weight else []
-    return parts
-
-
-def _graph_suffix(config: DecodeConfig) -> list[str]:
-    """Return the parts of the suffix of a search over a graph."""
-    method = config.decoding_method
-    parts = [method, f"beam-{config.beam}"]
-    if method.startswith("fast"):
-        parts += [f"max-contexts-{config.max_contexts}", f"max-states-{config.max_states}"]
-        parts += [f"temperature-{config.temperature}"] if config.temperature != 1.0 else []
-    else:
-        parts.append(f"output-beam-{config.output_beam}")
-    if "nbest" in method:
-        parts += [f"num-paths-{config.num_paths}", f"nbest-scale-{config.nbest_scale}"]
-    if method.endswith("LG") and config.lang_dir is not None:
-        parts.append(f"lang-{_plain_name(config.lang_dir)}")
-    if method.endswith("_LG"):
-        parts.append(f"ngram-lm-scale-{config.ngram_lm_scale}")
-    return [*parts, f"hlg-scale-{config.hlg_scale}"] if method.endswith("_HLG") else parts
-
-
 @torch.no_grad()
 def decode_batches(
     system,
@@ -211,16 +118,16 @@ def decode_batches(
             chunk by chunk as well.
     """
     device = next(system.parameters()).device
-    out = Decoded()
+    out = Decoded(frame_seconds=getattr(system, "frame_seconds", encoder_seconds))
     for batch in batches:
         batch = long_enough(batch).to(device)
         if warm_up:
             seconds = _run(system, decoder, batch, device, chunk_by_chunk)[1:]
             out.warm_up_seconds = sum(seconds)
             warm_up = False
-        nbest, encoder_seconds, search_seconds = _run(system, decoder, batch, device, chunk_by_chunk)
-        out.encoder_seconds += encoder_seconds
-        out.search_seconds += search_seconds
+        nbest, encoding, searching = _run(system, decoder, batch, device, chunk_by_chunk)
+        out.encoder_seconds += encoding
+        out.search_seconds += searching
         out.audio_seconds += sum(batch.durations) if batch.durations else int(batch.x_lens.sum()) * _FRAME_SHIFT
         out.ids += batch.ids
         out.refs += batch.texts or [""] * len(batch)
@@ -386,7 +293,8 @@ def _nbest_lines(decoded: Decoded, tokenizer) -> Iterator[dict]:
         for hyp in hyps:
             if hyp["masked"] is None:
                 del hyp["masked"]
-            hyp["times"] = [encoder_seconds(t) for t in hyp["timestamps"]] if hyp["timestamps"] is not None else None
+            times = hyp["timestamps"]
+            hyp["times"] = [decoded.frame_seconds(t) for t in times] if times is not None else None
         yield {"id": decoded.ids[i], "ref": decoded.refs[i], "nbest": hyps}
 
 
@@ -404,7 +312,7 @@ def write_ctm(path: Path, decoded: Decoded, tokenizer) -> None:
         for i in sorted(range(len(decoded.ids)), key=lambda i: decoded.ids[i]):
             best = decoded.nbest[i][0]
             for word, first, last in tokenizer.words(best.tokens):
-                begin, end = (encoder_seconds(t) for t in (best.timestamps[first], best.timestamps[last] + 1))
+                begin, end = (decoded.frame_seconds(t) for t in (best.timestamps[first], best.timestamps[last] + 1))
                 f.write(f"{decoded.ids[i]} 1 {begin:.2f} {end - begin:.2f} {word}\n")
 
 

@@ -141,6 +141,16 @@ def masked_cases(graph: Graph) -> list[tuple[Tensor, ...]]:
     return cases
 
 
+def step_cases(graph: Graph) -> list[tuple[Tensor, ...]]:
+    """Return random input of one step of a decoder with a cache, at the begin and later."""
+    y, *vectors, keys, values = graph.example
+    cases = []
+    for n, u in ((1, 0), (3, 0), (2, 1), (4, 9), (1, 40)):
+        past = [torch.randn(x.shape[0], n, x.shape[2], u, x.shape[4]) for x in (keys, values)]
+        cases.append((torch.randint(0, int(y.max()) + 1, (n,)), *(torch.randn(n, v.shape[1]) for v in vectors), *past))
+    return cases
+
+
 def label_cases(graph: Graph) -> list[tuple[Tensor, ...]]:
     """Return random input of a decoder (with -1, the missing context) or of a joiner, for batches of 1, 2 and 7."""
     if graph.name == "joiner":

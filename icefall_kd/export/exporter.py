@@ -1,4 +1,4 @@
-"""Export a trained transducer or Mask-CTC student: trace, quantize, check against the model, then put into place."""
+"""Export a transducer, Mask-CTC student or CIF recogniser: trace, quantize, compare with the model, put into place."""
 
 import logging
 import warnings
@@ -9,10 +9,22 @@ import torch
 from icefall_kd.config import DecodeConfig, ExportConfig
 from icefall_kd.data.features import FRAME_SHIFT, NUM_BINS
 from icefall_kd.errors import ConfigError
-from icefall_kd.export.check import Run, check_graph, check_stream, label_cases, masked_cases, offline_cases
+from icefall_kd.export.check import (
+    Run,
+    check_graph,
+    check_stream,
+    label_cases,
+    masked_cases,
+    offline_cases,
+    step_cases,
+)
+from icefall_kd.export.cif import cif_graphs
 from icefall_kd.export.graphs import Graph, offline_graphs, streaming_graphs
 from icefall_kd.export.mask_ctc import mask_ctc_graphs
 from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx, write_onnx
+from icefall_kd.frames import pooled_seconds
+from icefall_kd.models.cif import TAIL_THRESHOLD
+from icefall_kd.models.cif_model import CifModel
 from icefall_kd.models.ctc_attention import CtcAttentionModel
 from icefall_kd.models.streaming import choose_chunks
 from icefall_kd.recipe import Trained, load_system
@@ -66,7 +78,7 @@ def export(config: ExportConfig) -> dict:
             "files_used": trained.files_used,
             "tokenizer_hash": tokenizer.hash,
             "vocab_size": tokenizer.vocab_size,
-            **_search_facts(model),
+            **_search_facts(model, config),
             "features": {"bins": feature_dim, "frame_shift": FRAME_SHIFT, "sampling_rate": 16000},
             "graphs": {g.name: {"inputs": g.inputs, "outputs": g.outputs, "metadata": g.metadata} for g in graphs},
             "checks": checks,
@@ -79,24 +91,37 @@ def export(config: ExportConfig) -> dict:
 
 def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
     """Raise a ConfigError for a model that is not exported, or not in this format."""
-    if not isinstance(model, CtcAttentionModel):
+    if config.tail_threshold != TAIL_THRESHOLD and not isinstance(model, CifModel):
+        raise ConfigError(f"--tail-threshold is of --system hkd; leave it out for {config.exp_dir}")
+    if not isinstance(model, CtcAttentionModel | CifModel):
         if model.joiner is None:
             raise ConfigError(f"{config.exp_dir} has no transducer (--transducer-scale 0); nothing is exported")
         return
-    if model.decoder.causal:
+    if isinstance(model, CifModel):
+        what, driver = "CIF recogniser", "onnx_cif.py"
+        if config.quantize != "none":
+            raise ConfigError(
+                f"--quantize {config.quantize}: {config.exp_dir} is a {what}, and other weights would change how many "
+                "tokens it hears; leave --quantize out"
+            )
+    elif model.decoder.causal:
         raise ConfigError(
             f"{config.exp_dir} is an autoregressive teacher (--attention-decoder ar); its Mask-CTC student is exported"
         )
+    else:
+        what, driver = "Mask-CTC student", "onnx_mask_predict.py"
     if config.format == "sherpa-onnx":
         raise ConfigError(
-            f"--format sherpa-onnx: {config.exp_dir} is a Mask-CTC student, which sherpa-onnx does not run; use "
-            "--format onnx (and local/onnx_mask_predict.py) or torchscript"
+            f"--format sherpa-onnx: {config.exp_dir} is a {what}, which sherpa-onnx does not run; use "
+            f"--format onnx (and local/{driver}) or torchscript"
         )
 
 
 def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[list[Graph], bool]:
     """Return the graphs of a model, and whether they go chunk by chunk; the chunks are noted in ``parameters``."""
     model, feature_dim = trained.system.model, trained.config.model.feature_dim
+    if isinstance(model, CifModel):
+        return cif_graphs(model, feature_dim, config.tail_threshold), False
     masked = isinstance(model, CtcAttentionModel)  # its decoder looks at whole utterances
     streaming = trained.config.model.streaming and config.decode_chunk_size != -1 and not masked
     wanted = (parameters[name] for name in _CHUNKS)
@@ -110,8 +135,19 @@ def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[l
     return streaming_graphs(model, feature_dim, chunks), True
 
 
-def _search_facts(model: torch.nn.Module) -> dict[str, int]:
+def _search_facts(model: torch.nn.Module, config: ExportConfig) -> dict:
     """Return what a search over the graphs must know beside the tokens."""
+    if isinstance(model, CifModel):
+        decoder = model.decoder
+        return {
+            "blank_id": model.blank_id,
+            "sos_id": model.sos_id,
+            "unk_id": Tokenizer.unk_id,
+            "mask_id": model.vocab_size - 1,
+            "cache": [len(decoder.layers), decoder.num_heads, decoder.dim // decoder.num_heads],
+            "frame_seconds": pooled_seconds(1, model.encoder.num_pools),
+            "tail_threshold": config.tail_threshold,
+        }
     if isinstance(model, CtcAttentionModel):
         unk_id = Tokenizer.unk_id
         return {"blank_id": model.blank_id, "sos_id": model.sos_id, "unk_id": unk_id, "mask_id": model.mask_id}
@@ -162,7 +198,8 @@ def _check(graph: Graph, run: Run, feature_dim: int, int8: bool) -> dict[str, fl
     if graph.name == "encoder":
         cases = offline_cases(feature_dim)
     else:
-        cases = masked_cases(graph) if graph.name == "masked_decoder" else label_cases(graph)
+        made = {"masked_decoder": masked_cases, "decoder_step": step_cases}
+        cases = made.get(graph.name, label_cases)(graph)
     return check_graph(graph, run, cases, int8)
 
 

@@ -23,7 +23,7 @@ def check_label_compat(
     Args:
         info: provenance of the set.
         where: path of the set, for messages.
-        time_warp_factor: SpecAugment's time warp in frames; 1 and more moves frames away from labels.
+        time_warp_factor: SpecAugment's time warp in frames; 1 and more moves frames away from labels of audio.
         kind: LabelSetInfo.kind.
         teacher: ``Teacher.provenance()`` of the wanted teacher.
         quantizer_sha256, refine_iters: the wanted quantizer and its search.
@@ -33,7 +33,7 @@ def check_label_compat(
         ConfigError: time warp with labels.
         DataError: another provenance; the message names the field and both values.
     """
-    if time_warp_factor >= 1:
+    if time_warp_factor >= 1 and info.key_kind == "audio":
         raise ConfigError(
             f"--spec-aug-time-warp-factor is {time_warp_factor}, labels of {where} need 0: time warp moves the "
             "student's frames away from the teacher's"

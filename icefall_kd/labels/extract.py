@@ -9,13 +9,11 @@ teacher over the audio.
 """
 
 import contextlib
-import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,32 +29,17 @@ from icefall_kd.labels.audio import clean_audio
 from icefall_kd.labels.formats import RowMaker, row_maker, set_info
 from icefall_kd.labels.info import RECOGNISER_ROWS
 from icefall_kd.labels.keys import CorpusFingerprint, cut_text, label_key, speech_track, two_texts
-from icefall_kd.labels.shard import LabelEntry, Shard, key_hash, write_shard
-from icefall_kd.labels.store import LabelStore, ShardWriter, shard_of
+from icefall_kd.labels.parts import ExtractReport, PartedShard
+from icefall_kd.labels.shard import key_hash
+from icefall_kd.labels.store import LabelStore, shard_of
 from icefall_kd.quantization.quantizer import Quantizer
-from icefall_kd.runtime.files import atomic_write, file_lock, fingerprint, remove_leftovers
+from icefall_kd.runtime.files import fingerprint
 from icefall_kd.runtime.log import Progress
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher, TeacherOutput, tap
 from icefall_kd.teachers.windows import WindowedTeacher
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExtractReport:
-    """What one extraction did."""
-
-    path: Path
-    """The shard's file."""
-    skipped: bool
-    """The shard was finished before."""
-    utterances: int
-    rejected: int
-    hours: float
-    seconds: float
-    file_bytes: int
-    """Bytes of the shard's file."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +101,18 @@ def extract_layers(
         for config, quantizer, array in zip(configs, quantizers or [None] * len(configs), arrays, strict=True)
     ]
     with contextlib.ExitStack() as locks:
-        for target in sorted(targets, key=lambda t: t.work):  # in one order, so that two runs cannot block each other
-            target.work.mkdir(parents=True, exist_ok=True)
-            locks.enter_context(file_lock(target.work / ".lock"))
-            remove_leftovers(target.store.path, target.writer.path.name)
-        todo = [target for target in targets if not target.is_finished(inputs)]
+        # In one order, so that two runs cannot block each other.
+        for target in sorted(targets, key=lambda t: t.shard.work):
+            locks.enter_context(target.shard.locked())
+        todo = [target for target in targets if not target.shard.is_finished(inputs)]
         if todo:
             _Extraction(first, teacher, todo).run(items)
-        errors = [error for target in todo if (error := target.finish(inputs, len(items))) is not None]
+        errors = [error for target in todo if (error := target.shard.finish(inputs, len(items))) is not None]
         if errors:
             raise errors[0]
     for target in targets:
-        shutil.rmtree(target.work, ignore_errors=True)
-    return [_report(t.writer.path, t not in todo, began, teacher.sampling_rate) for t in targets]
+        target.shard.clean()
+    return [target.shard.report(target not in todo, began) for target in targets]
 
 
 def _teacher_of(configs: Sequence[ExtractConfig]) -> Teacher:
@@ -141,14 +123,6 @@ def _teacher_of(configs: Sequence[ExtractConfig]) -> Teacher:
         return RecogniserTeacher.for_extraction(first, known)
     layers = [config.teacher.layer for config in configs]
     return build_teacher(replace(first.teacher, layer=-1 if -1 in layers else max(layers)))
-
-
-def _work_folder(config: ExtractConfig) -> Path:
-    return config.label_dir / ".parts" / f"shard-{config.shard:05d}-of-{config.num_shards:05d}"
-
-
-def _rejects_file(config: ExtractConfig) -> Path:
-    return config.label_dir / "rejects" / f"shard-{config.shard:05d}-of-{config.num_shards:05d}.jsonl"
 
 
 def _plan(config: ExtractConfig, sampling_rate: int) -> tuple[list[_Item], str]:
@@ -167,29 +141,14 @@ def _plan(config: ExtractConfig, sampling_rate: int) -> tuple[list[_Item], str]:
     return sorted(items.values(), key=lambda i: (i.num_samples, i.key)), corpus.hexdigest()
 
 
-def _report(path: Path, skipped: bool, began: float, sampling_rate: int) -> ExtractReport:
-    shard = Shard(path)
-    hours = shard.num_samples / sampling_rate / 3600
-    seconds, rejected = time.monotonic() - began, len(shard.header.rejects)
-    return ExtractReport(path, skipped, shard.num_utterances, rejected, hours, seconds, shard.file_bytes)
-
-
 @dataclass(eq=False)
 class _Target:
     """The shard of one label set, and the array of the teacher that it is made from."""
 
-    config: ExtractConfig
     array: str
     rows: RowMaker
     """Makes what is stored of it."""
-    store: LabelStore
-    writer: ShardWriter
-    """Of the whole shard."""
-    parts: list[Path] = field(default_factory=list)
-    part_writer: ShardWriter | None = None
-    """Of the latest part."""
-    rejects: list[dict] = field(default_factory=list)
-    """Utterances of the latest part without labels."""
+    shard: PartedShard
 
     @classmethod
     def create(
@@ -199,30 +158,12 @@ class _Target:
             quantizer = Quantizer.load(config.quantizer)
         layer = int(array.removeprefix("layer")) if array.startswith("layer") else None
         store = LabelStore.create(config.label_dir, set_info(config, teacher, quantizer, corpus, layer))
-        writer = store.writer(config.shard, config.num_shards)
-        return cls(config, array, row_maker(config, quantizer, store.info.dtype), store, writer)
-
-    @property
-    def work(self) -> Path:
-        """Folder of the parts."""
-        return _work_folder(self.config)
-
-    def is_finished(self, inputs: str) -> bool:
-        finished = self.writer.is_finished(inputs)
-        if finished:
-            logger.info("%s is finished already", self.writer.path)
-        return finished
-
-    def begin_part(self, number: int, inputs: str) -> bool:
-        """Return whether a part has yet to be made."""
-        self.parts.append(self.work / f"part-{number:05d}.safetensors")
-        self.part_writer, self.rejects = self.store.writer(self.config.shard, self.config.num_shards), []
-        return not self.writer.is_finished(inputs, self.parts[-1])
+        shard = PartedShard(store, config.shard, config.num_shards, config.max_reject_ratio)
+        return cls(array, row_maker(config, quantizer, store.info.dtype), shard)
 
     def reject(self, item: _Item, reason: str) -> None:
         """Note an utterance that has no labels."""
-        logger.warning("rejected %s (%s) of %s: %s", item.cut.id, item.key, self.store.path, reason)
-        self.rejects.append({"key": item.key, "id": item.cut.id, "reason": reason})
+        self.shard.reject(item.key, item.cut.id, reason)
 
     def add(self, group: Sequence[_Loaded], arrays: Sequence[Tensor], finite: Sequence[bool]) -> int:
         """Label a batch from its arrays [(T_l, C)], where the teacher's numbers are finite; return the bytes."""
@@ -234,37 +175,8 @@ class _Target:
                 self.reject(x.item, "the teacher's embeddings are not finite")
         labels = self.rows([values for _, values in kept]) if kept else []
         for (x, _), values in zip(kept, labels, strict=True):
-            self.part_writer.add(x.item.key, values, len(x.wave))
+            self.shard.add(x.item.key, values, len(x.wave))
         return sum(values.nbytes for values in labels)
-
-    def end_part(self, inputs: str) -> None:
-        """Write the part."""
-        writer, info = self.part_writer, self.store.info
-        write_shard(self.parts[-1], writer.entries, writer.header(inputs, self.rejects), info.dtype, info.width)
-
-    def finish(self, inputs: str, num_items: int) -> DataError | None:
-        """Put the parts together into the shard; return the error if too many utterances were rejected.
-
-        It is not raised, so that the other layers, too, forget the parts that the next run is to try again.
-        """
-        parts = [Shard(p) for p in self.parts]
-        for part in parts:
-            part.verify()
-        rejects = sorted((r for part in parts for r in part.header.rejects), key=lambda r: r["key"])
-        file = _rejects_file(self.config)
-        with atomic_write(file, "w") as stream:
-            stream.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects)
-        if len(rejects) > self.config.max_reject_ratio * num_items:
-            for part in parts:
-                if part.header.rejects:
-                    part.path.unlink()  # tried again by the next run
-            return DataError(
-                f"{len(rejects)} of {num_items} utterances were rejected, more than --max-reject-ratio "
-                f"{self.config.max_reject_ratio}; first: {rejects[0]['id']}: {rejects[0]['reason']} (all: {file})"
-            )
-        self.writer.entries = [LabelEntry(e.key, e.values, e.num_samples) for part in parts for e in part.entries()]
-        self.writer.finish(inputs, rejects)
-        return None
 
 
 class _Extraction:
@@ -282,7 +194,7 @@ class _Extraction:
         with ThreadPoolExecutor(self.config.load_workers) as pool:
             for number, group in enumerate(groups):
                 inputs = fingerprint([self.config.extract_max_duration, [i.key for i in group]])
-                targets = [t for t in self.targets if t.begin_part(number, inputs)]
+                targets = [t for t in self.targets if t.shard.begin_part(number, inputs)]
                 if not targets:
                     progress.total -= len(group)
                     continue
@@ -290,7 +202,7 @@ class _Extraction:
                     self._label_batch(loaded, targets)
                     self._report(progress, len(loaded))
                 for target in targets:
-                    target.end_part(inputs)
+                    target.shard.end_part(inputs)
 
     def _report(self, progress: Progress, num_items: int) -> None:
         hours = self.samples_done / self.teacher.sampling_rate / 3600
@@ -342,7 +254,7 @@ class _Extraction:
         frames = [self.teacher.num_frames(len(x.wave)) for x in group]
         due = {"frame": frames, "token": None if batch.y_lens is None else batch.y_lens.tolist()}
         for target in targets:
-            arrays = self._checked(output, target.array, group, due.get(target.store.info.row))
+            arrays = self._checked(output, target.array, group, due.get(target.shard.store.info.row))
             # A recogniser's rows are numbers whatever its encoder gave.
             judged = output.arrays["embeddings"] if target.array in RECOGNISER_ROWS else arrays
             self.bytes_done += target.add(group, arrays, [bool(torch.isfinite(a).all()) for a in judged])

@@ -20,6 +20,8 @@ RECOGNISER_ROWS: dict[str, Literal["frame", "token", "list"]] = {
     "token_posteriors": "token",
     "nbest": "list",
 }
+# States of a language model (labels/text_states.py), whose keys name texts.
+TEXT_KIND = "text_states"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +29,12 @@ class LabelSetInfo:
     """Where the labels of a set come from; the content of ``label_set.json``."""
 
     kind: str
-    """"codebook_indexes", "embeddings", or one of a recogniser's: "ctc_posteriors", "token_posteriors", "nbest"."""
+    """"codebook_indexes", "embeddings", one of a recogniser's: "ctc_posteriors", "token_posteriors", "nbest"; or
+    "text_states"."""
     dtype: str
     """Type of the stored values: uint8, float16, float32, ..."""
     width: int
-    """Values a row: Q codes, C channels, or what labels/recogniser.py says of its kinds."""
+    """Values a row: Q codes, C channels, or what labels/recogniser.py and labels/text_states.py say of their kinds."""
     dim: int
     """Channels C of the teacher's embeddings; 0: unknown (an imported set of codes)."""
     teacher: str
@@ -45,7 +48,7 @@ class LabelSetInfo:
     normalization: str
     """Normalisation of audio and embeddings."""
     frame_formula: dict
-    """FrameFormula.to_dict() of the teacher."""
+    """FrameFormula.to_dict() of the teacher; {} of text_states, which have no frames."""
     sampling_rate: int = 16000
     """Samples a second that the teacher heard."""
     num_codebooks: int | None = None
@@ -65,7 +68,7 @@ class LabelSetInfo:
     corpus_fingerprint: str = ""
     """keys.corpus_fingerprint of the cuts; ids repeat between corpora."""
     key_kind: str = "audio"
-    """What label keys name."""
+    """What label keys name: "audio" or "text"."""
     extra: dict = field(default_factory=dict)
     """Whatever else the teacher states about itself; part of the identity."""
     origin: dict = field(default_factory=dict)
@@ -84,9 +87,10 @@ class LabelSetInfo:
         return FrameFormula.from_dict(self.frame_formula)
 
     @property
-    def row(self) -> Literal["frame", "token", "list"]:
-        """What a row is: a frame of the formula, a token of the transcript, or a number of a list as long as it is."""
-        return RECOGNISER_ROWS.get(self.kind, "frame")
+    def row(self) -> Literal["frame", "token", "list", "piece"]:
+        """What a row is: a frame of the formula, a token of the transcript, a number of a list as long as it is, or a
+        piece of a text as the language model reads it."""
+        return "piece" if self.kind == TEXT_KIND else RECOGNISER_ROWS.get(self.kind, "frame")
 
     @property
     def plain_floats(self) -> int:
@@ -111,7 +115,8 @@ class LabelSetInfo:
             raise DataError(f"{file} has unknown fields {unknown}")
         try:
             info = cls(**content)
-            FrameFormula.from_dict(info.frame_formula)
+            if info.kind != TEXT_KIND:
+                FrameFormula.from_dict(info.frame_formula)
         except (TypeError, KeyError, ValueError) as error:
             raise DataError(
                 f"{file} is damaged or incomplete ({type(error).__name__}: {error}); extract the set again"

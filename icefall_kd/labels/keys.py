@@ -8,6 +8,8 @@ Lhotse rounds at every perturbation, so an unstamped cut's native span is known 
 above 1 to one sample.  A stamp (``cut.custom["source"]``) makes it exact: prepare stamps the unperturbed cut
 and lhotse carries the stamp along; when the cut is truncated or perturbed afterwards, the key follows.
 Transforms that do not move time (volume, reverberation, codecs) leave the key alone.
+
+Labels of texts have keys that name texts: the SHA-256 of the normalised transcript.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from lhotse.augmentation import AudioTransform
 from lhotse.cut import Cut, MixedCut, MonoCut, PaddingCut
 from lhotse.utils import compute_num_samples, fastcopy, perturb_num_samples
 
+from icefall_kd.data.transcripts import transcript
 from icefall_kd.errors import ConfigError, DataError
 
 # What lhotse appends to a recording's id, by transform.
@@ -84,6 +87,16 @@ def label_key(cut: Cut) -> str:
         DataError: the cut names no single span of one recording, or its tempo was changed.
     """
     return str(_parse_cut(speech_track(cut)))
+
+
+def text_key(text: str) -> str:
+    """Return the key of a normalised text, which equal texts share whoever says them, and however fast."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def key_of(cut: Cut, key_kind: str) -> str:
+    """Return the key of a cut in a label set of this ``key_kind``: "audio" or "text"."""
+    return text_key(transcript(cut)) if key_kind == "text" else label_key(cut)
 
 
 def unperturbed_key(key: str) -> str:

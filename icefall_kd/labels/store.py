@@ -20,6 +20,7 @@ from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
 from icefall_kd.labels.keys import parse_key
 from icefall_kd.labels.recogniser import content_problem
 from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, hash_words, key_hash, write_shard
+from icefall_kd.labels.text_states import rows_problem
 from icefall_kd.runtime.files import file_lock, write_json
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def row_problem(info: LabelSetInfo, values: np.ndarray, num_samples: int) -> str
         values: (rows, width) as stored.
         num_samples: samples at the teacher's rate.
     """
+    if info.row == "piece":
+        return rows_problem(values)
     frames = info.formula.num_frames(num_samples)
     if info.row == "frame" and len(values) != frames:
         return f"{len(values)} frames, the teacher's formula gives {frames} for its {num_samples} samples"
@@ -263,6 +266,8 @@ class LabelStore:
 
     def _nearest(self, key: str) -> str:
         """Say what the set has instead of a missing key: the span at another speed, or another span."""
+        if self.info.key_kind == "text":
+            return "Keys name normalised texts: the set may be of another corpus, or of texts normalised otherwise"
         wanted, other = parse_key(key), None
         for found in map(parse_key, self.keys()):
             if found.recording_id == wanted.recording_id:

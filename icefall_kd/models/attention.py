@@ -75,11 +75,12 @@ def relative_shift(scores: Tensor) -> Tensor:
 class RelativeSelfAttention(nn.Module):
     """Self-attention whose scores add a content-position term (Dai et al. 2019, terms a to d).
 
-    The content bias u of the paper is the bias of the query projection here; the position bias v is kept.
-    Attention weights see no dropout.
+    The content bias u of the paper is the bias of the query projection here; the position bias v is kept.  With
+    ``content_bias`` both biases of the query exist, as in fairseq's Conformer: no more expressive, but as many
+    parameters as published models have.  Attention weights see no dropout.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, content_bias: bool = False) -> None:
         super().__init__()
         if dim % num_heads:
             raise ConfigError(f"--encoder-dim {dim} is not a multiple of --num-heads {num_heads}")
@@ -87,6 +88,7 @@ class RelativeSelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.position = nn.Linear(dim, dim, bias=False)
         self.position_bias = nn.Parameter(torch.zeros(num_heads, 1, dim // num_heads))
+        self.content_bias = nn.Parameter(torch.zeros(num_heads, 1, dim // num_heads)) if content_bias else None
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, left: int = 0) -> Tensor:
@@ -107,6 +109,8 @@ class RelativeSelfAttention(nn.Module):
         p = self.position(positions).view(positions.shape[0], heads, -1)  # (K+T-1, H, D)
         p = p.permute(1, 2, 0)  # (K+T-1, H, D) -> (H, D, K+T-1)
         bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
+        if self.content_bias is not None:
+            q = q + self.content_bias.to(q.dtype)
         y = _attend(q, k, v, bias)
         return self.out(y.transpose(1, 2).flatten(2))  # (N, H, T, D) -> (N, T, C)
 

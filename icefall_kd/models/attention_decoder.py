@@ -33,10 +33,9 @@ class DecoderMemory:
 
 
 @dataclass
-class DecoderCache:
-    """What a left-to-right decoder remembers of R = N * G token sequences, G of each utterance in a row."""
+class TokenCache:
+    """What causal self-attention remembers of R token sequences."""
 
-    memory: DecoderMemory
     keys: list[Tensor]
     """(R, H, U, D) of each layer, of the tokens heard so far."""
     values: list[Tensor]
@@ -47,9 +46,19 @@ class DecoderCache:
         return self.keys[0].shape[2]
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row ``rows[i]`` was, (R',) with as many rows an utterance for each one."""
+        """Let row i go on from what row ``rows[i]`` was, (R',)."""
         self.keys = [x[rows] for x in self.keys]
         self.values = [x[rows] for x in self.values]
+
+
+@dataclass
+class DecoderCache(TokenCache):
+    """The same of R = N * G token sequences, G of each utterance in a row, which look at N utterances.
+
+    A reordering keeps as many rows an utterance for each one.
+    """
+
+    memory: DecoderMemory
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
@@ -60,16 +69,21 @@ def sinusoids(positions: Tensor, dim: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm self-attention, attention to the encoder, feed-forward with ReLU."""
+    """Pre-norm self-attention, attention to the encoder (or none), feed-forward with ReLU."""
 
-    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, feedforward_dim: int, dropout: float, cross_attention: bool = True
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.self_norm, self.cross_norm, self.feedforward_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.self_norm = nn.LayerNorm(dim)
+        self.cross_norm = nn.LayerNorm(dim) if cross_attention else None
+        self.feedforward_norm = nn.LayerNorm(dim)
         self.self_qkv, self.self_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.cross_q, self.cross_kv, self.cross_out = (
-            nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim),
-        )  # fmt: skip
+        if cross_attention:
+            self.cross_q, self.cross_kv, self.cross_out = (
+                nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim),
+            )  # fmt: skip
         self.expand, self.contract = nn.Linear(dim, feedforward_dim), nn.Linear(feedforward_dim, dim)
         self.dropout = Dropout(dropout)
 
@@ -81,7 +95,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         seen: Tensor,
-        memory: tuple[Tensor, Tensor, Tensor],
+        memory: tuple[Tensor, Tensor, Tensor] | None,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Apply the layer.
@@ -89,7 +103,8 @@ class DecoderLayer(nn.Module):
         Args:
             x: (R, U, C), R a multiple of the memory's N.
             seen: bool that broadcasts to (R, 1, U, K), True where a token may look.
-            memory: keys and values (N, H, T', D), and (N, 1, 1, T') where they may be looked at.
+            memory: keys and values (N, H, T', D), and (N, 1, 1, T') where they may be looked at; None of a layer
+                without attention to the encoder.
             past: keys and values (R, H, K - U, D) of earlier tokens.
         Returns:
             (R, U, C), and the keys and values (R, H, K, D) of all tokens.
@@ -99,14 +114,17 @@ class DecoderLayer(nn.Module):
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.dropout(self.self_out(y.transpose(1, 2).flatten(2)))
-        keys, values, frames = memory
+        if self.cross_norm is not None:
+            x = x + self.dropout(self._look(x, *memory))
+        hidden = self.dropout(F.relu(self.expand(self.feedforward_norm(x))))
+        return x + self.dropout(self.contract(hidden)), (k, v)
+
+    def _look(self, x: Tensor, keys: Tensor, values: Tensor, frames: Tensor) -> Tensor:
         rows, length, dim = x.shape
         # All sequences of an utterance are queries on its one memory: nothing of the encoder is copied for a beam.
         (q,) = self.heads(self.cross_q(self.cross_norm(x)).view(keys.shape[0], -1, dim), 1)  # (N, H, R/N * U, D)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=frames)
-        x = x + self.dropout(self.cross_out(y.transpose(1, 2).reshape(rows, length, dim)))
-        hidden = self.dropout(F.relu(self.expand(self.feedforward_norm(x))))
-        return x + self.dropout(self.contract(hidden)), (k, v)
+        return self.cross_out(y.transpose(1, 2).reshape(rows, length, dim))
 
 
 class AttentionDecoder(nn.Module):
@@ -185,7 +203,7 @@ class AttentionDecoder(nn.Module):
         """Return the cache of ``rows`` empty sequences (a multiple of N) of a causal decoder."""
         shape = memory.keys[0].shape
         empty = [k.new_zeros(rows, shape[1], 0, shape[3]) for k in memory.keys]
-        return DecoderCache(memory, empty, list(empty))
+        return DecoderCache(empty, list(empty), memory)
 
     def step(self, y: Tensor, cache: DecoderCache) -> Tensor:
         """Append one token to every sequence of the cache and return the logits (R, V) of what follows.

@@ -107,13 +107,13 @@ class ConvolutionModule(nn.Module):
     convolution, Li et al. 2023, arXiv 2304.09325), so that one kernel serves every chunk size.
     """
 
-    def __init__(self, dim: int, kernel: int, dropout: float, kind: str = "full") -> None:
+    def __init__(self, dim: int, kernel: int, dropout: float, kind: str = "full", bias: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.gate = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.gate = nn.Linear(dim, 2 * dim, bias=bias)
+        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=bias)
         self.inner_norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim, bias=bias)
         self.dropout = Dropout(dropout)
         self.kind = kind
         self.left = kernel - 1 if kind == "causal" else kernel // 2
@@ -165,14 +165,19 @@ class ConvolutionModule(nn.Module):
 
 
 class ConformerLayer(nn.Module):
-    """Half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020, eq. 1)."""
+    """Half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020, eq. 1).
 
-    def __init__(self, shape: EncoderShape, dropout: float, convolution: str = "full") -> None:
+    ``fairseq_biases``: the biases of fairseq's Conformer, that is, none in the convolution module and two of the query.
+    """
+
+    def __init__(
+        self, shape: EncoderShape, dropout: float, convolution: str = "full", fairseq_biases: bool = False
+    ) -> None:
         super().__init__()
         self.feed_forward1 = FeedForward(shape.dim, shape.feedforward_dim, dropout)
         self.attention_norm = nn.LayerNorm(shape.dim)
-        self.attention = RelativeSelfAttention(shape.dim, shape.num_heads)
-        self.convolution = ConvolutionModule(shape.dim, shape.cnn_kernel, dropout, convolution)
+        self.attention = RelativeSelfAttention(shape.dim, shape.num_heads, fairseq_biases)
+        self.convolution = ConvolutionModule(shape.dim, shape.cnn_kernel, dropout, convolution, not fairseq_biases)
         self.feed_forward2 = FeedForward(shape.dim, shape.feedforward_dim, dropout)
         self.norm = nn.LayerNorm(shape.dim)
         self.dropout = Dropout(dropout)
@@ -277,7 +282,7 @@ class Conformer(nn.Module):
         tapped = {}
         for number, layer in enumerate(self.layers, start=1):
             y, _ = layer(x, positions, attention_mask, padding, chunks.chunk_size)
-            x = self._maybe_bypass(x, y)
+            x = maybe_bypass(x, y, self.layer_dropout if self.training else 0.0)
             if number in taps:
                 tapped[number] = x
         return EncoderOutput(x, lens, tapped)
@@ -329,11 +334,11 @@ class Conformer(nn.Module):
             if not 1 <= tap <= self.num_layers:
                 raise ConfigError(f"layer {tap} does not exist: the encoder has layers 1 to {self.num_layers}")
 
-    def _maybe_bypass(self, x: Tensor, y: Tensor) -> Tensor:
-        """Replace a layer's output y by a little of it on top of its input, with probability layer_dropout."""
-        if self.training and self.layer_dropout > 0 and torch.rand(()).item() < self.layer_dropout:
-            return torch.lerp(x, y, BYPASS_SCALE)
-        return y
+def maybe_bypass(x: Tensor, y: Tensor, probability: float) -> Tensor:
+    """Replace a layer's output y by a little of it on top of its input x, with a probability."""
+    if probability > 0 and torch.rand(()).item() < probability:
+        return torch.lerp(x, y, BYPASS_SCALE)
+    return y
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -133,6 +133,62 @@ def tokenizer(folder: Path) -> Any:
     return _transformers().PreTrainedTokenizerFast(tokenizer_file=str(path))
 
 
+def language_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return a masked or causal language model of a folder, without its head.
+
+    Raises:
+        ConfigError: it is an encoder and a decoder.
+        DataError: its files are damaged, or lack weights.
+    """
+    if load_config(folder).is_encoder_decoder:
+        raise ConfigError(f"{folder} holds an encoder and a decoder; a language model here is either of them")
+    model, loaded = _pretrained(_transformers().AutoModel, folder, dtype=dtype, output_loading_info=True)
+    # Models with a head for words have no pooler; nobody asks for its output.
+    if lacking := sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler.")):
+        raise DataError(f"{folder} has no weights for {', '.join(lacking[:5])}; is it a language model?")
+    return model.eval().requires_grad_(False)
+
+
+def text_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a language model's folder, which tells the characters of every piece.
+
+    Raises:
+        ConfigError: it cannot tell them.
+    """
+    found = _pretrained(_transformers().AutoTokenizer, folder)
+    if not found.is_fast:
+        raise ConfigError(
+            f"{folder} has a {type(found).__name__} that does not tell which characters a piece stands for; use a "
+            "model with a tokenizer.json, or a vocab.txt of WordPiece"
+        )
+    return found
+
+
+def random_language_model(causal: bool) -> tuple[nn.Module, Any]:
+    """Return a tiny model with random weights and its tokenizer, a piece a character: it has learnt nothing.
+
+    It knows letters, digits, the apostrophe and the 20992 common ideographs.
+    """
+    transformers = _transformers()
+    letters = [chr(c) for c in range(33, 127)]
+    table = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    table += [chr(c) for c in range(0x4E00, 0xA000)]
+    names = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(table)}, model_max_length=512)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        if causal:
+            config = transformers.GPT2Config(
+                vocab_size=len(table), n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=2
+            )
+            model = transformers.GPT2Model(config)
+        else:
+            config = transformers.BertConfig(
+                vocab_size=len(table), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+            )
+            model = transformers.BertModel(config, add_pooling_layer=False)
+    return model.eval().requires_grad_(False), names
+
+
 # Token ids of the configuration are not used by the encoder; the class' defaults are out of range for tiny
 # vocabularies in tests, so they are pinned to 0.
 _WHISPER_TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}

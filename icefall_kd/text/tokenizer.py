@@ -1,4 +1,4 @@
-"""Tokens: sentencepiece BPE, characters, or pinyin initials and finals, with the same fixed special ids."""
+"""Tokens: sentencepiece BPE, characters, pinyin, or a language model's pieces, with the same fixed special ids."""
 
 import collections
 import hashlib
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, write_json
+from icefall_kd.text.wordpiece import SPACE, WordPieces  # SPACE: how sentencepiece, too, renders a space
 
 logger = logging.getLogger(__name__)
 
 BLANK, SOS, UNK, MASK = "<blk>", "<sos/eos>", "<unk>", "<mask>"
-SPACE = "\u2581"  # how sentencepiece renders a space
 FORMAT_VERSION = 1
 
 
@@ -26,25 +26,35 @@ class Tokenizer:
 
     blank_id, sos_id, unk_id = 0, 1, 2
 
-    def __init__(self, kind: str, tokens: Sequence[str], unit: str, model: bytes | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        tokens: Sequence[str],
+        unit: str,
+        model: bytes | None = None,
+        word_pieces: WordPieces | None = None,
+    ) -> None:
         """Make a tokenizer of a complete token table; the ``train_*`` methods and :meth:`load` are the usual ways.
 
         Args:
-            kind: "bpe", "char" or "pinyin".
+            kind: "bpe", "char", "pinyin" or "plm".
             tokens: all tokens by id, specials included.
             unit: scoring unit, "word", "char" or "token".
             model: serialised sentencepiece model, for "bpe" alone.
+            word_pieces: what spells texts, for "plm" alone.
         """
-        if kind not in ("bpe", "char", "pinyin"):
-            raise ConfigError(f"token kind is {kind!r}; it must be bpe, char or pinyin")
+        if kind not in ("bpe", "char", "pinyin", "plm"):
+            raise ConfigError(f"token kind is {kind!r}; it must be bpe, char, pinyin or plm")
         if unit not in ("word", "char", "token"):
             raise ConfigError(f"scoring unit is {unit!r}; it must be word, char or token")
         if (model is not None) != (kind == "bpe"):
             raise ConfigError(f"a {kind} tokenizer {'needs a' if kind == 'bpe' else 'has no'} sentencepiece model")
+        if (word_pieces is not None) != (kind == "plm"):
+            raise ConfigError(f"a {kind} tokenizer {'needs' if kind == 'plm' else 'has no'} word pieces")
         tokens = list(tokens)
         if tokens[:3] != [BLANK, SOS, UNK] or tokens[-1] != MASK or len(set(tokens)) != len(tokens):
             raise DataError(f"the token table must be different tokens, {BLANK} {SOS} {UNK} ... {MASK}")
-        self.kind, self.unit, self.tokens, self._model = kind, unit, tokens, model
+        self.kind, self.unit, self.tokens, self._model, self._word_pieces = kind, unit, tokens, model, word_pieces
         self._ids = {token: i for i, token in enumerate(tokens)}
         self._processor = None
 
@@ -72,7 +82,10 @@ class Tokenizer:
             "tokens": self.tokens,
             "model": model,
         }
-        return fingerprint(content)
+        return fingerprint(content | self._spelling())
+
+    def _spelling(self) -> dict:
+        return {} if self._word_pieces is None else {"word_pieces": self._word_pieces.to_dict()}
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a normalised text; what the table lacks becomes the unknown token."""
@@ -86,6 +99,8 @@ class Tokenizer:
             return self._sentencepiece().encode(text, out_type=str)
         if self.kind == "char":
             return list(text.replace(" ", SPACE))
+        if self.kind == "plm":
+            return self._word_pieces.split(text)
         return pinyin_pieces(text)
 
     @property
@@ -100,7 +115,8 @@ class Tokenizer:
         """
         if self.kind == "pinyin":
             return [(c, pieces) for c, pieces in zip(text, pinyin_of_characters(text), strict=True) if pieces]
-        units = text.split() if self.kind == "bpe" or self.word_separator else [c for c in text if not c.isspace()]
+        spaced = self.kind == "bpe" or self.word_separator or (self.kind == "plm" and self.unit == "word")
+        units = text.split() if spaced else [c for c in text if not c.isspace()]
         return [(unit, self.pieces(unit)) for unit in units]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -156,7 +172,8 @@ class Tokenizer:
         with atomic_write(folder / "tokens.txt", "w") as stream:
             stream.write("".join(f"{token} {i}\n" for i, token in enumerate(self.tokens)))
         content = {"format": FORMAT_VERSION, "kind": self.kind, "unit": self.unit, "vocab_size": self.vocab_size}
-        write_json(folder / "tokenizer.json", {**content, "hash": self.hash, "tokens": self.tokens})
+        content |= {"hash": self.hash, "tokens": self.tokens} | self._spelling()
+        write_json(folder / "tokenizer.json", content)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
@@ -172,7 +189,8 @@ class Tokenizer:
             if content["format"] != FORMAT_VERSION:
                 raise DataError(f"{folder} has token format {content['format']}; this version reads {FORMAT_VERSION}")
             model = model_file.read_bytes() if content["kind"] == "bpe" else None
-            tokenizer = cls(content["kind"], content["tokens"], content["unit"], model)
+            pieces = WordPieces.from_dict(content["word_pieces"]) if content["kind"] == "plm" else None
+            tokenizer = cls(content["kind"], content["tokens"], content["unit"], model, pieces)
             stored = content["hash"]
         except (KeyError, TypeError, OSError, ConfigError) as error:
             raise DataError(f"the tokenizer in {folder} is damaged ({error!r}); run the token stage again") from error
@@ -208,6 +226,13 @@ class Tokenizer:
         found = sorted({piece for text in texts for piece in pinyin_pieces(text)})
         _require(found)
         return cls("pinyin", [BLANK, SOS, UNK, *found, MASK], "token")
+
+    @classmethod
+    def of_word_pieces(cls, pieces: WordPieces) -> "Tokenizer":
+        """Make a table of the pieces of a language model, in the recogniser's spelling."""
+        found = sorted(pieces.first | pieces.inner)
+        _require(found)
+        return cls("plm", [BLANK, SOS, UNK, *found, MASK], "word" if pieces.spaced else "char", None, pieces)
 
 
 def _require(found: Sequence[str]) -> None:

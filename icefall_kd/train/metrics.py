@@ -57,7 +57,8 @@ class Tracker:
     def add_terms(self, terms: LossTerms) -> None:
         """Add the losses of a batch."""
         self.add(read_terms(terms))
-        self.units |= {name: term.unit for name, term in terms.terms.items() if term.unit != "frame"}
+        units = {"loss": terms.unit} | {name: term.unit for name, term in terms.terms.items()}
+        self.units |= {name: unit for name, unit in units.items() if unit != "frame"}
 
     def add(self, values: dict[str, list[float]]) -> None:
         """Add what :func:`read_terms` returned."""
@@ -79,7 +80,7 @@ class Tracker:
 
     @property
     def frames(self) -> float:
-        """Encoder frames that the total was summed over."""
+        """Encoder frames, or what else ``units`` says, that the total was summed over."""
         return self.sums.get("loss", [0.0, 0.0])[1]
 
     def reduced(self) -> "Tracker":
@@ -102,7 +103,8 @@ class Tracker:
         self.sums = {name: list(pair) for name, pair in state.items()}
 
     def __str__(self) -> str:
-        return f"{format_values(self.means(), self.bounds, self.units)}, over {self.frames:.0f} frames"
+        values, unit = format_values(self.means(), self.bounds, self.units), self.units.get("loss", "frame")
+        return f"{values}, over {self.frames:.0f} {unit}s"
 
 
 def format_values(
@@ -156,7 +158,8 @@ class MetricsWriter:
             kind: "train" or "valid".
             step: steps done.
             values: losses and metrics per frame or token, shown as train/current_* or train/valid_*.
-            **fields: further numbers (``tot``: the running values by name; lr, grad_norm, ... as train/*).
+            **fields: further numbers (``tot``: the running values by name; lr, grad_norm, ... as train/*), and
+                ``units``, what values are divided by where it is not frames, which goes into the file alone.
         """
         record = {"kind": kind, "step": step, **values, **fields}
         try:
@@ -169,6 +172,8 @@ class MetricsWriter:
         for name, value in values.items():
             self.board.add_scalar(prefix + name, value, step)
         for name, value in fields.items():
+            if name == "units":
+                continue
             if isinstance(value, dict):
                 for key, number in value.items():
                     self.board.add_scalar(f"train/{name}_{key}", number, step)

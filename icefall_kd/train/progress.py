@@ -96,6 +96,7 @@ class TrainProgress:
                 audio_hours_per_hour=speed,
                 memory_gib=memory,
                 skipped=state.skipped,
+                units=current.units,
             )
 
     def log_validation(self, state: TrainState, results: Tracker, seconds: float) -> None:
@@ -104,7 +105,7 @@ class TrainProgress:
             "Epoch %d, step %d, validation[%s], %s", state.epoch, state.step, results, format_seconds(seconds)
         )
         if self.writer is not None:
-            self.writer.write("valid", state.step, results.means(), epoch=state.epoch)
+            self.writer.write("valid", state.step, results.means(), epoch=state.epoch, units=results.units)
 
     def _eta(self, state: TrainState, now: float) -> float | None:
         """Return the seconds left at this run's pace, or None when unknown."""

@@ -7,7 +7,8 @@ import torch
 
 from icefall_kd.config import AttentionDecoderConfig, DecodeConfig, ModelConfig, TrainConfig
 from icefall_kd.data.batch import Batch
-from icefall_kd.decode.runner import build_decoder, decode_parts, decode_suffix
+from icefall_kd.decode.runner import build_decoder, decode_parts
+from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError
 from icefall_kd.systems.nar import NarSystem
 from icefall_kd.text.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from icefall_kd.config import DecodeConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.decode.base import Hypothesis
 from icefall_kd.decode.ctc import CtcGreedySearch
-from icefall_kd.decode.runner import Decoded, decode_parts, decode_suffix, score_decoded
+from icefall_kd.decode.runner import Decoded, decode_parts, score_decoded
+from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.scoring import read_recogs
 from icefall_kd.text.tokenizer import Tokenizer

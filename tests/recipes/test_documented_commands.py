@@ -19,7 +19,9 @@ PAGES = ["README.md", "egs/librispeech/README.md", "egs/aishell/README.md", *sor
 )]  # fmt: skip
 # Commands of ours: scripts of a recipe, and the tools in local/.
 OURS = re.compile(r"^(\./(run_\w+|prepare)\.sh|\./(train|decode)\.py|(\.\./\.\./)?(local|benchmarks)/\w+\.py)\b")
-DEMO, NAR_DEMO = "./run_mvq.sh --corpus demo", "./run_nar.sh --corpus demo"
+DEMO, NAR_DEMO, HKD_DEMO = (f"./run_{system}.sh --corpus demo" for system in ("mvq", "nar", "hkd"))
+# Steps that the second run of a demo finds done, prepare.sh's five among them.
+SKIPPED = {DEMO: 12, NAR_DEMO: 10, HKD_DEMO: 13}
 TINY = "--encoder-dim 16 --feedforward-dim 16 --num-heads 2"
 
 
@@ -101,7 +103,7 @@ class Checkout:
             return ["--num-epochs", "1", "--device", "cpu"]
         if name == "check_teacher.py":
             return ["--check-utts", "2"]
-        if name not in ("run_mvq.sh", "run_nar.sh"):
+        if name not in ("run_mvq.sh", "run_nar.sh", "run_hkd.sh"):
             return []
         if "demo" not in words or language == "zh":  # the corpus and the options decide; the rest is as in the demo
             corpus = ["--corpus-dir", str(self.demo_corpus("zh"))] if "demo" in words else ["--partial", "true"]
@@ -113,6 +115,9 @@ class Checkout:
             searches = ["--decoding-methods", "nar_beam_search", "--teacher-methods", "joint_beam_search"]
             sizes = f"{TINY} --decoder-feedforward-dim 16 {epochs}"
             return [*every, *searches, "--systems", "transfer-both", "--train-args", sizes]
+        if name == "run_hkd.sh":
+            searches = ["--decoding-methods", "cif_greedy_search", "--systems", "cif both"]
+            return [*every, *searches, "--train-args", f"{TINY} --decoder-feedforward-dim 16 {epochs}"]
         quantizer = ["--phase1-steps", "10", "--phase2-steps", "10"]
         return [*every, *quantizer, "--decoding-methods", "greedy_search", "--train-args", f"{TINY} {epochs}"]
 
@@ -169,6 +174,12 @@ def nar_demo_run(checkout) -> str:
     return checkout.run("README.md", NAR_DEMO)
 
 
+@pytest.fixture(scope="module")
+def hkd_demo_run(checkout) -> str:
+    """The same of the demo of system hkd."""
+    return checkout.run("README.md", HKD_DEMO)
+
+
 def test_the_pages_show_commands():
     assert len(documented_commands()) >= 10
 
@@ -184,6 +195,11 @@ def test_the_demo_of_nar_ends_in_its_table(nar_demo_run, checkout):
     assert stages_done("run_nar.sh", nar_demo_run) == ["1", "2", "3", "4", "4"]
 
 
+def test_the_demo_of_hkd_ends_in_its_table(hkd_demo_run, checkout):
+    assert "| CIF | cif_greedy_search |" in hkd_demo_run and "| CIF + ACD + LRD (" in hkd_demo_run
+    assert stages_done("run_hkd.sh", hkd_demo_run) == [*"1122334", "4"]
+
+
 def stages_done(script: str, output: str) -> list[str]:
     return re.findall(rf"\({re.escape(script)}\) stage (\d) \w+(?: \[.*\])?: done", output)
 
@@ -192,10 +208,11 @@ def stages_done(script: str, output: str) -> list[str]:
 def test_documented_command_runs(page: str, command: str, checkout, request):
     first = ""
     if "demo" in command and "aishell" not in page:
-        first = request.getfixturevalue("nar_demo_run" if "nar" in command else "demo_run")
+        system = next((f"{name}_" for name in ("nar", "hkd") if name in command), "")
+        first = request.getfixturevalue(f"{system}demo_run")
     output = checkout.run(page, command)
-    if command in (DEMO, NAR_DEMO) and first:  # the second time: the same table, and nothing is done twice
-        assert ": runs, " not in output and output.count("done before, skipped") == (12 if command == DEMO else 10)
+    if command in (DEMO, NAR_DEMO, HKD_DEMO) and first:  # the second time: the same table, and nothing is done twice
+        assert ": runs, " not in output and output.count("done before, skipped") == SKIPPED[command]
         assert [x for x in first.splitlines() if x[:1] == "|"] == [x for x in output.splitlines() if x[:1] == "|"]
     if "--force" in command:
         assert "is moved to exp/demo/mvq-seed42.old" in output and "stage 4 train [mvq-seed42]: done" in output
