@@ -51,6 +51,15 @@ def test_the_label_store():
     assert f"for utterances of 2 s it is {short:.0f} %" in page
 
 
+def test_integrate_and_fire():
+    page = " ".join((REPO / "docs" / "hkd.md").read_text(encoding="utf-8").split())
+    rows = {r["what"]: r for r in result("cif_cpu")["rows"]}
+    index, slices = (rows[f"loop over {name}"] for name in ("indexes", "slices"))
+    assert f"needs {index['ratio']:.0f} times the time of the overlap matrix" in page
+    assert f"and {index['memory_ratio']:.1f} times its memory" in page
+    assert f"{slices['ratio']:.0f} times the time and {slices['memory_ratio']:.1f} times the memory" in page
+
+
 def test_exported_models():
     page = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
     files = sorted((REPO / "benchmarks/results/exported").glob("*.json"))
