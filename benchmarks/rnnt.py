@@ -8,7 +8,6 @@
 "with joiner" runs the projections and the joiner of the recipe, which any implementation pays for.
 """
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from memory import peak_gib
 from torch import Tensor, nn
 
 from icefall_kd.cli import parse_config
@@ -89,35 +89,6 @@ def build(config: BenchmarkConfig, what: str, backend: str, device: torch.device
     return run
 
 
-def peak_memory(config: BenchmarkConfig, what: str, backend: str) -> float:
-    """Return by how many GiB one call raises the peak of memory; on a CPU in a process of its own."""
-    if config.device != "cpu":
-        torch.cuda.empty_cache()
-        run = build(config, what, backend, pick_device(config.device))
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of_process, (config, what, backend))
-
-
-def _peak_of_process(config: BenchmarkConfig, what: str, backend: str) -> float:
-    torch.set_num_threads(config.num_threads)
-    run = build(config, what, backend, torch.device("cpu"))
-    # The largest size of the process is inherited from its parent: it has to be reset.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _memory("VmRSS")
-    run()
-    return (_memory("VmHWM") - before) / 2**20
-
-
-def _memory(name: str) -> int:
-    """Return a size of this process in KiB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def main() -> None:
     """Measure, print and, with --out, write."""
     config = parse_config(BenchmarkConfig, description=__doc__)
@@ -135,8 +106,9 @@ def main() -> None:
                 run()
                 seconds[name].append(time.perf_counter() - start)
         for name in backends:
+            peak = peak_gib(build, config, what, name, device=device, num_threads=config.num_threads)
             row = {"what": what, "backend": name, "seconds": statistics.median(seconds[name]), "loss": losses[name],
-                   "peak_gib": peak_memory(config, what, name)}  # fmt: skip
+                   "peak_gib": peak}  # fmt: skip
             if name != "torch":
                 row["torch_ratio"] = statistics.median(seconds["torch"]) / row["seconds"]
             rows.append(row)

@@ -14,9 +14,9 @@ class CifConfig:
     front_channels: int = 128
     """Channels of the one convolution in front of the encoder."""
     pool_layers: list[int] | None = None
-    """Encoder layers behind each of which the frame rate is halved by a max pool, on top of the convolution's half; None:
-    two, after a third and two thirds of the layers (80 ms a frame).  One serves corpora with more than a token every
-    two such frames."""
+    """Encoder layers behind each of which a max pool halves the frame rate, on top of the convolution's half.  None:
+    after a third and two thirds of the layers (80 ms a frame); one pool serves texts with more than a token every two
+    such frames."""
     cif_kernel: int = 3
     """Frames of the convolution that predicts the weights (odd)."""
     cif_dropout: float = 0.2

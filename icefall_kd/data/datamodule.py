@@ -248,6 +248,8 @@ class DataModule:
         with_audio: bool = False,
         transducer: bool = True,
         ctc: bool = True,
+        end_token: bool = False,
+        num_encoder_frames=None,
         seed: int = 42,
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
@@ -261,6 +263,8 @@ class DataModule:
             "max_duration": config.max_utt_duration,
             "transducer": transducer,
             "ctc": ctc,
+            "end_token": end_token,
+            "num_encoder_frames": num_encoder_frames,
         }
         self.train_cuts, self.rejected = filter_cuts(cuts, **keep)
         self.valid_cuts = _spread(filter_cuts(valid_cuts, **keep)[0], config.valid_utts)

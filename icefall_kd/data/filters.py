@@ -58,7 +58,13 @@ def repeats(tokens: list[int]) -> int:
 
 
 def why_not(
-    tokens: list[int], num_frames: int, *, transducer: bool = True, ctc: bool = True, num_encoder_frames=None
+    tokens: list[int],
+    num_frames: int,
+    *,
+    transducer: bool = True,
+    ctc: bool = True,
+    end_token: bool = False,
+    num_encoder_frames=None,
 ) -> str | None:
     """Return why an utterance would make a loss infinite, or None.
 
@@ -67,6 +73,7 @@ def why_not(
         num_frames: T input frames.
         transducer: the pruned transducer needs U <= T'.
         ctc: CTC needs U plus the number of repeats <= T'.
+        end_token: the end of the text is one more label.
         num_encoder_frames: the encoder's T -> T'; None: that of Conv2dSubsampling.
     """
     encoder_frames = (num_encoder_frames or conv2d_subsampled_len)(num_frames)
@@ -74,10 +81,11 @@ def why_not(
         return f"{num_frames} frames give no encoder frame"
     if not tokens:
         return "no tokens"
-    if (transducer or ctc) and len(tokens) > encoder_frames:
-        return f"{len(tokens)} tokens, {encoder_frames} encoder frames"
-    if ctc and len(tokens) + repeats(tokens) > encoder_frames:
-        return f"{len(tokens)} tokens with {repeats(tokens)} repeats, {encoder_frames} encoder frames"
+    count, text = len(tokens) + end_token, f"{len(tokens)} tokens{' and the end' if end_token else ''}"
+    if (transducer or ctc) and count > encoder_frames:
+        return f"{text}, {encoder_frames} encoder frames"
+    if ctc and count + repeats(tokens) > encoder_frames:
+        return f"{text} with {repeats(tokens)} repeats, {encoder_frames} encoder frames"
     return None
 
 
@@ -89,6 +97,7 @@ def filter_cuts(
     max_duration: float = float("inf"),
     transducer: bool = True,
     ctc: bool = True,
+    end_token: bool = False,
     num_encoder_frames=None,
 ) -> tuple[CutSet, list[LeftOut]]:
     """Split cuts into those fit for training and those left out.
@@ -100,6 +109,7 @@ def filter_cuts(
         max_duration: longest utterance in seconds.
         transducer: a transducer loss will be used.
         ctc: a CTC loss will be used.
+        end_token: the end of the text is a label, too.
         num_encoder_frames: the encoder's T -> T'; None: that of Conv2dSubsampling.
     Returns:
         The kept cuts in their order, with ``custom["num_tokens"]`` set, and what was left out with reasons.
@@ -115,7 +125,14 @@ def filter_cuts(
         else:
             tokens = tokenizer.encode(cut.supervisions[0].text or "")
             num_frames = cut.num_frames if cut.has_features else fbank_num_frames(cut.num_samples)
-            reason = why_not(tokens, num_frames, transducer=transducer, ctc=ctc, num_encoder_frames=num_encoder_frames)
+            reason = why_not(
+                tokens,
+                num_frames,
+                transducer=transducer,
+                ctc=ctc,
+                end_token=end_token,
+                num_encoder_frames=num_encoder_frames,
+            )
         if reason is None:
             kept.append(fastcopy(cut, custom={**(cut.custom or {}), "num_tokens": len(tokens)}))
         else:

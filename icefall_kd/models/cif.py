@@ -90,7 +90,8 @@ def integrate_and_fire(
         alpha = alpha if alpha.dtype == torch.float64 else alpha.float()
         quantity = alpha.double().sum(dim=1)
         if target_lens is not None:
-            lens, factor = target_lens, target_lens / (quantity + 1e-8)
+            # The public code adds 1e-8 to the sum, which takes from the last token where the sum is small.
+            lens, factor = target_lens, target_lens / quantity.clamp(min=1e-8)
             if max_factor is not None:
                 factor = factor.clamp(max=max_factor)
                 lens = torch.minimum(lens, torch.floor(quantity.detach() * factor.detach() + _ROUNDING).long())

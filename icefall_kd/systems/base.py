@@ -1,11 +1,14 @@
 """What every distillation system offers to the training loop and to the decoder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from icefall_kd.data.batch import Batch
+from icefall_kd.errors import ConfigError
+from icefall_kd.labels.store import LabelStore
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,12 @@ class LossTerms:
 
     terms: dict[str, LossTerm]
     frames: int
-    """Encoder input frames divided by the subsampling factor, the unit of the log's totals."""
+    """What the log's totals and the gradients of AdamW are divided by: encoder frames of the batch, or what ``unit``
+    says."""
     metrics: dict[str, tuple] | None = None
     """Logged beside the losses: name -> (sum, count) or (sum, count, bound), for instance codebook accuracy."""
+    unit: str = "frame"
+    """Name of what ``frames`` counts: "frame" or "token"."""
 
     @property
     def total(self) -> Tensor:
@@ -48,7 +54,7 @@ class LabelSpec:
     name: str
     """Name in ``Batch.labels``."""
     kind: str
-    """LabelSetInfo.kind: "codebook_indexes", "embeddings", "nbest", "text_states", ..."""
+    """"codebook_indexes", "embeddings", "ctc_posteriors", "token_posteriors", "nbest" or "text_states"."""
     path: str | None
     """Folder of the stored set; None when the labels are made online by a teacher."""
     expect: dict = field(default_factory=dict)
@@ -78,8 +84,8 @@ class System(nn.Module):
         return {}
 
     @property
-    def alignment_losses(self) -> dict[str, bool]:
-        """Return which of the losses transducer and ctc are active: they ask for enough frames an utterance."""
+    def alignment_losses(self) -> dict[str, object]:
+        """Return what asks for enough frames an utterance, as keywords of data.filters.why_not."""
         raise NotImplementedError
 
     def losses(self, batch: Batch, step: int) -> LossTerms:
@@ -97,3 +103,30 @@ class System(nn.Module):
     def inference_state_dict(self) -> dict[str, Tensor]:
         """Return the parameters needed at inference, distillation heads left out."""
         return self.state_dict()
+
+
+def by_row(values: Tensor, rows: Tensor, n: int) -> Tensor:
+    """Return the sums (n,) of values (M,) of the same row, by the rows' numbers (M,)."""
+    return values.new_zeros(n).index_add_(0, rows, values)
+
+
+def stored_labels(folders: Sequence, wanted: dict[str, str]) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the path and the teacher's channels of the one label set of each kind.
+
+    Args:
+        folders: those of --label-dir.
+        wanted: options that need a kind, for the message, by the kind.
+    Raises:
+        ConfigError: a kind has no label set, or several.
+    """
+    infos = [(str(path), LabelStore(path).info) for path in folders]
+    paths, dims = {}, {}
+    for kind, options in wanted.items():
+        found = [(path, info) for path, info in infos if info.kind == kind]
+        if len(found) != 1:
+            there = ", ".join(f"{path} ({info.kind})" for path, info in infos) or "none"
+            raise ConfigError(
+                f"{options}: one label set of kind {kind} is needed, --label-dir names {len(found)} (of all: {there})"
+            )
+        paths[kind], dims[kind] = found[0][0], found[0][1].dim
+    return paths, dims

@@ -288,6 +288,8 @@ def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     if inference:
         return MvqSystem(config, vocab_size)
     refuse_options(config.recogniser_kd, "nar")
+    for group in (config.cif, config.text_kd):
+        refuse_options(group, "hkd")
     if config.kd.kd == "none":
         return MvqSystem(config, vocab_size)
     num_layers = config.model.num_encoder_layers or ENCODER_SIZES[config.model.encoder_size][0]

@@ -12,8 +12,6 @@ The first two are sums over utterances.  Frame-level terms of the CTC head and t
 the number of reference tokens, so that every scale weighs nats a token against nats a token.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +26,6 @@ from icefall_kd.decode.mask_ctc import MaskPredict
 from icefall_kd.decode.nar_beam import NarBeamSearch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FBANK_CONV2D
-from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.ctc import ctc_loss
 from icefall_kd.losses.masked_lm import draw_masks, smoothed_cross_entropy
 from icefall_kd.losses.posterior_kd import nbest_weights, posterior_kd
@@ -36,7 +33,7 @@ from icefall_kd.models.attention_decoder import DecoderMemory
 from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.ctc_attention import CtcAttentionModel
 from icefall_kd.models.masks import make_pad_mask
-from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms, System
+from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms, System, by_row, stored_labels
 
 # Which labels each distillation term reads.
 KD_LABELS = {
@@ -186,7 +183,7 @@ class NarSystem(System):
             1 - self.attention.ctc_weight,
             max(len(target), 1) / draws,
             unit="token",
-            per_utterance=_by_row(loss.detach(), row // draws, len(where) // draws),
+            per_utterance=by_row(loss.detach(), row // draws, len(where) // draws),
         )
         metrics[f"{name}_acc"] = ((logits.argmax(dim=1) == target).sum().float(), float(len(target)))
 
@@ -201,7 +198,7 @@ class NarSystem(System):
         else:
             weight = torch.ones_like(loss)
         loss, count = loss * weight, max(float(weight.sum()), 1e-9)
-        return LossTerm(loss.sum(), scale / count, count, per_utterance=_by_row(loss.detach(), row, len(lens)))
+        return LossTerm(loss.sum(), scale / count, count, per_utterance=by_row(loss.detach(), row, len(lens)))
 
     def _encoder_kd(self, encoder_out: Tensor, lens: Tensor, labels: Labels, scale: float) -> LossTerm:
         """Distance of a projection of the encoder output from the teacher's, mean over channels."""
@@ -214,7 +211,7 @@ class NarSystem(System):
             else:
                 loss = F.mse_loss(predicted, wanted, reduction="none").mean(dim=1)
         count = max(len(loss), 1)
-        return LossTerm(loss.sum(), scale / count, count, per_utterance=_by_row(loss.detach(), row, len(lens)))
+        return LossTerm(loss.sum(), scale / count, count, per_utterance=by_row(loss.detach(), row, len(lens)))
 
     def _token_kd(self, logits: Tensor, masks: Tensor, labels: TopK, scale: float) -> LossTerm:
         """Token level: KL to the teacher's decoder at masked tokens, over the classes that a text can have."""
@@ -223,7 +220,7 @@ class NarSystem(System):
         row, token = (masks & labelled).nonzero(as_tuple=True)
         ids, probs, rest = (x[row // draws, token] for x in (labels.ids, labels.probs, labels.rest))
         loss = posterior_kd(self._text_logits(logits[row, token]), ids, probs, rest, self.cfg.kd_temperature) / draws
-        each = _by_row(loss.detach(), row // draws, len(masks) // draws)
+        each = by_row(loss.detach(), row // draws, len(masks) // draws)
         return LossTerm(loss.sum(), scale, max(len(loss), 1) / draws, "token", per_utterance=each)
 
     def _text_logits(self, logits: Tensor) -> Tensor:
@@ -271,7 +268,7 @@ class NarSystem(System):
                 scales["nbest_token"],
                 max(float(weight.sum()), 1e-9),
                 "token",
-                per_utterance=_by_row(loss.detach(), row // b, n),
+                per_utterance=by_row(loss.detach(), row // b, n),
             )
 
     def decoders(self) -> dict[str, object]:
@@ -295,10 +292,6 @@ def _valid(label_lens: Tensor, lens: Tensor, max_len: int) -> tuple[Tensor, Tens
     return (~make_pad_mask(torch.minimum(label_lens, lens), max_len)).nonzero(as_tuple=True)
 
 
-def _by_row(values: Tensor, rows: Tensor, n: int) -> Tensor:
-    return values.new_zeros(n).index_add_(0, rows, values)
-
-
 def _repeats(y: Tensor, lens: Tensor) -> Tensor:
     """Return how often a token equals the one before it, of sequences (N, B, U): CTC needs a blank there."""
     same = (y[..., 1:] == y[..., :-1]) & ~make_pad_mask(lens, y.shape[2])[..., 1:]
@@ -313,6 +306,8 @@ def build_nar(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     """
     if inference:
         return NarSystem(config, vocab_size)
+    for group in (config.cif, config.text_kd):
+        refuse_options(group, "hkd")
     refuse_options(config.kd, "mvq", besides=("teacher_labels", "label_dir", "min_coverage"))
     kd = active_kd(config.recogniser_kd)
     if not kd:
@@ -327,28 +322,6 @@ def build_nar(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
         with torch.random.fork_rng(devices=[]):
             online = RecogniserTeacher.for_training(config)
         return NarSystem(config, vocab_size, kd, online=online, teacher_dim=online.dim)
-    paths, dims = stored_labels(config.kd.label_dir, kinds)
+    scales = {k: [f"--{n.replace('_', '-')}-scale" for n, kind in KD_LABELS.items() if kind == k] for k in kinds}
+    paths, dims = stored_labels(config.kd.label_dir, {kind: ", ".join(names) for kind, names in scales.items()})
     return NarSystem(config, vocab_size, kd, paths, teacher_dim=dims.get("embeddings", 0))
-
-
-def stored_labels(folders: Sequence, kinds: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
-    """Return the path and the teacher's channels of the label set of each kind.
-
-    Raises:
-        ConfigError: a kind has none, or several.
-    """
-    infos = [(str(path), LabelStore(path).info) for path in folders]
-    paths, dims = {}, {}
-    for kind in kinds:
-        found = [(path, info) for path, info in infos if info.kind == kind]
-        if len(found) != 1:
-            names = [name for name, needed in KD_LABELS.items() if needed == kind]
-            terms = ", ".join(f"--{name.replace('_', '-')}-scale" for name in names)
-            there = ", ".join(f"{path} ({info.kind})" for path, info in infos) or "none"
-            raise ConfigError(
-                f"{terms}: one label set of kind {kind} is needed, --label-dir names {len(found)} (of all: {there})"
-            )
-        paths[kind], dims[kind] = found[0][0], found[0][1].dim
-    return paths, dims
-
-

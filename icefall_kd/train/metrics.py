@@ -57,7 +57,8 @@ class Tracker:
     def add_terms(self, terms: LossTerms) -> None:
         """Add the losses of a batch."""
         self.add(read_terms(terms))
-        self.units |= {name: term.unit for name, term in terms.terms.items() if term.unit != "frame"}
+        units = {"loss": terms.unit} | {name: term.unit for name, term in terms.terms.items()}
+        self.units |= {name: unit for name, unit in units.items() if unit != "frame"}
 
     def add(self, values: dict[str, list[float]]) -> None:
         """Add what :func:`read_terms` returned."""
@@ -79,7 +80,7 @@ class Tracker:
 
     @property
     def frames(self) -> float:
-        """Encoder frames that the total was summed over."""
+        """Encoder frames, or what else ``units`` says, that the total was summed over."""
         return self.sums.get("loss", [0.0, 0.0])[1]
 
     def reduced(self) -> "Tracker":
@@ -102,7 +103,8 @@ class Tracker:
         self.sums = {name: list(pair) for name, pair in state.items()}
 
     def __str__(self) -> str:
-        return f"{format_values(self.means(), self.bounds, self.units)}, over {self.frames:.0f} frames"
+        values, unit = format_values(self.means(), self.bounds, self.units), self.units.get("loss", "frame")
+        return f"{values}, over {self.frames:.0f} {unit}s"
 
 
 def format_values(
