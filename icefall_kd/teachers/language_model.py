@@ -25,6 +25,11 @@ from icefall_kd.text.alignment import close_gaps
 from icefall_kd.text.wordpiece import WordPieces
 from icefall_kd.train.checkpoint import state_sha256
 
+RANDOM_MODELS = {"tiny-random-masked": False, "tiny-random-causal": True}
+"""Models of random weights by name, and whether they are causal."""
+# Characters are stored as 16 bits.
+_MOST_CHARACTERS = 65535
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -35,12 +40,6 @@ class Encoded:
     """(P, 2) int64 characters of the text that each piece stands for; (i, i) for white space alone."""
     unknown: np.ndarray
     """(P,) bool: the model has no piece for these characters."""
-
-
-RANDOM_MODELS = {"tiny-random-masked": False, "tiny-random-causal": True}
-"""Models of random weights by name, and whether they are causal."""
-# Characters are stored as 16 bits.
-_MOST_CHARACTERS = 65535
 
 
 def load_tokenizer(plm: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+from text_toys import halved_words
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.text.tokenizer import MASK, Tokenizer, pinyin_pieces
@@ -13,11 +14,13 @@ HANZI = ["我们去北京", "中国很大", "他的书"]
 
 
 def make(kind):
-    texts = ENGLISH if kind in ("bpe", "char") else HANZI
+    texts = HANZI if kind == "pinyin" else ENGLISH
+    if kind == "plm":
+        return Tokenizer.of_word_pieces(halved_words(texts)), texts
     return (Tokenizer.train_bpe(texts, 40) if kind == "bpe" else getattr(Tokenizer, f"train_{kind}")(texts)), texts
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char", "pinyin"])
+@pytest.mark.parametrize("kind", ["bpe", "char", "pinyin", "plm"])
 def test_special_ids_are_fixed_and_mask_is_the_last(kind):
     tokenizer, texts = make(kind)
     assert tokenizer.tokens[:3] == ["<blk>", "<sos/eos>", "<unk>"]
@@ -28,7 +31,7 @@ def test_special_ids_are_fixed_and_mask_is_the_last(kind):
     assert used and not used & {0, 1, 2, tokenizer.mask_id}
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char"])
+@pytest.mark.parametrize("kind", ["bpe", "char", "plm"])
 def test_text_survives_encoding(kind):
     tokenizer, texts = make(kind)
     for text in texts:
@@ -40,7 +43,7 @@ def test_text_survives_encoding(kind):
     assert tokenizer.encode("") == []
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char", "pinyin"])
+@pytest.mark.parametrize("kind", ["bpe", "char", "pinyin", "plm"])
 def test_a_saved_tokenizer_is_the_same(kind, tmp_path):
     tokenizer, texts = make(kind)
     tokenizer.save(tmp_path / "lang")
@@ -60,7 +63,7 @@ def test_training_twice_gives_the_same_hash_and_other_text_another():
     assert Tokenizer.train_char(["AB"]).hash != Tokenizer.train_char(["AC"]).hash
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char"])
+@pytest.mark.parametrize("kind", ["bpe", "char", "plm"])
 def test_a_changed_file_is_refused(kind, tmp_path):
     make(kind)[0].save(tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -148,7 +151,7 @@ def test_pinyin_decodes_to_tokens_separated_by_spaces():
     assert tokenizer.decode(tokenizer.encode("中国")) == "zh ong1 g uo2"
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char", "pinyin"])
+@pytest.mark.parametrize("kind", ["bpe", "char", "pinyin", "plm"])
 def test_words_are_those_of_the_text_with_the_places_of_their_tokens(kind):
     tokenizer, texts = make(kind)
     for text in texts:
