@@ -15,7 +15,7 @@ import numpy as np
 
 from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, paired_bootstrap
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.labels.info import INFO_NAME, RECOGNISER_ROWS, LabelSetInfo
+from icefall_kd.labels.info import INFO_NAME, RECOGNISER_ROWS, TEXT_KIND, LabelSetInfo
 from icefall_kd.labels.shard import Shard
 from icefall_kd.runtime.files import read_json, write_json
 
@@ -159,12 +159,14 @@ class Row:
 def _kind_text(storage: LabelStorage) -> str:
     if storage.kind in RECOGNISER_ROWS:
         return storage.kind.replace("_", " ").replace("nbest", "n-best")
+    if storage.kind == TEXT_KIND:
+        return "text states"
     return f"{storage.width} {'codebooks' if storage.kind == 'codebook_indexes' else storage.kind}"
 
 
 def distils(config: dict) -> bool:
     """Return whether a training has a distillation loss."""
-    return config.get("kd", "none") != "none" or bool(nar_levels(config))
+    return config.get("kd", "none") != "none" or bool(nar_levels(config)) or bool(text_levels(config))
 
 
 def nar_levels(config: dict) -> list[str]:
@@ -172,8 +174,15 @@ def nar_levels(config: dict) -> list[str]:
     return [level for level, terms in NAR_LEVELS.items() if any(config.get(term, 0) > 0 for term in terms)]
 
 
+def text_levels(config: dict) -> list[str]:
+    """Return the losses by which a training of --system hkd learns from a language model, acd and lrd."""
+    return [name for name in config.get("text_kd") or [] if config.get(f"{name}_scale", 0) > 0]
+
+
 def system_name(config: dict) -> str:
     """Return what a training is called in tables."""
+    if config.get("system") == "hkd":
+        return " + ".join(["CIF", *(name.upper() for name in sorted(text_levels(config)))])
     if config.get("system") == "nar":
         if config.get("attention_decoder") == "ar":
             return "AR"
