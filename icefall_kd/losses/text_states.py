@@ -11,7 +11,7 @@ class TextUnits:
     """The R units (tokens or words) of a batch that have a state, in the order of utterances and units.
 
     Attributes:
-        values: (R, D) float32 states.
+        values: (R, D) float32 states, which get no gradient.
         rows: (R,) utterance of each unit.
     """
 
@@ -41,7 +41,7 @@ class TextUnits:
         self._count = count[kept].unsqueeze(1)
         self._last = torch.zeros_like(kept).scatter_reduce_(0, self._unit, self._token, "amax", include_self=False)
         self.rows = torch.div(kept, max(size, 1), rounding_mode="floor")
-        self.values = text.values.flatten(0, 1)[kept].float()
+        self.values = text.values.detach().flatten(0, 1)[kept].float()
 
     def __len__(self) -> int:
         return len(self.values)

@@ -11,9 +11,11 @@ from torch import nn
 
 from icefall_kd.data.batch import IGNORE
 from icefall_kd.losses.codebook import CodebookLoss
+from icefall_kd.losses.contrastive import contrastive_loss
 from icefall_kd.losses.ctc import ctc_loss
 from icefall_kd.losses.frame_kd import FrameKdLoss
 from icefall_kd.losses.rnnt import pruned_transducer_loss
+from icefall_kd.models.cif import integrate_and_fire
 from icefall_kd.models.transducer import Joiner, StatelessDecoder
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -158,4 +160,44 @@ def test_frame_kd_loss(device, kind):
     embeddings[1, 17:] = float("nan")
     tensors = {"x": torch.randn(3, 30, 24), "embeddings": embeddings, "mask": mask}
     head = FrameKdLoss(24, 20, 2, kind)
+    compare(run(head, loss, tensors, ("x",), device), run(head, loss, tensors, ("x",), "cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_integrate_and_fire(device, dtype, scaled):
+    def loss(_, encoder_out, alpha, lens, side):
+        out = integrate_and_fire(encoder_out, alpha, lens if scaled else None)
+        return out.c * side[:, : out.c.shape[1]], out.quantity, out.lens.to(out.c.dtype)
+
+    tensors = {
+        "encoder_out": torch.randn(4, 50, 8, dtype=torch.float64),
+        "alpha": torch.rand(4, 50, dtype=torch.float64),
+        "lens": torch.tensor([50, 31, 2, 20]),
+        "side": torch.randn(4, 60, 8, dtype=torch.float64),
+    }
+    tensors["alpha"][3] *= 0.01
+    expected = run(nn.Module(), loss, tensors, ("encoder_out", "alpha"), "cpu")
+    for name in ("encoder_out", "alpha", "side"):
+        tensors[name] = tensors[name].to(dtype)
+    found = run(nn.Module(), loss, tensors, ("encoder_out", "alpha"), device)
+    assert torch.equal(found["loss 2"].double(), expected["loss 2"])
+    # Factors of hundreds enlarge what rounding leaves in the gradient of the weights.
+    size = expected["gradient of alpha"].abs().max(dim=1, keepdim=True).values
+    for values in (found, expected):
+        values["gradient of alpha"] = values["gradient of alpha"].double() / size
+    compare(found, expected, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_contrastive_loss(device):
+    def loss(head, x, wanted):
+        value, right = contrastive_loss(head(x), wanted, 0.1)
+        return value, right.float()
+
+    wanted = torch.randn(30, 16)
+    wanted[20:] = wanted[:10]  # no negatives of each other
+    tensors = {"x": torch.randn(30, 8), "wanted": wanted}
+    head = nn.Linear(8, 16)
     compare(run(head, loss, tensors, ("x",), device), run(head, loss, tensors, ("x",), "cpu"))
