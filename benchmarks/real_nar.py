@@ -10,38 +10,25 @@ context says something about a digit), data_aishell (Mandarin words, pinyin toke
 bed, reported on dev.  The table of all result files goes into RESULTS.md.
 """
 
-import json
-import logging
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import chains
 from real_recordings import BEDS as MVQ_BEDS
-from real_recordings import REPO, SOURCES, run_command, without_machine_paths, write_result
+from real_recordings import REPO, SOURCES, run_command, without_machine_paths
 
-from icefall_kd.bootstrap import confidence_interval
 from icefall_kd.cli import parse_config
 from icefall_kd.config.checks import at_least
 from icefall_kd.errors import ConfigError, run_main
-from icefall_kd.labels.store import LabelStore
-from icefall_kd.results import compare as paired_bootstrap_of
-from icefall_kd.results import find_results, search_name, stack_utterances
-from icefall_kd.results_table import markdown_table, replace_block
-from icefall_kd.runtime.env import environment
-from icefall_kd.runtime.files import read_json, write_json, write_text
+from icefall_kd.results_table import markdown_table
 from icefall_kd.runtime.log import setup_logging
-from icefall_kd.scoring import RATE_NAMES
 
-logger = logging.getLogger("real_nar")
 SAME_SIZE = ["scratch", "transfer", "transfer-frame", "transfer-sequence", "transfer-both"]
 SMALL = ["small", "small-frame", "small-sequence", "small-both"]
 SHORT_LIST = ["teacher", "scratch", "transfer", "transfer-both", "small", "small-both"]
 SEARCHES = ["ctc_greedy_search", "mask_predict", "nar_beam_search"]
 TEACHER_SEARCHES = ["ctc_greedy_search", "joint_beam_search"]
-SAMPLES = 10000
-_GIT = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -98,15 +85,7 @@ class RealNarConfig:
 
     def __post_init__(self) -> None:
         at_least(self, jobs=1)
-        beds = BEDS.values()
-        for option, known in (
-            ("beds", list(BEDS)),
-            ("systems", list(dict.fromkeys(system for bed in beds for system in bed.systems))),
-            ("seeds", sorted({seed for bed in beds for seed in bed.seeds})),
-        ):
-            for value in getattr(self, option):
-                if value not in known:
-                    raise ConfigError(f"--{option} names {value!r}; there are {', '.join(map(str, known))}")
+        chains.check_choices(self, BEDS)
 
 
 def source_dir(bed: str, config: RealNarConfig) -> Path:
@@ -121,11 +100,6 @@ def source_dir(bed: str, config: RealNarConfig) -> Path:
     return (config.data_root / SOURCES[BEDS[bed].home]).resolve()
 
 
-def result_file(config: RealNarConfig, bed: str, system: str, seed: int) -> Path:
-    """Return where the result of a training lies."""
-    return config.results / f"{bed}_{system}_seed{seed}.json"
-
-
 def recipe_line(config: RealNarConfig, bed: str, corpus: Path, *options: object) -> list:
     """Return the command line of run_nar.sh for a bed."""
     home, exp = (config.exp_root / BEDS[bed].home).resolve(), (config.exp_root / bed).resolve()
@@ -137,45 +111,13 @@ def recipe_line(config: RealNarConfig, bed: str, corpus: Path, *options: object)
 def run_chain(config: RealNarConfig, bed: str, seed: int, corpus: Path) -> None:
     """Train and decode what is missing of a seed, one system after the other: they share the teacher."""
     for system in BEDS[bed].systems:
-        out = result_file(config, bed, system, seed)
+        out = chains.result_file(config, bed, system, seed)
         if out.exists() or system not in config.systems:
             continue
         run_command(recipe_line(config, bed, corpus, "--stage", 1, "--systems", system, "--seeds", seed))
         exp_dir = (config.exp_root / bed).resolve() / f"{system}-seed{seed}"
-        write_result(out, without_machine_paths(collect(exp_dir, bed, system, seed), config))
-        if config.commit:
-            with _GIT:
-                run_command(["git", "add", out])
-                run_command(["git", "commit", "-q", "-m", f"Result: {bed}, {system}, seed {seed}", "--", out])
-
-
-def collect(exp_dir: Path, bed: str, system: str, seed: int) -> dict:
-    """Return everything that the result file of a training holds."""
-    run = read_json(exp_dir / "config.json")
-    summary = read_json(exp_dir / "train_summary.json")
-    lines = (exp_dir / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = {record["kind"]: record for record in map(json.loads, lines)}
-    kept = ("loss", "acc", "epoch", "step")
-    stores = [LabelStore(path) for path in run["config"]["label_dir"]]
-    decodings = {search_name(result): result for result in find_results(exp_dir, part="dev")}
-    names = ("finished", "epochs", "steps", "seconds", "audio_hours_per_hour", "peak_memory_gib")
-    return {
-        "bed": bed,
-        "system": system,
-        "seed": seed,
-        "training": {name: summary[name] for name in (*names, "parameters", "device")},
-        "options": run["config"],
-        "last": {kind: {k: v for k, v in r.items() if k.endswith(kept)} for kind, r in last.items()},
-        "labels": [{"kind": s.info.kind, "fingerprint": s.info.fingerprint, **s.storage_report()} for s in stores],
-        "decodings": decodings,
-        "environment": environment(),
-    }
-
-
-def finished(config: RealNarConfig, bed: str, system: str) -> dict[int, dict]:
-    """Return the results of a system on a bed, by seed."""
-    files = {seed: result_file(config, bed, system, seed) for seed in BEDS[bed].seeds}
-    return {seed: read_json(file) for seed, file in files.items() if file.exists()}
+        result = without_machine_paths(chains.collect(exp_dir, bed, system, seed), config)
+        chains.keep(out, result, config.commit)
 
 
 def pairs_of(bed: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
@@ -190,27 +132,7 @@ def pairs_of(bed: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
 
 def compare(config: RealNarConfig, bed: str) -> list[dict]:
     """Compare systems and searches of a bed by the paired bootstrap, pooled over the seeds that both have."""
-    results = {system: finished(config, bed, system) for system in BEDS[bed].systems}
-    found = []
-    for a, b in pairs_of(bed):
-        seeds = sorted(set(results[a[0]]) & set(results[b[0]]))
-        both = [[results[system][s]["decodings"].get(search) for s in seeds] for system, search in (a, b)]
-        if not seeds or None in both[0] + both[1]:
-            continue
-        names = [f"{system}, seed {s}, {search}" for system, search in (a, b) for s in seeds]
-        outcome = paired_bootstrap_of(*both, names, num_samples=SAMPLES)
-        values = {"before": str(outcome.a), "after": str(outcome.b), "difference": str(outcome.difference)}
-        values["relative"] = f"{100 * outcome.difference.value / outcome.a.value:+.1f} %" if outcome.a.value else "-"
-        values["probability_of_improvement"] = outcome.probability_of_improvement
-        found.append({"from": list(a), "to": list(b), "seeds": seeds, "samples": SAMPLES, **values})
-    if found:
-        write_json(comparisons_file(config, bed), found)
-    return found
-
-
-def comparisons_file(config: RealNarConfig, bed: str) -> Path:
-    """Return where the comparisons of a bed lie."""
-    return config.results / f"{bed}_comparisons.json"
+    return chains.compare(config, bed, BEDS[bed], pairs_of(bed))
 
 
 def table(config: RealNarConfig) -> str:
@@ -219,10 +141,9 @@ def table(config: RealNarConfig) -> str:
     header += ["against the search before", "masked", "RTF", "label bytes an hour", "fastest training in s"]
     cells = []
     for bed in BEDS:
-        file = comparisons_file(config, bed)
-        compared = {(tuple(c["from"]), tuple(c["to"])): c for c in (read_json(file) if file.exists() else [])}
+        compared = chains.compared(config, bed)
         for system in BEDS[bed].systems:
-            results = finished(config, bed, system)
+            results = chains.finished(config, bed, BEDS[bed].seeds, system)
             for search in TEACHER_SEARCHES if system == "teacher" else SEARCHES:
                 if results and all(search in r["decodings"] for r in results.values()):
                     cells.append(_cells(bed, system, search, results, compared))
@@ -231,8 +152,6 @@ def table(config: RealNarConfig) -> str:
 
 def _cells(bed: str, system: str, search: str, results: dict[int, dict], compared: dict) -> list[str]:
     found = [result["decodings"][search] for result in results.values()]
-    _, errors, ref_lens = stack_utterances(found, [str(seed) for seed in results])
-    rate = confidence_interval(errors.sum(axis=0), len(found) * ref_lens, SAMPLES)
     base = "small" if system.startswith("small") else "scratch"
     before = {"mask_predict": "ctc_greedy_search", "nar_beam_search": "mask_predict"}.get(search)
     helped = compared.get(((base, search), (system, search)), {})
@@ -246,7 +165,7 @@ def _cells(bed: str, system: str, search: str, results: dict[int, dict], compare
         ", ".join(map(str, results)),
         search,
         f"{found[0]['parameters']:,}",
-        f"{RATE_NAMES[found[0]['unit']]} {rate} %",
+        chains.rate_text(found),
         helped.get("difference", "-"),
         helped.get("relative", "-"),
         searched.get("difference", "-"),
@@ -261,28 +180,11 @@ def main() -> None:
     """Run what is missing, then compare."""
     setup_logging()
     config = parse_config(RealNarConfig, description=__doc__)
-    chains = []
-    for bed in config.beds if not config.compare else ():
-        missing = [
-            seed
-            for seed in BEDS[bed].seeds
-            if seed in config.seeds
-            and any(not result_file(config, bed, s, seed).exists() for s in BEDS[bed].systems if s in config.systems)
-        ]
-        if missing:
-            corpus = source_dir(bed, config)
-            run_command(recipe_line(config, bed, corpus, "--stop-stage", 0))
-            chains += [(bed, seed, corpus) for seed in missing]
-    with ThreadPoolExecutor(config.jobs) as pool:
-        for done in [pool.submit(run_chain, config, *chain) for chain in chains]:
-            done.result()
+    if not config.compare:
+        chains.run_missing(config, BEDS, source_dir, recipe_line, run_chain)
     for bed in config.beds:
         compare(config, bed)
-    text = table(config)
-    print(text)
-    if config.report is not None:
-        before = config.report.read_text(encoding="utf-8") if config.report.exists() else ""
-        write_text(config.report, replace_block(before, "real_nar", text))
+    chains.publish(table(config), config.report, "real_nar")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ class LabelStorage:
     """Hours of audio, speed copies counted."""
     file_bytes: int
     """Bytes of all shards, their indexes included."""
+    teacher: str = ""
+    """Of text_states: what the user called the language model."""
+    random: bool = False
+    """Whether its weights are random."""
 
     @property
     def bytes_per_hour(self) -> float:
@@ -140,6 +144,11 @@ class Row:
         seconds = [run.summary["seconds"] for run in self.runs if run.summary.get("seconds") is not None]
         return sum(seconds) / len(seconds) if seconds else None
 
+    def text_coverage(self) -> str:
+        """Return the share of training utterances whose text met a language model's states, for people."""
+        found = self.runs[0].summary.get("text_coverage") if hkd_losses(self.runs[0].config) else None
+        return f"{100 * found['aligned'] / found['utterances']:.1f} %" if found else "-"
+
     def label_texts(self) -> tuple[str, str, str]:
         """Return label kind, bytes an hour and the ratio to float32 embeddings, for people."""
         config, labels = self.runs[0].config, self.runs[0].labels
@@ -157,16 +166,16 @@ class Row:
 
 
 def _kind_text(storage: LabelStorage) -> str:
+    if storage.kind == TEXT_KIND:
+        return f"{storage.dim} channels a piece"
     if storage.kind in RECOGNISER_ROWS:
         return storage.kind.replace("_", " ").replace("nbest", "n-best")
-    if storage.kind == TEXT_KIND:
-        return "text states"
     return f"{storage.width} {'codebooks' if storage.kind == 'codebook_indexes' else storage.kind}"
 
 
 def distils(config: dict) -> bool:
     """Return whether a training has a distillation loss."""
-    return config.get("kd", "none") != "none" or bool(nar_levels(config)) or bool(text_levels(config))
+    return config.get("kd", "none") != "none" or bool(nar_levels(config)) or bool(hkd_losses(config))
 
 
 def nar_levels(config: dict) -> list[str]:
@@ -174,15 +183,22 @@ def nar_levels(config: dict) -> list[str]:
     return [level for level, terms in NAR_LEVELS.items() if any(config.get(term, 0) > 0 for term in terms)]
 
 
-def text_levels(config: dict) -> list[str]:
-    """Return the losses by which a training of --system hkd learns from a language model, acd and lrd."""
-    return [name for name in config.get("text_kd") or [] if config.get(f"{name}_scale", 0) > 0]
+def hkd_losses(config: dict) -> list[str]:
+    """Return the distillation losses of a training of --system hkd: acd, lrd."""
+    return [name for name in config.get("text_kd") or () if config.get(f"{name}_scale", 0) > 0]
 
 
-def system_name(config: dict) -> str:
-    """Return what a training is called in tables."""
+def system_name(config: dict, labels: Sequence[LabelStorage] = ()) -> str:
+    """Return what a training is called in tables.
+
+    Args:
+        config: its options.
+        labels: its label sets; of a language model's states they tell which it was, and whether it has learnt anything.
+    """
     if config.get("system") == "hkd":
-        return " + ".join(["CIF", *(name.upper() for name in sorted(text_levels(config)))])
+        name = " + ".join(["CIF", *(loss.upper() for loss in hkd_losses(config))])
+        of = [f"{s.teacher}, RANDOM weights" if s.random else s.teacher for s in labels if s.kind == TEXT_KIND]
+        return f"{name} ({of[0]})" if of else name
     if config.get("system") == "nar":
         if config.get("attention_decoder") == "ar":
             return "AR"
@@ -275,6 +291,8 @@ def measure_labels(label_dir: Path) -> LabelStorage:
         frames=sum(shard.num_frames for shard in opened),
         hours=sum(shard.num_samples for shard in opened) / info.sampling_rate / 3600.0,
         file_bytes=sum(path.stat().st_size for path in shards),
+        teacher=Path(info.teacher).name if info.kind == TEXT_KIND else "",
+        random=info.kind == TEXT_KIND and str(info.origin.get("source", "")).startswith("random weights"),
     )
 
 
@@ -401,7 +419,7 @@ def _name_sizes(by_group: list[list[Row]]) -> None:
 
 
 def _rows_of(group: list[Run]) -> list[Row]:
-    name = system_name(group[0].config)
+    name = system_name(group[0].config, group[0].labels)
     by_decoding: dict[str, Row] = {}
     for run in group:
         for suffix in dict.fromkeys(result["suffix"] for result in run.results):

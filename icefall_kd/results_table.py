@@ -49,17 +49,47 @@ def nar_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             share = row.masked_share(part)
             line += [_rate(row, part), _relative(rows, row, part), "-" if share is None else f"{100 * share:.1f} %"]
         cells.append([*line, "-" if row.rtf is None else f"{row.rtf:.4f}", _seconds(row)])
+    _tell_decodings(rows, header, cells)
+    return header, cells
+
+
+def hkd_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the table of CIF recognisers with and without distillation from a language model.
+
+    The relative change is that of the error rate against CIF alone, decoded by the same search with the same options.
+    Coverage is the share of training utterances whose text met the language model's states.
+    """
+    parts = part_order(rows)
+    header = ["system", "search", "seeds"]
+    for part in parts:
+        header += [f"{rate_name(rows, part)} {part}", f"relative change {part}"]
+    header += ["label bytes per hour", "coverage", "seconds"]
+    cells = []
+    for row in rows:
+        base = next((r for r in rows if r.system.split(" (")[0] == "CIF" and r.how == row.how), None)
+        line = [row.system, row.search, ", ".join(str(run.seed) for run in row.runs)]
+        for part in parts:
+            line += [_rate(row, part), _change(base, row, part)]
+        cells.append([*line, row.label_texts()[1], row.text_coverage(), _seconds(row)])
+    _tell_decodings(rows, header, cells)
+    return header, cells
+
+
+def _tell_decodings(rows: Sequence[Row], header: list[str], cells: list[list[str]]) -> None:
+    """Insert a column of decodings where a system has two of one search."""
     if len({(row.system, row.search) for row in rows}) < len(rows):
         header.insert(2, "decoding")
         for row, line in zip(rows, cells, strict=True):
             line.insert(2, row.decoding)
-    return header, cells
 
 
 def _relative(rows: Sequence[Row], row: Row, part: str) -> str:
     """Return the relative change of the error rate against the scratch student of the same size and decoding."""
     same = (r for r in rows if r.parameters == row.parameters and r.how == row.how)
-    base = next((r for r in same if r.system.removeprefix("small ") == "NAR"), None)
+    return _change(next((r for r in same if r.system.removeprefix("small ") == "NAR"), None), row, part)
+
+
+def _change(base: Row | None, row: Row, part: str) -> str:
     if base is None or base is row or row.rate(part) is None or base.rate(part) is None:
         return "-"
     before, after = base.rate(part).value, row.rate(part).value

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What run_mvq.sh and run_nar.sh have in common; sourced behind parse_options, whose options it reads.
+# What run_mvq.sh, run_nar.sh and run_hkd.sh have in common; sourced behind parse_options, whose options it reads.
 #
 # Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's
 # exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs; and marker_dir, kind (of features),
@@ -72,7 +72,7 @@ extract_and_verify() { # extract_and_verify DIR,... OPTION ...: all shards of la
   local dirs dir
   IFS=, read -r -a dirs <<< "$1"
   run_cmd --log "${dirs[0]}/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
-    python3 ../../local/extract_labels.py --cuts "$cuts_list" --label-dir "$1" --shard JOB \
+    python3 "../../local/${extractor:-extract_labels.py}" --cuts "$cuts_list" --label-dir "$1" --shard JOB \
     --num-shards "$num_shards" "${@:2}"
   python3 ../../local/label_sets.py verify "${dirs[@]}"
   for dir in "${dirs[@]}"; do

@@ -16,6 +16,7 @@ from icefall_kd.results_table import (
     demo_table,
     details,
     full_table,
+    hkd_table,
     markdown_table,
     nar_table,
     print_table,
@@ -23,7 +24,7 @@ from icefall_kd.results_table import (
 )
 from icefall_kd.runtime.files import write_json, write_text
 
-TABLES = {"demo": demo_table, "full": full_table, "nar": nar_table}
+TABLES = {"demo": demo_table, "full": full_table, "nar": nar_table, "hkd": hkd_table}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,10 @@ class ResultsConfig:
 
     exp_dirs: list[Path]
     """Folders of trainings; those that differ in their seed alone become one row."""
-    table: Literal["demo", "full", "nar"] = "full"
+    table: Literal["demo", "full", "nar", "hkd"] = "full"
     """demo: system, size, labels, error rates, seconds; full: also decoding, seeds, commands and git states; nar:
-    systems of --system nar by search, with masked tokens, speed and the change against scratch of the same size."""
+    systems of --system nar by search, with masked tokens, speed and the change against scratch of the same size; hkd:
+    those of --system hkd, with the change against CIF alone."""
     name: str | None = None
     """Name in the markers <!-- results:NAME begin/end -->; None: the name of the table."""
     out: Path | None = None

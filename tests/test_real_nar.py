@@ -68,19 +68,19 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
     corpus = driver.source_dir("nar_barista", config)
     driver.run_chain(config, "nar_barista", 1, corpus)
     assert started == driver.BEDS["nar_barista"].systems
-    driver.result_file(config, "nar_barista", "small", 1).unlink()
+    driver.chains.result_file(config, "nar_barista", "small", 1).unlink()
     exp = config.exp_root / "nar_barista" / "small-seed1"
     for file in sorted(exp.rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
     driver.run_chain(config, "nar_barista", 1, corpus)
     assert started[6:] == ["small"]
 
-    result = read_json(driver.result_file(config, "nar_barista", "transfer", 1))
+    result = read_json(driver.chains.result_file(config, "nar_barista", "transfer", 1))
     assert set(result["decodings"]) == set(SEARCHES)
     assert result["last"] == {"train": {"loss": 2.0}, "valid": {"loss": 1.5}}
     driver.compare(config, "nar_barista")
     compared = {
-        (tuple(c["from"]), tuple(c["to"])): c for c in read_json(driver.comparisons_file(config, "nar_barista"))
+        (tuple(c["from"]), tuple(c["to"])): c for c in read_json(driver.chains.comparisons_file(config, "nar_barista"))
     }
     helped = compared[("scratch", "mask_predict"), ("transfer", "mask_predict")]
     assert helped["relative"] == "-33.3 %" and helped["probability_of_improvement"] == 1.0  # from 3 to 2 an utterance

@@ -279,6 +279,7 @@ class DataModule:
                 "frames away from the teacher's"
             )
         kinds = {spec.name: spec.kind for spec in label_specs}
+        self.text_coverage: dict | None = None  # how the training's texts meet a language model's states
         for name, store in self.stores.items():
             wanted = {"kind": kinds[name], "tokenizer_hash": tokenizer.hash}
             check_label_compat(store.info, str(store.path), time_warp_factor=warp, **wanted)
@@ -309,6 +310,8 @@ class DataModule:
         logger.log(level, "labels %s, by %s: %s", name, unit, report)
         if not report.aligned:
             raise DataError(f"no text of the training aligns with the states in {store.path}: {report}")
+        names = ("utterances", "aligned", "missing", "misaligned")
+        self.text_coverage = {"unit": unit, **{n: getattr(report, n) for n in names}}
 
     def state(self) -> dict:
         """Return what must not change between a stop and a resume."""

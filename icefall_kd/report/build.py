@@ -35,5 +35,5 @@ def write_report(config: ReportConfig) -> Path:
     sections.append(options_section(run.config))
     out = config.out or config.exp_dir / "report.html"
     name = config.exp_dir.resolve().name
-    write_text(out, page(f"{system_name(run.config)}: {name}", f"Training in {code(config.exp_dir)}", sections))
+    write_text(out, page(f"{system_name(run.config, run.labels)}: {name}", f"Training in {code(config.exp_dir)}", sections))
     return out

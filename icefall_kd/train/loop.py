@@ -386,6 +386,7 @@ class _Trainer:
             "valid": state.valid,
             "best_valid_epoch": state.best_valid_epoch,
             "seconds": state.seconds,
+            "text_coverage": getattr(self.data, "text_coverage", None),
             "audio_hours": audio / 3600,
             "audio_hours_per_hour": audio / state.seconds if state.seconds else None,
             "peak_memory_gib": self.progress.peak_memory(),

@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     """An exp_dir of an untrained recogniser with a log, and a folder of speech-like noise with transcripts."""
     root = tmp_path_factory.mktemp("hkd")
     exp_dir, audio = root / "exp", root / "speech"
-    write_student(exp_dir, Tokenizer.train_char(TEXTS.values()), hkd_config(text={"text_kd": ["lrd", "acd"]}))
+    write_student(exp_dir, Tokenizer.train_char(TEXTS.values()), hkd_config(text={"text_kd": ["acd", "lrd"]}))
     (exp_dir / "log").mkdir()
     (exp_dir / "log/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     audio.mkdir()
