@@ -27,7 +27,7 @@ from icefall_kd.decode.alignment import (
 from icefall_kd.errors import ConfigError, DataError, run_main
 from icefall_kd.models.streaming import widest_chunks
 from icefall_kd.recipe import load_system, part_batches, part_cuts
-from icefall_kd.runtime.files import write_json
+from icefall_kd.runtime.files import read_json, write_json
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.text.tokenizer import Tokenizer
 
@@ -83,10 +83,20 @@ def _aligned(config: DelayConfig, tokenizer: Tokenizer) -> dict[str, list[Timed]
     return {name: times for name, times in found.items() if times is not None}
 
 
+def _refuse_cif(exp_dir: Path) -> None:
+    """Raise a ConfigError for a CIF recogniser: it hears whole utterances, in frames of another length."""
+    file = exp_dir / "config.json"
+    if file.exists() and read_json(file)["config"].get("system") == "hkd":
+        raise ConfigError(f"{exp_dir} is of --system hkd, which emits when an utterance is over; there is no delay")
+
+
 def main() -> None:
     """Measure every file."""
     config = parse_config(DelayConfig)
     setup_logging()
+    for exp_dir in (config.exp_dir, config.align_exp_dir):
+        if exp_dir is not None:
+            _refuse_cif(exp_dir)
     tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
     if config.ctm is not None:
         reference = read_ctm(config.ctm)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from icefall_kd.config import ReportConfig
 from icefall_kd.errors import ConfigError
+from icefall_kd.report.hkd import hkd_sections
 from icefall_kd.report.mvq import mvq_sections
 from icefall_kd.report.nar import nar_sections
 from icefall_kd.report.page import code, page
@@ -29,8 +30,10 @@ def write_report(config: ReportConfig) -> Path:
         sections += mvq_sections(run, records)
     elif system == "nar":
         sections += nar_sections(run)
+    elif system == "hkd":
+        sections += hkd_sections(run, config)
     sections.append(options_section(run.config))
     out = config.out or config.exp_dir / "report.html"
-    name = config.exp_dir.resolve().name
-    write_text(out, page(f"{system_name(run.config)}: {name}", f"Training in {code(config.exp_dir)}", sections))
+    title = f"{system_name(run.config, run.labels)}: {config.exp_dir.resolve().name}"
+    write_text(out, page(title, f"Training in {code(config.exp_dir)}", sections))
     return out

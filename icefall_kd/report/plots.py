@@ -150,3 +150,52 @@ def draw_counts(name: str, labels: Sequence[str], counts: Sequence[float], xlabe
         axes.grid(axis="x", visible=False)
         told = ", ".join(f"{label}: {count:g}" for label, count in zip(labels, counts, strict=True))
         return _svg(figure, f"{name}; {ylabel} by {xlabel}: {told}")
+
+
+def draw_cif(
+    name: str,
+    features: np.ndarray,
+    feature_shift: float,
+    weights: np.ndarray,
+    frame_shift: float,
+    tokens: Sequence[str],
+    begins: Sequence[float],
+) -> str:
+    """Draw a spectrogram with the CIF weights and the boundaries of the tokens, and below how frames were shared.
+
+    Args:
+        name: of the utterance.
+        features: (T, F) log-mel frames.
+        feature_shift: seconds between two of them.
+        weights: (U + 1, T') weight of each frame in each of U tokens, then what no token took.
+        frame_shift: seconds between two of these frames.
+        tokens: (U,) what was recognised.
+        begins: (U + 1,) seconds where each token begins, and where the last one ends.
+    """
+    with _style(name):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        strip, spectrum, shares = figure.subplots(3, 1, sharex=True, height_ratios=(0.35, 2.2, 1.3))
+        end = max(len(features) * feature_shift, weights.shape[1] * frame_shift)
+        edges = frame_shift * np.arange(weights.shape[1] + 1)
+        spectrum.imshow(features.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
+                        extent=(0, len(features) * feature_shift, 0, features.shape[1]))  # fmt: skip
+        spectrum.vlines(begins, 0, features.shape[1], color="white", linewidth=0.9, linestyle="--")
+        spectrum.grid(visible=False)
+        spectrum.set(ylabel="mel bin", xlim=(0, end), ylim=(0, features.shape[1]))
+        scale = spectrum.twinx()
+        scale.stairs(weights.sum(axis=0), edges, color="cyan", linewidth=1.3, baseline=None)
+        scale.set(ylim=(0, 1.05), ylabel="weight")
+        scale.grid(visible=False)
+        bottom = np.zeros(weights.shape[1])
+        for u, row in enumerate(weights):
+            colour = MUTED if u == len(tokens) else (C1, C2)[u % 2]
+            here = row > 0
+            shares.bar(edges[:-1][here], row[here], frame_shift, bottom[here], color=colour, align="edge")
+            bottom += row
+        shares.set(xlabel="seconds", ylabel="weight", ylim=(0, max(1.0, 1.05 * bottom.max(initial=0))))
+        strip.set(ylim=(0, 1))
+        strip.axis("off")
+        for u, token in enumerate(tokens):
+            strip.text((begins[u] + begins[u + 1]) / 2, 0.3, token, ha="center", color=(C1, C2)[u % 2])
+        return _svg(figure, f"Spectrogram of {name} with CIF weights and the boundaries of {len(tokens)} tokens: "
+                            f"{' '.join(tokens)}")  # fmt: skip

@@ -44,7 +44,7 @@ def read_log(exp_dir: Path) -> list[dict]:
 def trained_section(run: Run) -> Section:
     """Return the facts of a training: system, size, length, labels, provenance."""
     summary, config = run.summary, run.config
-    facts = [("system", f"{text(system_name(config))} ({code('--system ' + config['system'])})")]
+    facts = [("system", f"{text(system_name(config, run.labels))} ({code('--system ' + config['system'])})")]
     if run.summary.get("parameters") is not None:
         facts.append(("parameters", f"{summary['parameters']:,}"))
     facts.append(("seed", text(run.seed)))
@@ -57,6 +57,9 @@ def trained_section(run: Run) -> Section:
         facts.append(("time", f"{format_seconds(summary['seconds'])} on {text(summary.get('device', '?'))}{told}"))
     if summary.get("peak_memory_gib") is not None:
         facts.append(("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"))
+    if (covered := summary.get("text_coverage")) is not None:
+        told = f"{covered['aligned']:,} of {covered['utterances']:,} utterances"
+        facts.append(("language model's states", f"aligned with the text of {told}, the others learn without them"))
     facts.append(("commit", code(run.commit)))
     body = table("The training", ["what", "value"], [[text(name), value] for name, value in facts])
     body += details("The command", paragraph(code(shlex.join(run.command))))

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from cif_search_toys import cif_model
+from cif_search_toys import ragged_batch as cif_batch
 from nar_search_toys import nar_model, ragged_batch
 
 from icefall_kd.config import ModelConfig
+from icefall_kd.decode.cif_beam import CifBeamSearch, CifGreedySearch
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.ctc_prefix import CtcPrefixBeamSearch
 from icefall_kd.decode.joint_beam import JointBeamSearch
@@ -54,4 +57,17 @@ def test_a_search_of_the_nar_system_on_a_gpu_equals_the_cpu(decoder, search):
     assert any(hyps[0].tokens for hyps in cpu)
     for a, b in zip(cpu, gpu, strict=True):
         assert [(h.tokens, h.timestamps, h.masked) for h in a] == [(h.tokens, h.timestamps, h.masked) for h in b]
+        assert [h.score for h in a] == pytest.approx([h.score for h in b], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("search", [CifGreedySearch, lambda m: CifBeamSearch(m, 5, nbest=5)])
+def test_a_search_of_the_cif_recogniser_on_a_gpu_equals_the_cpu(search):
+    model = cif_model(0, vocab_size=12)
+    x, lens = cif_batch(0, n=7, longest=40)
+    lens[3] = 0
+    cpu = search(model).decode(x, lens)
+    gpu = search(copy.deepcopy(model).cuda()).decode(x.cuda(), lens.cuda())
+    assert any(hyps[0].tokens for hyps in cpu)
+    for a, b in zip(cpu, gpu, strict=True):
+        assert [(h.tokens, h.timestamps) for h in a] == [(h.tokens, h.timestamps) for h in b]
         assert [h.score for h in a] == pytest.approx([h.score for h in b], rel=1e-5, abs=1e-4)
