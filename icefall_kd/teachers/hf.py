@@ -137,13 +137,23 @@ def language_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Return a masked or causal language model of a folder, without its head.
 
     Raises:
-        ConfigError: it is an encoder and a decoder.
+        ConfigError: it is no model of transformers, or an encoder and a decoder.
         DataError: its files are damaged, or lack weights.
     """
-    if load_config(folder).is_encoder_decoder:
+    try:
+        config = load_config(folder)
+    except ValueError as error:
+        raise ConfigError(f"{folder} holds no language model of transformers ({error})") from error
+    if config.is_encoder_decoder:
         raise ConfigError(f"{folder} holds an encoder and a decoder; a language model here is either of them")
-    model, loaded = _pretrained(_transformers().AutoModel, folder, dtype=dtype, output_loading_info=True)
-    # Models with a head for words have no pooler; nobody asks for its output.
+    # Models with a head for words have no pooler: nobody asks for its output, and nobody need read that it is missing.
+    messages = _transformers().utils.logging
+    verbosity = messages.get_verbosity()
+    messages.set_verbosity_error()
+    try:
+        model, loaded = _pretrained(_transformers().AutoModel, folder, dtype=dtype, output_loading_info=True)
+    finally:
+        messages.set_verbosity(verbosity)
     if lacking := sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler.")):
         raise DataError(f"{folder} has no weights for {', '.join(lacking[:5])}; is it a language model?")
     return model.eval().requires_grad_(False)

@@ -96,6 +96,7 @@ def test_a_killed_stage_runs_again_and_ends_in_the_same_files(demo, repo):
     assert contents(root / "data") == before
 
 
+@pytest.mark.timeout(600)
 def test_any_folder_of_audio_with_transcripts_is_prepared(repo, tmp_path):
     for part, count in {"train": 8, "dev": 2}.items():
         (tmp_path / "mine" / part).mkdir(parents=True)
@@ -118,6 +119,9 @@ def test_any_folder_of_audio_with_transcripts_is_prepared(repo, tmp_path):
     assert cuts[0].load_audio().shape == (1, 18000)
     assert not (tmp_path / "data" / "fbank").exists()
     assert Tokenizer.load(tmp_path / "data" / "lang_char").unit == "word"
+    options += ["--token-kind", "plm", "--plm", "tiny-random-masked", "--stage", 4, "--stop-stage", 4]
+    run(repo, "librispeech", *options)
+    assert Tokenizer.load(tmp_path / "data" / "lang_plm").pieces("WORD B") == ["▁W", "O", "R", "D", "▁B"]
 
 
 def test_the_mandarin_demo_is_made_and_prepared(repo, demo_corpus, tmp_path):

@@ -133,6 +133,11 @@ def test_models_that_cannot_teach_are_refused(bert, tmp_path):
     transformers.T5Model(transformers.T5Config(**tiny)).save_pretrained(tmp_path / "t5")
     with pytest.raises(ConfigError, match="holds an encoder and a decoder"):
         load(tmp_path / "t5")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/shard-00000-of-00001.safetensors").write_bytes(b"no weights")
+    (tmp_path / "else/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="else holds no language model of transformers"):
+        load(tmp_path / "else")
     damaged = write_bert(tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(DataError, match="cannot be loaded"):
