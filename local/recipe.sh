@@ -93,10 +93,13 @@ train_in() { # train_in EXP_DIR OPTION ...: start or resume a training; with --f
     --valid-parts "$valid_parts" "$@" $train_args
 }
 
-decode_in() { # decode_in EXP_DIR METHOD OPTION ...: decode and score all test parts
-  local dir=$1 method=$2
-  shift 2
+decode_step() { # decode_step NAME EXP_DIR METHOD OPTION ...: decode and score all test parts, unless that is done
+  local name=$1 dir=$2 method=$3
+  shift 3
+  begin --name "$name" --option decode_args test_parts "options=$*" --input "$dir/train_summary.json" \
+    "${test_cuts[@]}" --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || return 0
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
     --decoding-method "$method" "$@" $decode_args
+  finish
 }

@@ -41,16 +41,8 @@ short=false                # A few utterances and epochs, to see that everything
 parse_options "$@"
 while [[ $plm == ?*/ ]]; do plm=${plm%/}; done
 
-name_of() { # name_of PLM: what its folders are called; many a hub's user has a bert-base
-  local folder
-  folder=$(basename -- "$(dirname -- "$1")")
-  [[ $folder == [./]* ]] && folder="" || folder+=-
-  folder+=${1##*/}
-  echo "${folder//[:,]/-}"
-}
-
 exp_tag=-hkd${token_kind:+-$token_kind}
-[[ -z $plm ]] || exp_tag+=-$(name_of "$plm")
+[[ -z $plm ]] || exp_tag+=-$(short_name "$plm")
 if [[ -z $plm ]]; then
   case $recipe:$corpus in
     *aishell:demo) plm=tiny-random-masked ;; # no package holds a Chinese one
@@ -79,7 +71,7 @@ if [[ $recipe == *librispeech && $token_kind == char ]]; then
 fi
 : "${text_alignment:=token}"
 
-labels=$exp_dir/labels/$(name_of "$plm")
+labels=$exp_dir/labels/$(short_name "$plm")
 plm_files=() # a folder counts by content, a name by the SHA-256 that is stored with the labels
 [[ ! -e $plm ]] || plm_files=("$plm")
 
@@ -159,11 +151,7 @@ decode_one() { # decode_one SYSTEM SEED METHOD: all test parts
   local dir options=()
   dir=$(system_dir "$1" "$2")
   [[ $3 != cif_beam_search ]] || options=(--beam-size "$beam_size")
-  begin --name "$1-seed$2-$3" --option decode_args test_parts "options=${options[*]}" \
-    --input "$dir/train_summary.json" "${test_cuts[@]}" --output "$dir/$3" --code 'icefall_kd/decode/*.py' \
-    icefall_kd/scoring.py || return 0
-  decode_in "$dir" "$3" "${options[@]}"
-  finish
+  decode_step "$1-seed$2-$3" "$dir" "$3" "${options[@]}"
 }
 
 stage_3_decode() { # Decode and score

@@ -69,12 +69,7 @@ if [[ $streaming == true ]]; then
 fi
 
 while [[ $teacher == ?*/ ]]; do teacher=${teacher%/}; done
-# Quantizer and labels are named after the teacher and its folder: many a hub's user has a hubert-base, and every
-# exp_dir of ours an mvq-seed42.
-teacher_name=${teacher##*/}
-teacher_folder=$(basename -- "$(dirname -- "$teacher")")
-[[ $teacher_folder == [./]* ]] || teacher_name=$teacher_folder-$teacher_name
-teacher_name=${teacher_name//[:,]/-}
+teacher_name=$(short_name "$teacher") # of quantizer and labels
 IFS=, read -r -a layers <<< "$layer"
 reports=() quantizers=() codes_dirs=() embeddings_dirs=() # one for each layer
 for one_layer in "${layers[@]}"; do
@@ -190,10 +185,7 @@ decode_one() { # decode_one SYSTEM SEED METHOD CHUNK: all test parts; a CHUNK of
     words=(--decode-chunk-size "$4")
     (($4 < 0)) || words+=(--left-context-frames "$left_context_frames" --chunk-by-chunk true)
   fi
-  begin --name "$name" --option decode_args test_parts --input "$dir/train_summary.json" "${test_cuts[@]}" \
-    --output "$dir/$3" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || return 0
-  decode_in "$dir" "$3" "${words[@]}"
-  finish
+  decode_step "$name" "$dir" "$3" "${words[@]}"
 }
 
 stage_5_decode() { # Decode and score

@@ -195,11 +195,7 @@ decode_one() { # decode_one SYSTEM SEED METHOD: all test parts
     mask_predict) options=(--passes "$passes" --mask-threshold "$mask_threshold") ;;
     nar_beam_search) options=(--beam-size "$beam_size" --passes "$passes" --mask-threshold "$mask_threshold") ;;
   esac
-  begin --name "$1-seed$2-$3" --option decode_args test_parts "options=${options[*]}" \
-    --input "$dir/train_summary.json" "${test_cuts[@]}" --output "$dir/$3" --code 'icefall_kd/decode/*.py' \
-    icefall_kd/scoring.py || return 0
-  decode_in "$dir" "$3" "${options[@]}"
-  finish
+  decode_step "$1-seed$2-$3" "$dir" "$3" "${options[@]}"
 }
 
 stage_4_decode() { # Decode and score

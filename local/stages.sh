@@ -71,6 +71,14 @@ fail() {  # fail EXIT_CODE MESSAGE
   exit "$1"
 }
 
+short_name() { # short_name PATH_OR_HUB_ID: its last two parts as one word; many a hub's user has a bert-base
+  local folder
+  folder=$(basename -- "$(dirname -- "$1")")
+  [[ $folder == [./]* ]] && folder="" || folder+=-
+  folder+=${1##*/}
+  echo "${folder//[:,]/-}"
+}
+
 # -I: neither the current folder nor PYTHON* variables can change what the marker tool imports; -S: start faster.
 _stages_python() {
   "${PYTHON:-python3}" -I -S "$_stages_marker" "$@"

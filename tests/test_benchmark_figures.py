@@ -86,3 +86,41 @@ def test_the_searches_of_nar():
     text = " ".join(page.split())
     assert f"at most {ours / encoder:.1f} times faster" in text and f"it is {ours / greedy:.1f} times faster" in text
     assert f"takes {espnet / ours:.1f} times the seconds of ours, and {espnet / greedy:.1f} times those" in text
+
+
+def test_what_is_said_of_the_real_recordings_of_nar():
+    text = " ".join((REPO / "RESULTS.md").read_text(encoding="utf-8").split())
+    found = {
+        (bed, tuple(c["from"]), tuple(c["to"])): c
+        for bed in ("digits", "barista", "mandarin_words")
+        for c in result(f"real_nar/nar_{bed}_comparisons")
+    }
+
+    def change(bed, before, after):
+        return f"{round(float(found[bed, before, after]['relative'].split()[0]))} %"
+
+    def rate(bed, before, after, which):
+        return f"{float(found[bed, before, after][which].split()[0]):.1f} %"
+
+    ctc, mask, beam, tuned = "ctc_greedy_search", "mask_predict", "nar_beam_search", ", threshold 0.7"
+    helped = [change(bed, ("scratch", ctc), ("transfer", ctc)) for bed in ("digits", "barista", "mandarin_words")]
+    assert "{} on the digits, {} on barista, {} on the Mandarin words".format(*helped) in text
+    small = [change(bed, ("small", ctc), ("small-both", ctc)) for bed in ("digits", "barista", "mandarin_words")]
+    assert f"on the digits ({small[0]}:" in text
+    assert f"{small[1][1:]} on barista and {small[2][1:]} on the Mandarin words" in text
+    repaired = [change("digits", (s, ctc), (s, mask + tuned))[1:] for s in ("scratch", "transfer")]
+    assert f"repairs {repaired[0]} of the errors of the digits' students from scratch and {repaired[1]} of" in text
+    assert all(
+        not float(found["digits", (s, ctc), (s, mask + tuned)]["difference"].split(", ")[1].rstrip("]")) >= 0
+        for s in ("scratch", "transfer")
+    )
+    same_size = [
+        c for (_, a, b), c in found.items()
+        if a[0] == b[0] and b[1].startswith(beam) and not a[0].startswith("small")
+    ]  # fmt: skip
+    assert len(same_size) == 18 and min(float(c["relative"].split()[0]) for c in same_size) > -2.5
+    both = [rate(bed, ("scratch", ctc), (s, ctc), "after") for bed in ("digits", "mandarin_words")
+            for s in ("transfer-both", "transfer")]  # fmt: skip
+    assert f"digits: {both[0]} with it, {both[1]} without; Mandarin words: {both[2]} and {both[3]}" in text
+    teacher = ("teacher", "joint_beam_search"), ("transfer", beam + tuned)
+    assert f"{rate('digits', *teacher, 'before')} against {rate('digits', *teacher, 'after')}" in text

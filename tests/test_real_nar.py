@@ -123,6 +123,13 @@ def test_every_bed_names_its_options_and_a_recipe(driver, repo):
         assert len(set(bed.systems)) == len(bed.systems) and bed.systems[0] == "teacher"
 
 
+def test_the_committed_rows_have_every_search(driver):
+    """A search that one seed lacks would be left out of the table without a word."""
+    files = sorted((BENCHMARKS / "results/real_nar").glob("*_seed*.json"))
+    assert len(files) == 30
+    assert [file.name for file in files if not driver.is_finished(file, read_json(file)["system"])] == []
+
+
 def test_a_failed_training_ends_the_driver(driver, config, monkeypatch):
     def run(command):
         raise KdError("exit code 3")

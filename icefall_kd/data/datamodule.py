@@ -183,7 +183,9 @@ class CutBatches(Dataset):
             y=y,
             y_lens=y_lens,
             labels={
-                name: read_text_states(store, texts, self.tokenizer, self.text_alignment, self.label_all)
+                name: read_text_states(
+                    store, texts, [len(i) for i in ids], self.tokenizer, self.text_alignment, self.label_all
+                )
                 if store.info.key_kind == "text"
                 else read_labels(store, clean, keys, frames, ids, self.tokenizer.tokens, self.label_all)
                 for name, store in self.stores.items()

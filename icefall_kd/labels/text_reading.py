@@ -11,26 +11,34 @@ from icefall_kd.data.batch import IGNORE, TextStates
 from icefall_kd.errors import DataError
 from icefall_kd.labels.keys import text_key
 from icefall_kd.labels.store import LabelStore
-from icefall_kd.labels.text_states import unpack_states
+from icefall_kd.labels.text_states import rows_problem, unpack_states
 from icefall_kd.text.alignment import Alignment, Misaligned, Unit, align
 from icefall_kd.text.tokenizer import Tokenizer
 
 
 def align_text(tokenizer: Tokenizer, text: str, rows: np.ndarray, unit: Unit, where: str) -> Alignment | Misaligned:
-    """Align a text with the rows of its key; a DataError names ``where`` when they are of a text of another length."""
+    """Align a text with the rows of its key; a DataError names ``where`` when they are damaged, or of another text."""
+    if (problem := rows_problem(rows)) is not None:
+        raise DataError(f"{where}: {problem}; extract it again")
     if rows[-1, 1] != len(text):
         raise DataError(f"{where}: states of {rows[-1, 1]} characters, the text has {len(text)}; extract it again")
     return align(tokenizer, text, rows[:, :2].astype(np.int64), unit)
 
 
 def read_text_states(
-    store: LabelStore, texts: Sequence[str], tokenizer: Tokenizer, unit: Unit, made_up: bool = False
+    store: LabelStore,
+    texts: Sequence[str],
+    num_tokens: Sequence[int],
+    tokenizer: Tokenizer,
+    unit: Unit,
+    made_up: bool = False,
 ) -> TextStates:
     """Return the states of a batch; a text that the set lacks, or that cannot be aligned, has none.
 
     Args:
         store: a set of text_states.
         texts: normalised texts, as they are tokenized.
+        num_tokens: of each text, its end left out.
         tokenizer: of the recogniser.
         unit: "token" or "word".
         made_up: give texts without states some of the right size, for a look at the memory.
@@ -39,19 +47,19 @@ def read_text_states(
     """
     values: list[np.ndarray] = []
     owners: list[np.ndarray] = []
-    for text in texts:
+    for text, count in zip(texts, num_tokens, strict=True):
         rows = store.get(text_key(text), missing_ok=True)
         found = None if rows is None else align_text(tokenizer, text, rows, unit, f"{store.path}: {text!r}")
         if isinstance(found, Alignment):
             values.append(found.weights @ unpack_states(rows)[1])
             owners.append(found.owner)
         elif made_up:
-            owners.append(np.arange(len(tokenizer.encode(text)) + 1))
+            owners.append(np.arange(count + 1))
             values.append(np.ones((len(owners[-1]), store.info.dim), np.float32))
         else:
             owners.append(np.zeros(0, np.int64))
             values.append(np.zeros((0, store.info.dim), np.float32))
-    return _collate(values, owners, [len(tokenizer.encode(text)) + 1 for text in texts], store.info.dim)
+    return _collate(values, owners, [count + 1 for count in num_tokens], store.info.dim)
 
 
 def _collate(values: Sequence[np.ndarray], owners: Sequence[np.ndarray], tokens: Sequence[int], dim: int) -> TextStates:

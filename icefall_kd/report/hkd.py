@@ -15,6 +15,7 @@ from icefall_kd.data.features import FRAME_SHIFT
 from icefall_kd.decode.cif_beam import CifGreedySearch
 from icefall_kd.decode.runner import long_enough
 from icefall_kd.errors import KdError
+from icefall_kd.models.cif import cif_weights
 from icefall_kd.recipe import Trained, load_system, part_cuts
 from icefall_kd.report.page import Section, code, figure, paragraph, table, text
 from icefall_kd.report.plots import draw_cif
@@ -116,11 +117,8 @@ def fire(trained: Trained, batch: Batch) -> FiredUtterance:
     count, frames = int(fired.lens), int(lens)
     (hyp,) = search.decode(encoder_out, lens)[0]
     tokens = [tokenizer.tokens[t] for t in hyp.tokens] + [_END] * (count - len(hyp.tokens))
-    alpha = fired.alpha[0, :frames].double().numpy()
-    total = np.concatenate([[0.0], alpha.cumsum()])
     # The tail of recognition is scaled to weight 1; here it is drawn as it was predicted.
-    lower, upper = np.arange(count + 1)[:, None], np.append(np.arange(1, count + 1), np.inf)[:, None]
-    weights = np.clip(np.minimum(total[1:], upper) - np.maximum(total[:-1], lower), 0.0, None)
+    weights = cif_weights(fired.alpha[:, :frames].double(), count + 1)[0].numpy()
     return FiredUtterance(
         name=batch.ids[0],
         reference=batch.texts[0] if batch.texts else "",

@@ -16,8 +16,10 @@ from icefall_kd.labels.extract_text import extract_text_states
 from icefall_kd.labels.keys import text_key
 from icefall_kd.labels.shard import key_hash
 from icefall_kd.labels.store import LabelStore, shard_of
+from icefall_kd.labels.text_reading import align_text
 from icefall_kd.labels.text_states import pack_states, unpack_states
 from icefall_kd.systems.base import LabelSpec
+from icefall_kd.text.alignment import Alignment
 from icefall_kd.text.tokenizer import Tokenizer
 
 SPEC = {"name": "text_states", "kind": "text_states"}
@@ -153,6 +155,19 @@ def test_states_of_another_text_under_its_key_are_refused(corpus):
     writer.finish()
     with pytest.raises(DataError, match=r"states of [34] characters, the text has [34]; extract it again"):
         data_module(corpus, labels="swapped")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda rows: rows[:0], "no row for the end of the text"),
+    (lambda rows: rows[::-1], "which are not spans in order with the end behind them"),
+    (lambda rows: np.where(np.arange(rows.shape[1]) == 5, np.float16(np.nan).view(np.uint16), rows), "not finite"),
+])  # fmt: skip
+def test_states_that_became_damaged_are_refused_when_they_are_read(corpus, change, said):
+    """The store refuses to write such rows; a disk does not."""
+    rows, tokenizer = LabelStore(corpus / "states").get(text_key("one two")), Tokenizer.load(corpus / "lang_char")
+    assert isinstance(align_text(tokenizer, "one two", rows, "token", "a set"), Alignment)
+    with pytest.raises(DataError, match=rf"^a set: .*{said}; extract it again"):
+        align_text(tokenizer, "one two", change(rows), "token", "a set")
 
 
 def test_workers_make_the_same_batches(corpus):
