@@ -98,9 +98,9 @@ class ReadText:
 class LanguageModelTeacher:
     """A frozen language model, always in evaluation mode.
 
-    A masked model reads [CLS] text [SEP]: [CLS] is dropped and [SEP] is the end of the text.  A causal one reads the
-    end-of-text token, the text and the end-of-text token again; a piece's state is the one after reading it, the first
-    state is dropped and the last is the end of the text.
+    A masked model reads [CLS] text [SEP]: [CLS] is dropped and [SEP] is the end of the text.  A causal one reads its
+    token for the beginning, or else the end-of-text token, the text and the end-of-text token; a piece's state is the
+    one after reading it, the first state is dropped and the last is the end of the text.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, cfg: LanguageModelConfig, identity: dict) -> None:

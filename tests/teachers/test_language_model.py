@@ -1,6 +1,7 @@
 """A language model as a teacher: its states are those of the model, with the characters that they stand for."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -81,6 +82,29 @@ def test_case_is_changed_and_kept(bert, tmp_path):
     kept = load(upper, plm_case="keep")
     assert not kept.read(["QQ II"])[0].unknown.any()
     assert load(bert).provenance()["normalization"] != load(bert, plm_case="keep").provenance()["normalization"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_and_what_is_not_finite_is_refused(bert, gpt2, dtype):
+    for plm in (bert, gpt2):
+        half, whole = load(plm, plm_dtype=dtype), load(plm)
+        assert half.causal == whole.causal and half.provenance()["dtype"] == dtype
+        read = whole.read(TEXTS)
+        for found, wanted in zip(half.states(read), whole.states(read), strict=True):
+            assert found.dtype == torch.float32 and close(found, wanted, 0.1) and not torch.equal(found, wanted)
+    half.model.ln_f.bias[3] = torch.inf
+    with pytest.raises(DataError, match="not finite; use --plm-dtype float32"):
+        half.states(read)
+
+
+def test_a_causal_model_reads_its_own_token_for_the_beginning(gpt2, tmp_path):
+    folder = shutil.copytree(gpt2, tmp_path / "gpt2")
+    facts = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts | {"bos_token": "!"}))
+    teacher = load(folder)
+    tokenizer, (read,) = teacher.tokenizer, teacher.read(["CAT"])
+    assert [read.ids[0], read.ids[-1]] == tokenizer.convert_tokens_to_ids(["!", "<|endoftext|>"])
+    assert teacher.provenance()["tokenizer"]["in_front"] == ["!"]
 
 
 def test_a_causal_model_has_read_the_piece_and_nothing_behind_it(gpt2):
