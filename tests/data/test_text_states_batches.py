@@ -1,6 +1,7 @@
 """A language model's states in training batches: aligned with the tokens, or left out and counted."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from icefall_kd.labels.text_states import pack_states, unpack_states
 from icefall_kd.systems.base import LabelSpec
 from icefall_kd.text.alignment import Alignment
 from icefall_kd.text.tokenizer import Tokenizer
+from icefall_kd.train.state import refuse_changed_data
 
 SPEC = {"name": "text_states", "kind": "text_states"}
 
@@ -168,6 +170,21 @@ def test_a_training_of_which_no_text_aligns_is_refused(corpus, monkeypatch):
     monkeypatch.setattr(Tokenizer, "pieces", lambda self, text: ["?"])
     with pytest.raises(DataError, match=r"no text of the training aligns .*its tokens do not spell it"):
         data_module(corpus)
+
+
+def test_a_training_does_not_go_on_with_other_states_in_the_same_folder(corpus):
+    label_dir, config = corpus / "replaced", {"cuts": [corpus / "fbank/cuts_train.jsonl.gz"]}
+
+    def state(layer):
+        model = LanguageModelConfig(plm=str(corpus / "plm"), plm_device="cpu", plm_layer=layer)
+        extract_text_states(ExtractTextConfig(**config, label_dir=label_dir, language_model=model))
+        return data_module(corpus, labels="replaced").state()
+
+    before = state(2)
+    refuse_changed_data(before, state(2), label_dir)
+    shutil.rmtree(label_dir)
+    with pytest.raises(DataError, match=r"labels: .*text_states.* -> .*use another --exp-dir"):
+        refuse_changed_data(before, state(1), label_dir)
 
 
 def test_states_of_another_text_under_its_key_are_refused(corpus):
