@@ -25,6 +25,8 @@ from icefall_kd.text.alignment import close_gaps
 from icefall_kd.text.wordpiece import SPACE, WordPieces
 from icefall_kd.train.checkpoint import state_sha256
 
+# What of a tokenizer decides how a text is cut into pieces; ``model`` holds the vocabulary and the merges.
+_RULES = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 RANDOM_MODELS = {"tiny-random-masked": False, "tiny-random-causal": True}
 """Models of random weights by name, and whether they are causal."""
 # Characters are stored as 16 bits.
@@ -229,6 +231,7 @@ class LanguageModelTeacher:
     def provenance(self) -> dict:
         """Return plain data that identifies the states."""
         tokenizer = self.tokenizer
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
         return {
             **self.identity,
             "layer": self.layer,
@@ -238,7 +241,7 @@ class LanguageModelTeacher:
             "causal": self.causal,
             "tokenizer": {
                 "class": type(tokenizer).__name__,
-                "vocabulary": fingerprint(tokenizer.get_vocab()),
+                "rules": fingerprint({part: rules.get(part) for part in _RULES}),
                 "in_front": tokenizer.convert_ids_to_tokens(self._first),
                 "behind": tokenizer.convert_ids_to_tokens(self._last),
                 "space_in_front": is_byte_level(tokenizer),

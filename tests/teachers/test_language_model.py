@@ -84,6 +84,15 @@ def test_case_is_changed_and_kept(bert, tmp_path):
     assert load(bert).provenance()["normalization"] != load(bert, plm_case="keep").provenance()["normalization"]
 
 
+def test_other_rules_over_the_same_vocabulary_are_another_tokenizer(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "accents")
+    facts = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**facts, "strip_accents": False}))
+    before, after = (load(f).provenance() for f in (bert, folder))
+    assert before["weights_sha256"] == after["weights_sha256"] and before["tokenizer"] != after["tokenizer"]
+    assert before["tokenizer"] == load(bert).provenance()["tokenizer"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_near_and_what_is_not_finite_is_refused(bert, gpt2, dtype):
     for plm in (bert, gpt2):
