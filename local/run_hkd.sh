@@ -166,16 +166,20 @@ stage_3_decode() { # Decode and score
 }
 
 stage_4_report() { # Write report.html of each training of the first seed
-  local system dir dirs=() others=()
+  local system seed method dir dirs=() others=() found=()
+  read -r seed _ <<< "$seeds"
   for system in $systems; do
-    dirs+=("$(system_dir "$system" "${seeds%% *}")")
+    dirs+=("$(system_dir "$system" "$seed")")
+    for method in $decoding_methods; do
+      [[ ! -d ${dirs[-1]}/$method ]] || found+=("${dirs[-1]}/$method")
+    done
   done
   for dir in "${dirs[@]}"; do
     others=()
     for system in "${dirs[@]}"; do
       [[ $system == "$dir" ]] || others+=("$system")
     done
-    begin --name "${dir##*/}" --option decoding_methods --input "${dirs[@]/%//train_summary.json}" \
+    begin --name "${dir##*/}" --input "${dirs[@]/%//train_summary.json}" "${found[@]}" \
       --output "$dir/report.html" --code 'icefall_kd/report/*.py' || continue
     python3 ../../local/report.py --exp-dir "$dir" ${others:+--compare-with "$(commas "${others[@]}")"}
     finish

@@ -38,11 +38,12 @@ def test_what_changed_runs_again_and_nothing_else(recipe):
     started, log = recipe.run("--systems", "cif both lrd", "--labels-args", "--plm-layer 1")
     assert started[:3] == STATES[:3] and "option labels_args changed: '' -> '--plm-layer 1'" in log
     assert "train.py" not in started
-    # Another beam: decoded again where it is one.
-    beam = ["--decoding-methods", "cif_greedy_search cif_beam_search", "--skip-stages", "4"]
-    assert recipe.run(*options, "--labels-args", "--plm-layer 1", *beam)[0] == [*["decode.py"] * 2, "results.py"]
+    # Another beam: decoded again where it is one, and told in the reports.
+    beam = ["--decoding-methods", "cif_greedy_search cif_beam_search"]
+    decoded = [*["decode.py"] * 2, *["report.py"] * 2, "results.py"]
+    assert recipe.run(*options, "--labels-args", "--plm-layer 1", *beam)[0] == decoded
     again = recipe.run(*options, "--labels-args", "--plm-layer 1", *beam, "--beam-size", "4")[0]
-    assert again == [*["decode.py"] * 2, "results.py"]
+    assert again == decoded
 
 
 def test_each_system_gets_its_losses_and_its_labels(recipe):
