@@ -90,6 +90,14 @@ def test_the_tokens_and_the_language_model_that_are_named_have_folders_of_their_
     assert folders == ["exp/trans-hkd-tiny-random-masked/acd-seed42", "exp/trans-hkd-plm-hub-model/acd-seed42"]
 
 
+def test_the_usual_tokens_go_on_by_their_name_where_the_data_have_others_too(recipe):
+    options = ["--systems", "acd", "--skip-stages", "4"]
+    recipe.run(*options)
+    recipe.run(*options, "--token-kind", "plm", "--stop-stage", "0")
+    assert "choose with --token-kind" in recipe.run(*options, "--stage", "1", code=2)[1]
+    assert recipe.run(*options, "--token-kind", "bpe", "--stage", "1")[0] == ["results.py"]
+
+
 def test_random_weights_are_said_loudly(recipe):
     assert "a language model of RANDOM weights" in recipe.run("--stop-stage", "0")[1]
     assert "RANDOM" not in recipe.run("--stop-stage", "0", "--plm", "minilm")[1]
