@@ -99,6 +99,7 @@ options_of() {
     options=(--text-kd "$(commas "${layers[@]}")" --text-alignment "$text_alignment" --label-dir "$labels")
 }
 
+[[ -f $config ]] || fail 2 "--config $config is no file (relative paths are relative to $PWD)"
 for system in $systems; do # a wrong word is told before anything runs
   options_of "$system"
 done

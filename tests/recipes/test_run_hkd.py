@@ -103,6 +103,8 @@ def test_random_weights_are_said_loudly(recipe):
     assert "RANDOM" not in recipe.run("--stop-stage", "0", "--plm", "minilm")[1]
 
 
-def test_a_wrong_system_is_told_before_anything_runs(recipe):
+def test_a_wrong_system_or_config_is_told_before_anything_runs(recipe):
+    started, log = recipe.run("--config", "conf/none.yaml", code=2)
+    assert started == [] and "--config conf/none.yaml is no file" in log
     started, log = recipe.run("--systems", "cif best", code=2)
     assert started == [] and "--systems names best; there are cif, acd, lrd and both" in log
