@@ -24,6 +24,7 @@ from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.results_table import markdown_table
 from icefall_kd.runtime.files import read_json
 from icefall_kd.runtime.log import setup_logging
+from icefall_kd.teachers.locate import NAMED_MODELS
 
 SYSTEMS = ["cif", "acd", "lrd", "both"]
 SEARCHES = ["cif_greedy_search", "cif_beam_search"]
@@ -117,7 +118,8 @@ def recipe_line(config: RealHkdConfig, bed: str, corpus: Path | None, *options: 
     plm = getattr(config, BEDS[bed].plm)
     line = ["bash", f"egs/{BEDS[bed].recipe}/run_hkd.sh", *BEDS[bed].options]
     line += ["--corpus-dir", corpus] if corpus is not None else []
-    line += ["--plm", Path(plm).resolve() if Path(plm).is_dir() else plm, "--skip-stages", "4"]
+    folder = Path(plm).resolve() if plm not in NAMED_MODELS and Path(plm).is_dir() else plm
+    line += ["--plm", folder, "--skip-stages", "4"]
     line += ["--config", REPO / f"benchmarks/conf/{bed}.yaml", "--data-dir", home / "data", "--exp-dir", exp]
     return [*line, "--nj", 1, "--num-shards", 1, *config.hkd_args.split(), *options]
 

@@ -15,7 +15,7 @@ train_parts=               # Parts to train on, with commas; empty: the corpus's
 valid_parts=               # Parts to validate and choose on
 test_parts=                # Parts to decode, with commas
 data_dir=                  # Prepared data; empty: data/CORPUS
-exp_dir=                   # Experiments; empty: exp/CORPUS-hkd, with the --token-kind and --plm that are named behind it
+exp_dir=                   # Experiments; empty: exp/CORPUS-hkd, then --token-kind (but the usual one) and --plm where named
 systems="cif acd lrd both" # Rows, with spaces
 seeds=42                   # Seeds, with spaces: one training of each system a seed
 plm=                       # Language model: hub id, folder, minilm, tiny-random-masked; empty: the recipe's
@@ -41,7 +41,11 @@ short=false                # A few utterances and epochs, to see that everything
 parse_options "$@"
 while [[ $plm == ?*/ ]]; do plm=${plm%/}; done
 
-exp_tag=-hkd${token_kind:+-$token_kind}
+# The usual tokens by their name are the same experiment: data with other tokens beside them ask for that name.
+case $recipe:$corpus:$token_kind in
+  *aishell:*:char | *:demo:char | *librispeech:*:bpe) exp_tag=-hkd ;;
+  *) exp_tag=-hkd${token_kind:+-$token_kind} ;;
+esac
 [[ -z $plm ]] || exp_tag+=-$(short_name "$plm")
 if [[ -z $plm ]]; then
   case $recipe:$corpus in
@@ -95,6 +99,7 @@ options_of() {
     options=(--text-kd "$(commas "${layers[@]}")" --text-alignment "$text_alignment" --label-dir "$labels")
 }
 
+[[ -f $config ]] || fail 2 "--config $config is no file (relative paths are relative to $PWD)"
 for system in $systems; do # a wrong word is told before anything runs
   options_of "$system"
 done
@@ -166,16 +171,20 @@ stage_3_decode() { # Decode and score
 }
 
 stage_4_report() { # Write report.html of each training of the first seed
-  local system dir dirs=() others=()
+  local system seed method dir dirs=() others=() found=()
+  read -r seed _ <<< "$seeds"
   for system in $systems; do
-    dirs+=("$(system_dir "$system" "${seeds%% *}")")
+    dirs+=("$(system_dir "$system" "$seed")")
+    for method in $decoding_methods; do
+      [[ ! -d ${dirs[-1]}/$method ]] || found+=("${dirs[-1]}/$method")
+    done
   done
   for dir in "${dirs[@]}"; do
     others=()
     for system in "${dirs[@]}"; do
       [[ $system == "$dir" ]] || others+=("$system")
     done
-    begin --name "${dir##*/}" --option decoding_methods --input "${dirs[@]/%//train_summary.json}" \
+    begin --name "${dir##*/}" --input "${dirs[@]/%//train_summary.json}" "${found[@]}" \
       --output "$dir/report.html" --code 'icefall_kd/report/*.py' || continue
     python3 ../../local/report.py --exp-dir "$dir" ${others:+--compare-with "$(commas "${others[@]}")"}
     finish

@@ -107,8 +107,10 @@ def test_every_bed_names_its_options_and_a_recipe(driver, repo):
 
 
 def test_a_folder_of_a_language_model_is_handed_on_from_wherever_the_driver_runs(driver, config, tmp_path, monkeypatch):
-    (tmp_path / "lm").mkdir()
+    for name in ("lm", "minilm"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
+    assert "minilm" in driver.recipe_line(config, "hkd_barista", None)  # the model, not the folder
     mandarin = driver.RealHkdConfig(beds=["hkd_mandarin_demo"], plm_zh="lm", exp_root=tmp_path)
     line = driver.recipe_line(mandarin, "hkd_mandarin_demo", driver.source_dir("hkd_mandarin_demo", mandarin))
     assert line[line.index("--plm") + 1] == tmp_path / "lm" and "--corpus-dir" not in line

@@ -73,9 +73,7 @@ def hkd_sections(run: Run, config: ReportConfig) -> list[Section]:
         return [Section("Integrate and fire", paragraph(f"No utterance is drawn: {text(error)}"))]
     rows = []
     for one in fired:
-        svg = draw_cif(
-            one.name, one.features, FRAME_SHIFT, one.weights, one.frame_shift, one.tokens, one.begins
-        )
+        svg = draw_cif(one.name, one.features, FRAME_SHIFT, one.weights, one.frame_shift, one.tokens, one.begins)
         body += figure(one.name, one.reference or "no reference", svg, wide=True)
         rows.append([code(one.name), str(one.expected), f"{one.quantity:.2f}", str(len(one.tokens)),
                      text(one.reference), text(one.recognised)])  # fmt: skip
@@ -88,8 +86,9 @@ def _checkpoint(run: Run) -> DecodeConfig:
     """Return the parameters of the last decoding, or the newest."""
     options: dict = {}
     for result in run.results:
-        names = ("epoch", "iter", "avg", "use_averaged_model")
+        names = ("epoch", "iter", "avg", "use_averaged_model", "weights")
         options = {name: result["config"][name] for name in names}
+        options["weights"] = options["weights"] and Path(options["weights"])
     return DecodeConfig(exp_dir=run.exp_dir, device="cpu", **options)
 
 

@@ -196,6 +196,7 @@ def draw_cif(
         strip.set(ylim=(0, 1))
         strip.axis("off")
         for u, token in enumerate(tokens):
-            strip.text((begins[u] + begins[u + 1]) / 2, 0.3, token, ha="center", color=(C1, C2)[u % 2])
+            strip.text((begins[u] + begins[u + 1]) / 2, 0.3, token, ha="center", color=(C1, C2)[u % 2],
+                       parse_math=False)  # fmt: skip
         return _svg(figure, f"Spectrogram of {name} with CIF weights and the boundaries of {len(tokens)} tokens: "
                             f"{' '.join(tokens)}")  # fmt: skip

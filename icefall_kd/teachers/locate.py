@@ -85,9 +85,10 @@ class Located:
 def locate(name: str) -> Located:
     """Find the files of a teacher.
 
-    Tried in this order: a folder or file of that path; the one of that name under ``$ICEFALL_KD_MODELS``; the hub
-    (first its cache on this machine; the network only when ``HF_HUB_OFFLINE`` is not set and the hub answers
-    within a few seconds); for a short name the pip package.
+    Tried in this order: a folder or file of that path (not for a short name, which a folder of labels may have, too:
+    ``./minilm`` is that folder); the one of that name under ``$ICEFALL_KD_MODELS``; the hub (first its cache on this
+    machine; the network only when ``HF_HUB_OFFLINE`` is not set and the hub answers within a few seconds); for a short
+    name the pip package.
 
     Args:
         name: Path, hub id (``facebook/hubert-base-ls960``) or short name (``whisper-tiny.en``).
@@ -123,7 +124,8 @@ def _local_candidates(name: str, attempts: list[str]) -> list[Path]:
     root = os.environ.get("ICEFALL_KD_MODELS")
     if not root:
         attempts.append("ICEFALL_KD_MODELS is not set")
-    return [Path(name).expanduser()] + ([Path(root).expanduser() / name] if root else [])
+    here = [] if name in NAMED_MODELS else [Path(name).expanduser()]
+    return here + ([Path(root).expanduser() / name] if root else [])
 
 
 def weights_files(folder: Path) -> list[Path]:

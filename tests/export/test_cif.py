@@ -41,6 +41,13 @@ def exported(recogniser, tmp_path_factory):
     return folder
 
 
+def load_driver():
+    spec = importlib.util.spec_from_file_location("onnx_cif", DRIVER)
+    driver = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(driver)
+    return driver
+
+
 def trained(recogniser):
     return load_system(DecodeConfig(exp_dir=recogniser, device="cpu"))
 
@@ -82,11 +89,9 @@ def test_lengths_are_exact_and_vectors_and_logits_equal_the_models(recogniser, e
 
 
 def test_the_driver_finds_what_greedy_search_finds(recogniser, exported):
-    spec = importlib.util.spec_from_file_location("onnx_cif", DRIVER)
-    driver = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(driver)
-    system, texts = trained(recogniser).system, set()
-    for seed, num_samples in enumerate((48000, 31000, 80000, 2000, 16000, 100)):
+    driver, system, texts = load_driver(), trained(recogniser).system, set()
+    # The last ones: an odd length, one frame of the encoder, none, not one window.
+    for seed, num_samples in enumerate((48000, 31000, 80000, 2000, 16001, 400, 560, 100)):
         wave = babble(num_samples, seed)
         features = FbankExtractor(backend="lhotse").extract(torch.from_numpy(wave))
         features = torch.nn.functional.pad(features, (0, 0, 0, 7), value=-23.0).unsqueeze(0)
@@ -98,6 +103,21 @@ def test_the_driver_finds_what_greedy_search_finds(recogniser, exported):
         assert seconds == pytest.approx([pooled_seconds(t) for t in hyp.timestamps])
         texts.add(text)
     assert len(texts) > 3
+
+
+def test_another_frame_rate_and_no_ctc_head_are_exported_too(tmp_path):
+    cif = {"pool_layers": [2], "cif_ctc_scale": 0.0, "cif_initial_rate": 0.5}
+    exp_dir = write_student(tmp_path / "exp", TOKENS, hkd_config(cif=cif))
+    export(ExportConfig(exp_dir=exp_dir, out_dir=tmp_path / "out", format="onnx"))
+    driver, search = load_driver(), CifGreedySearch(trained(exp_dir).system.model)
+    wave = babble(32000, 0)
+    features = FbankExtractor(backend="lhotse").extract(torch.from_numpy(wave)).unsqueeze(0)
+    with torch.no_grad():
+        out = search.model.encoder(features, torch.tensor([features.shape[1]]))
+    (hyp,) = search.decode(out.encoder_out, out.encoder_out_lens)[0]
+    text, seconds = driver.recognise(tmp_path / "out", wave)
+    assert text == TOKENS.decode(hyp.tokens) and hyp.tokens
+    assert seconds == pytest.approx([0.04 * t for t in hyp.timestamps])
 
 
 def test_the_driver_is_short_and_does_without_this_project(exported, tmp_path):

@@ -38,11 +38,12 @@ def test_what_changed_runs_again_and_nothing_else(recipe):
     started, log = recipe.run("--systems", "cif both lrd", "--labels-args", "--plm-layer 1")
     assert started[:3] == STATES[:3] and "option labels_args changed: '' -> '--plm-layer 1'" in log
     assert "train.py" not in started
-    # Another beam: decoded again where it is one.
-    beam = ["--decoding-methods", "cif_greedy_search cif_beam_search", "--skip-stages", "4"]
-    assert recipe.run(*options, "--labels-args", "--plm-layer 1", *beam)[0] == [*["decode.py"] * 2, "results.py"]
+    # Another beam: decoded again where it is one, and told in the reports.
+    beam = ["--decoding-methods", "cif_greedy_search cif_beam_search"]
+    decoded = [*["decode.py"] * 2, *["report.py"] * 2, "results.py"]
+    assert recipe.run(*options, "--labels-args", "--plm-layer 1", *beam)[0] == decoded
     again = recipe.run(*options, "--labels-args", "--plm-layer 1", *beam, "--beam-size", "4")[0]
-    assert again == [*["decode.py"] * 2, "results.py"]
+    assert again == decoded
 
 
 def test_each_system_gets_its_losses_and_its_labels(recipe):
@@ -89,11 +90,21 @@ def test_the_tokens_and_the_language_model_that_are_named_have_folders_of_their_
     assert folders == ["exp/trans-hkd-tiny-random-masked/acd-seed42", "exp/trans-hkd-plm-hub-model/acd-seed42"]
 
 
+def test_the_usual_tokens_go_on_by_their_name_where_the_data_have_others_too(recipe):
+    options = ["--systems", "acd", "--skip-stages", "4"]
+    recipe.run(*options)
+    recipe.run(*options, "--token-kind", "plm", "--stop-stage", "0")
+    assert "choose with --token-kind" in recipe.run(*options, "--stage", "1", code=2)[1]
+    assert recipe.run(*options, "--token-kind", "bpe", "--stage", "1")[0] == ["results.py"]
+
+
 def test_random_weights_are_said_loudly(recipe):
     assert "a language model of RANDOM weights" in recipe.run("--stop-stage", "0")[1]
     assert "RANDOM" not in recipe.run("--stop-stage", "0", "--plm", "minilm")[1]
 
 
-def test_a_wrong_system_is_told_before_anything_runs(recipe):
+def test_a_wrong_system_or_config_is_told_before_anything_runs(recipe):
+    started, log = recipe.run("--config", "conf/none.yaml", code=2)
+    assert started == [] and "--config conf/none.yaml is no file" in log
     started, log = recipe.run("--systems", "cif best", code=2)
     assert started == [] and "--systems names best; there are cif, acd, lrd and both" in log

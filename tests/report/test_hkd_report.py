@@ -1,13 +1,14 @@
 """The page of a CIF recogniser: boundaries are where the weights pass whole numbers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from hkd_toys import hkd_config
-from report_toys import RECORDS, Page
+from report_toys import RECORDS, Page, write_result
 from students import babble, write_student
 
 from icefall_kd.config import DecodeConfig, ReportConfig
@@ -15,7 +16,10 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.recipe import load_system
 from icefall_kd.report.build import write_report
 from icefall_kd.report.hkd import fire
+from icefall_kd.report.plots import draw_cif
 from icefall_kd.text.tokenizer import Tokenizer
+from icefall_kd.train.average import save_weights
+from icefall_kd.train.checkpoint import load_checkpoint
 
 TEXTS = {"utt-a": "ONE TWO", "utt-b": "THREE", "utt-c": "TWO THREE ONE"}
 
@@ -54,6 +58,25 @@ def test_what_is_gone_is_named(trained, tmp_path):
     page = Page(write_report(ReportConfig(**options)))  # of the training's validation part, which is nowhere
     assert "No utterance is drawn: " in page.text and "cuts_dev.jsonl.gz" in page.text
     assert "No utterance" not in Page(write_report(ReportConfig(**options, utterances=0))).text
+
+
+def test_the_parameters_are_those_of_the_decoding(trained, tmp_path):
+    exp_dir, audio = trained
+    checkpoint, file = load_checkpoint(exp_dir / "epoch-1.pt"), tmp_path / "other.safetensors"
+    save_weights(file, checkpoint | {"model": {k: v.clone() for k, v in checkpoint["model"].items()}})
+    options = {"exp_dir": exp_dir, "out": tmp_path / "r.html", "part": str(audio), "utterances": 1}
+    for used, weights in (("epoch-1.pt", None), ("other.safetensors", str(file))):
+        config = {"epoch": 1, "iter": None, "avg": 1, "use_averaged_model": False, "weights": weights}
+        write_result(exp_dir, "cif_greedy_search", [{"id": "u"}], [1], config)
+        assert f"parameters: {used}" in Page(write_report(ReportConfig(**options))).text
+        shutil.rmtree(exp_dir / "cif_greedy_search")
+
+
+def test_tokens_are_written_as_they_are():
+    svg = draw_cif(
+        "u", np.zeros((16, 8)), 0.01, np.full((4, 2), 0.25), 0.08, ["$a$", "$$", "<b>"], [0, 0.04, 0.08, 0.16]
+    )
+    assert all(f">{token}</text>" in svg for token in ("$a$", "$$", "&lt;b&gt;"))
 
 
 @pytest.mark.parametrize(("alpha", "fired", "begins"), [

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from report_toys import RECORDS, Page
+from report_toys import RECORDS, Page, write_result
 
 from icefall_kd.config import AttentionDecoderConfig, KdConfig, ReportConfig, TrainConfig
 from icefall_kd.errors import ConfigError, DataError
@@ -23,26 +23,14 @@ from icefall_kd.report.training import curves, read_log
 from icefall_kd.train.state import write_config
 
 REPO = Path(__file__).resolve().parents[2]
+
+
 def write_exp_dir(exp_dir: Path, config: TrainConfig, records: list[dict]) -> Path:
     (exp_dir / "log").mkdir(parents=True)
     write_config(exp_dir, config, 0)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (exp_dir / "log/metrics.jsonl").write_text(lines)
     return exp_dir
-
-
-def write_result(exp_dir: Path, method: str, nbest: list[dict], errors: list[int], config: dict, **more) -> None:
-    """Write what decode.py leaves of one part of utterances with ten reference words each."""
-    folder, ids = exp_dir / method, [record["id"] for record in nbest]
-    folder.mkdir()
-    zeros, n = [0] * len(ids), len(ids)
-    utterances = {"ids": ids, "ins": zeros, "del": zeros, "sub": errors, "ref_len": [10] * n, "ref_hash": ["0"] * n}
-    rate = 100 * sum(errors) / (10 * n)
-    result = {"part": "dev", "suffix": "s", "unit": "word", "error_rate": rate, "interval": [rate - 1, rate + 1],
-              "bootstrap": {"samples": 10}, "decoding_method": method, "parameters": 1234, "rtf": 0.5,
-              "utterances": utterances, "config": config, "command": "decode.py"}  # fmt: skip
-    (folder / "results-dev-s.json").write_text(json.dumps(result | more))
-    (folder / "nbest-dev-s.jsonl").write_text("".join(json.dumps(record) + "\n" for record in nbest))
 
 
 def test_curves_hold_every_value_of_the_log_and_no_bookkeeping():

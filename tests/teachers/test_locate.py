@@ -77,6 +77,14 @@ def test_a_folder_under_the_models_variable_goes_before_the_package(packages, tm
     assert families.family_of(found.folder) == "whisper"
 
 
+def test_a_folder_that_happens_to_have_a_short_name_is_not_the_model(packages, tmp_path, monkeypatch):
+    (tmp_path / "labels/fake").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "labels")
+    assert locate.locate("fake").source.startswith("pip ")
+    folder = write_ct2(tmp_path / "labels/fake", whisper_model())
+    assert locate.locate("./fake").folder.resolve() == folder
+
+
 class FakeHub:
     """Stands for the hub client: a repository without safetensors, an optional failure, an empty cache."""
 
