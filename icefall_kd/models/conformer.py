@@ -233,6 +233,8 @@ class Conformer(nn.Module):
         self.shape = EncoderShape.from_config(cfg)
         self.layer_dropout = cfg.layer_dropout
         self.chunks: Chunks = default_chunks(cfg)
+        self.pinned: Chunks | None = None
+        """What is seen in training and outside, whatever the options say (models/dual.py); None: that is not fixed."""
         self.subsampling = Conv2dSubsampling(
             cfg.feature_dim, self.shape.dim, tuple(cfg.subsampling_channels), cfg.dropout, cfg.streaming
         )
@@ -270,7 +272,7 @@ class Conformer(nn.Module):
             DataError: when T is too short for one output frame.
         """
         self.check_taps(taps)
-        chunks = draw_chunks(self.cfg) if self.training else self.chunks
+        chunks = self._chunks_now()
         x, lens = self.subsampling(features, x_lens)
         pad_mask = make_pad_mask(lens, x.shape[1])
         allowed = None
@@ -286,6 +288,12 @@ class Conformer(nn.Module):
             if number in taps:
                 tapped[number] = x
         return EncoderOutput(x, lens, tapped)
+
+    def _chunks_now(self) -> Chunks:
+        """Return what the next batch is seen in: ``pinned`` if somebody chose, in training what is drawn for it."""
+        if self.pinned is not None:
+            return self.pinned
+        return draw_chunks(self.cfg) if self.training else self.chunks
 
     def init_states(self, batch_size: int, chunks: Chunks, device: torch.device | str = "cpu") -> StreamingState:
         """Return the state of N streams that have not begun; the caches have the size of ``chunks``."""
@@ -333,6 +341,7 @@ class Conformer(nn.Module):
         for tap in taps:
             if not 1 <= tap <= self.num_layers:
                 raise ConfigError(f"layer {tap} does not exist: the encoder has layers 1 to {self.num_layers}")
+
 
 def maybe_bypass(x: Tensor, y: Tensor, probability: float) -> Tensor:
     """Replace a layer's output y by a little of it on top of its input x, with a probability."""

@@ -104,8 +104,7 @@ def sparsity_at(step: int, final: float, begin: int, end: int) -> float:
 class PrunableLinear(nn.Linear):
     """A linear layer that can also be run without its masked weights.
 
-    ``sparse`` chooses: x (W . M)^T + b, or x W^T + b.  The gradient of W is masked like W, and with ``straight_through``
-    it is not.
+    ``sparse`` chooses: x (W . M)^T + b, or x W^T + b.  The gradient of W is masked like W, unless ``straight_through``.
     """
 
     mask: Tensor
