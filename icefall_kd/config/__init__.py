@@ -8,6 +8,7 @@ Precedence: defaults < ``--config conf/x.yaml`` < flags.
 from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
+from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "DataConfig",
     "DecodeConfig",
     "DecodingMethod",
+    "DualConfig",
     "ExportConfig",
     "ExtractConfig",
     "ExtractLayersConfig",

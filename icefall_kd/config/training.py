@@ -7,6 +7,7 @@ from typing import Literal
 from icefall_kd.config.checks import at_least
 from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
+from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
@@ -148,9 +149,9 @@ class LoopConfig:
 class TrainConfig:
     """All options of train.py."""
 
-    system: Literal["mvq", "nar", "hkd"] = "mvq"
+    system: Literal["mvq", "nar", "hkd", "dualmode"] = "mvq"
     """The distillation system: mvq, a transducer; nar, CTC with an attention decoder; hkd, continuous
-    integrate-and-fire."""
+    integrate-and-fire; dualmode, one set of weights for whole utterances and, pruned, for streams."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
@@ -160,6 +161,7 @@ class TrainConfig:
     recogniser_kd: RecogniserKdConfig = RecogniserKdConfig()
     cif: CifConfig = CifConfig()
     text_kd: TextKdConfig = TextKdConfig()
+    dual: DualConfig = DualConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()

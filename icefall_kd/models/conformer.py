@@ -233,6 +233,8 @@ class Conformer(nn.Module):
         self.shape = EncoderShape.from_config(cfg)
         self.layer_dropout = cfg.layer_dropout
         self.chunks: Chunks = default_chunks(cfg)
+        self.pinned: Chunks | None = None
+        """What is seen in training and outside, whatever the options say (models/dual.py); None: that is not fixed."""
         self.subsampling = Conv2dSubsampling(
             cfg.feature_dim, self.shape.dim, tuple(cfg.subsampling_channels), cfg.dropout, cfg.streaming
         )
@@ -275,7 +277,9 @@ class Conformer(nn.Module):
         return self.forward_embedded(x, lens, taps, chunks)
 
     def chunks_of_batch(self) -> Chunks:
-        """Return what a batch is encoded with: drawn anew in training, ``self.chunks`` otherwise."""
+        """Return what a batch is encoded with: ``pinned``, or drawn anew in training and ``self.chunks`` otherwise."""
+        if self.pinned is not None:
+            return self.pinned
         return draw_chunks(self.cfg) if self.training else self.chunks
 
     def embed(self, features: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,6 +368,7 @@ class Conformer(nn.Module):
         for tap in taps:
             if not 1 <= tap <= self.num_layers:
                 raise ConfigError(f"layer {tap} does not exist: the encoder has layers 1 to {self.num_layers}")
+
 
 def maybe_bypass(x: Tensor, y: Tensor, probability: float) -> Tensor:
     """Replace a layer's output y by a little of it on top of its input x, with a probability."""
