@@ -22,6 +22,7 @@ from icefall_kd.config.labels import (
 from icefall_kd.config.model import ENCODER_SIZES, ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
 from icefall_kd.config.report import ReportConfig
+from icefall_kd.config.ssl import SslConfig
 from icefall_kd.config.training import AsrLossConfig, Kd, KdConfig, LoopConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "QuantizerConfig",
     "RecogniserKdConfig",
     "ReportConfig",
+    "SslConfig",
     "TeacherConfig",
     "TextKdConfig",
     "TrainConfig",

@@ -11,6 +11,7 @@ from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
+from icefall_kd.config.ssl import SslConfig
 from icefall_kd.errors import ConfigError
 
 Kd = Literal["none", "l1", "l2", "mvq"]
@@ -162,7 +163,13 @@ class TrainConfig:
     cif: CifConfig = CifConfig()
     text_kd: TextKdConfig = TextKdConfig()
     dual: DualConfig = DualConfig()
+    ssl: SslConfig = SslConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     transfer: TransferConfig = TransferConfig()
+
+    @property
+    def self_supervised(self) -> bool:
+        """Return whether the training hears audio alone: no transcripts, no tokenizer."""
+        return self.system == "dualmode" and self.dual.objective == "ssl"

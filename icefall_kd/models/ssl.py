@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icefall_kd.config import ModelConfig, SslConfig
 from icefall_kd.errors import DataError
+from icefall_kd.models.conformer import Conformer
+from icefall_kd.models.waveform import WaveformFrontEnd
 
 
 def sample_spans(
@@ -189,3 +192,33 @@ def contrastive_kd(teacher: Tensor, student: Tensor) -> Tensor:
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """Return x, whose gradient will be scaled."""
     return x if scale == 1.0 else x.detach() + (x - x.detach()) * scale
+
+
+class SslModel(nn.Module):
+    """An encoder, and around it the modules that self-supervised training alone needs.
+
+    The encoder is a Conformer with relative positions, where wav2vec 2.0 has a Transformer with a convolution for
+    positions, which no stream could compute (our design).  With the waveform front end, that stands in the place of the
+    encoder's subsampling, and the encoder maps samples to frames of 20 ms.
+
+    Args:
+        model: sizes of the encoder.
+        cfg: front end, quantiser and targets.
+    """
+
+    def __init__(self, model: ModelConfig, cfg: SslConfig) -> None:
+        super().__init__()
+        self.encoder = Conformer(model)
+        set_front_end(self.encoder, cfg)
+        dim, front = self.encoder.dim, self.encoder.subsampling
+        self.mask_embedding = nn.Parameter(torch.rand(dim))
+        self.quantizer = GumbelQuantizer(front.channels, cfg.codebook_groups, cfg.codebook_entries, cfg.target_dim)
+        self.context_out = nn.Linear(dim, cfg.target_dim)
+
+
+def set_front_end(encoder: Conformer, cfg: SslConfig) -> None:
+    """Give an encoder the front end that the options name, in place."""
+    if cfg.front_end == "waveform":
+        encoder.subsampling = WaveformFrontEnd(
+            encoder.dim, cfg.extractor_channels, cfg.extractor_norm, encoder.cfg.dropout
+        )
