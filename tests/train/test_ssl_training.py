@@ -1,0 +1,119 @@
+"""Self-supervised training through train.py, on audio without transcripts, and fine-tuning from it."""
+
+import json
+
+import pytest
+import torch
+from micro_corpus import write_corpus
+from ssl_toys import ssl_config, write_speech
+
+from icefall_kd.cli import config_from_dict, config_to_dict
+from icefall_kd.config import DataConfig, DecodeConfig, TrainConfig, TransferConfig
+from icefall_kd.data.datamodule import DataModule, load_cuts
+from icefall_kd.data.filters import cut_into_pieces
+from icefall_kd.errors import ConfigError
+from icefall_kd.recipe import load_system, train_main
+from icefall_kd.systems import build_system
+from icefall_kd.train.checkpoint import load_checkpoint
+from icefall_kd.train.metrics import read_metrics
+from icefall_kd.train.transfer import initialise
+from tests.train.toy import same_weights
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech")
+    write_speech(folder, "train", [1.5 + 0.2 * i for i in range(10)] + [7.0, 0.3])
+    write_speech(folder, "dev", [2.0, 2.4], seed=1)
+    return folder
+
+
+def run(folder, exp_dir, **groups) -> TrainConfig:
+    data = {"manifest_dir": folder / "fbank", "lang_dir": folder / "no_such_folder", **groups.pop("data", {})}
+    config = ssl_config(data=data, ssl={"crop_duration": 4.0, **groups.pop("ssl", {})}, exp_dir=exp_dir, **groups)
+    argv = []
+    for name, value in config_to_dict(config).items():
+        shown = ",".join(map(str, value)) if isinstance(value, list) else value
+        argv += [f"--{name.replace('_', '-')}", "none" if value is None else str(shown)]
+    assert train_main(argv) == 0
+    return config
+
+
+def newest(exp_dir):
+    return load_checkpoint(max(exp_dir.glob("*.pt"), key=lambda f: (load_checkpoint(f)["train"]["step"], f.name)))
+
+
+DUAL = {"dual": {"modes": "dual", "sparsity": 0.5, "prune_end_step": 4, "mask_interval": 2, "dual_kd_scale": 0.1}}
+
+
+@pytest.mark.parametrize("options", [{}, DUAL], ids=["full", "dual"])
+def test_a_resumed_training_is_the_same_bit_by_bit(speech, tmp_path, options):
+    run(speech, tmp_path / "whole", **options)
+    run(speech, tmp_path / "parts", max_steps=1, **options)
+    run(speech, tmp_path / "parts", **options)
+    whole, parts = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    assert whole["train"]["step"] > 2 and same_weights(whole["model"], parts["model"])
+    assert whole["train"]["train_loss"] == parts["train"]["train_loss"]
+    assert whole["train"]["valid"] == parts["train"]["valid"] and whole["tokenizer_hash"] == ""
+    assert not (tmp_path / "whole" / "tokenizer").exists()
+    left_out = [json.loads(line) for line in open(tmp_path / "whole" / "left_out.jsonl")]
+    assert [x["id"] for x in left_out] == ["train11"] and "10 are needed" in left_out[0]["reason"]
+    with pytest.raises(ConfigError, match="recognises nothing"):
+        load_system(DecodeConfig(exp_dir=tmp_path / "whole"))
+
+
+def test_the_loss_starts_at_the_log_of_the_candidates_and_falls(speech, tmp_path):
+    ssl = {"codebook_entries": 320, "target_dim": 128, "num_negatives": 20}
+    run(speech, tmp_path, num_epochs=25, ssl=ssl, model={"dropout": 0.0}, data={"num_workers": 0})
+    found = read_metrics(tmp_path / "log" / "metrics.jsonl", "train")
+    first, last = found[0], found[-10:]
+    loss = "full_contrastive_loss"
+    assert first[loss] == pytest.approx(3.0445, abs=0.3)  # ln 21
+    assert sum(r[loss] for r in last) / 10 < first[loss] - 0.5
+    assert sum(r["full_acc"] for r in last) / 10 > 3 * max(first["full_acc"], 1 / 21)
+    assert all(r["code_perplexity"] > 5 for r in last)
+
+
+def test_long_utterances_are_cut_into_equal_pieces(speech):
+    cuts = load_cuts(speech / "fbank", ["train"])
+    pieces = cut_into_pieces(cuts, 4.0)
+    found = [c for c in pieces if c.recording_id == "train10"]
+    assert [c.duration for c in found] == [3.5, 3.5] and [c.start for c in found] == [0.0, 3.5]
+    assert [c.id for c in found] == ["train10-1-of-2", "train10-2-of-2"]
+    assert sum(c.duration for c in pieces) == pytest.approx(sum(c.duration for c in cuts))
+    whole = next(c for c in cuts if c.id == "train10").load_features()
+    assert (whole == torch.cat([torch.from_numpy(c.load_features()) for c in found]).numpy()).all()
+    thirds = [c for c in cut_into_pieces(cuts, 2.5) if c.recording_id == "train10"]
+    assert [len(c.load_features()) for c in thirds] == [c.num_frames for c in thirds] == [233, 234, 233]
+
+
+def test_batches_of_audio_alone_have_no_texts(speech):
+    config = ssl_config(ssl={"front_end": "waveform", "extractor_channels": 8})
+    system = build_system(config, 0)
+    data = DataModule(
+        DataConfig(manifest_dir=speech / "fbank", num_workers=0, max_duration=20.0),
+        config.augment,
+        None,
+        with_audio=system.needs_audio,
+        **system.alignment_losses,
+    )
+    batch = next(data.train_batches(1))
+    assert batch.y is None and batch.texts == [] and batch.audio.shape[0] == len(batch.ids)
+    assert system.losses(batch, 0).total.isfinite()
+
+
+@pytest.mark.parametrize("modes", ["full", "dual"])
+def test_a_student_of_transcripts_starts_from_it(speech, tmp_path, modes):
+    run(speech, tmp_path / "ssl", max_steps=3, dual={"modes": modes})
+    trained = newest(tmp_path / "ssl")
+    options = config_to_dict(ssl_config())
+    student = config_from_dict(TrainConfig, options | {"system": "mvq", "objective": "asr"})
+    corpus = write_corpus(tmp_path / "corpus")
+    system = build_system(student, 20)
+    record, report = initialise(
+        system, tmp_path / "ssl", TransferConfig(init_modules=["encoder"]), tokenizer_hash="other"
+    )
+    assert record["loaded"] == len(report.loaded) and corpus.exists()
+    mine = {n: t for n, t in system.state_dict().items() if n.startswith("model.encoder.")}
+    taken = {line.split(" <- ")[0] for line in report.loaded}
+    assert taken == (mine.keys() if modes == "full" else {n for n in mine if n in trained["model"]})
