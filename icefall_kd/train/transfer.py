@@ -124,7 +124,7 @@ def _norms_of_modes(
         old = single if single != name else re.sub(r"\.(weight|bias)$", rf".{system.norm_mode}.\1", name)
         if old in chosen:
             found[name], names[name] = chosen[old], olds[old]
-    taken = {olds[n] for n in found if n not in chosen}
+    taken = {names[n] for n in found if n not in chosen}
     used = {n: t for n, t in found.items() if n not in chosen or olds[n] not in taken}
     return {n: t for n, t in used.items() if not n.endswith("mask_step")}, names
 
