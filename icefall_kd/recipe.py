@@ -16,7 +16,6 @@ from icefall_kd.data.datamodule import DataModule, decoding_batches, load_cuts
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
 from icefall_kd.errors import ConfigError
-from icefall_kd.models.streaming import choose_chunks
 from icefall_kd.results import parts_by_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
@@ -118,14 +117,11 @@ def load_system(config: DecodeConfig) -> Trained:
         )
     logger.info("parameters from %s", used)
     train_config = config_from_dict(TrainConfig, saved)
-    chunks = choose_chunks(
-        train_config.model, config.decode_chunk_size, config.left_context_frames, config.chunk_by_chunk
-    )
     system = build_system(train_config, tokenizer.vocab_size, inference=True)
     # Distillation heads are of no use here; anything else must fit.
     kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
     load_model(system, kept, source=f"{config.exp_dir} ({used})")
-    system.model.encoder.chunks = chunks
+    system.set_up_decoding(config, train_config.model)
     system.to(pick_device(config.device)).eval()
     return Trained(system, tokenizer, train_config, used)
 

@@ -7,7 +7,7 @@ design: all of a layer but positions, depthwise kernels, biases and norms.
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -158,16 +158,19 @@ def trial_sparsity(encoder: Conformer, cfg: DualConfig, sparsity: float) -> Iter
             layer.trial = None
 
 
-def no_gradient_of_norms(encoder: Conformer) -> Tensor:
-    """Return a scalar 0 that depends on the norms of both modes.
+def norm_parameters(encoder: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the norms of both modes, of which a pass uses one mode's."""
+    return [p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters()]
 
-    Added to a loss it gives those of the other mode a gradient of 0, so that none is missing: an optimizer then has
-    the same parameters in each step, and ranks have all of them to exchange.
+
+def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor | float:
+    """Return a scalar 0 that depends on parameters.
+
+    Added to a loss it gives them a gradient of 0 where it has none of them: an optimizer then has the same parameters
+    in each step, and ranks have all of them to exchange.
     """
-    norms = [p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters()]
-    if not norms:
-        return next(encoder.parameters()).new_zeros(())
-    return 0.0 * torch.stack([p.sum() for p in norms]).sum()
+    sums = [p.sum() for p in parameters]
+    return 0.0 * torch.stack(sums).sum() if sums else 0.0
 
 
 def current_sparsity(cfg: DualConfig, step: int) -> float:

@@ -15,11 +15,12 @@ from icefall_kd.models.dual import (
     DualNorm,
     encoder_mode,
     make_dual,
-    no_gradient_of_norms,
+    norm_parameters,
     refresh_masks,
     set_mode,
     streaming_chunks,
     trial_sparsity,
+    zero_of,
 )
 from icefall_kd.models.pruning import prunable_layers
 from icefall_kd.models.streaming import Chunks
@@ -210,7 +211,7 @@ def test_norms_of_the_other_mode_get_a_gradient_of_zero():
     x, lens = features(40)
     with encoder_mode(encoder, "full", False):
         loss = encoder(x, lens).encoder_out.square().sum()
-    (loss + no_gradient_of_norms(encoder)).backward()
+    (loss + zero_of(norm_parameters(encoder))).backward()
     norms = [m for m in encoder.modules() if isinstance(m, DualNorm)]
     assert all(not m.streaming.weight.grad.any() for m in norms)
     assert any(m.full.weight.grad.any() for m in norms)
