@@ -6,7 +6,6 @@ from icefall_kd.systems.dualmode import build_dualmode
 from icefall_kd.systems.hkd import build_hkd
 from icefall_kd.systems.mvq import build_mvq
 from icefall_kd.systems.nar import build_nar
-from icefall_kd.systems.ssl import build_ssl
 
 SYSTEMS = {"mvq": build_mvq, "nar": build_nar, "hkd": build_hkd, "dualmode": build_dualmode}
 
@@ -19,6 +18,4 @@ def build_system(config: TrainConfig, vocab_size: int, inference: bool = False) 
         vocab_size: tokens of the tokenizer.
         inference: leave out everything that only training needs (distillation heads, teachers).
     """
-    if config.self_supervised:
-        return build_ssl(config)
     return SYSTEMS[config.system](config, vocab_size, inference)

@@ -38,7 +38,8 @@ from icefall_kd.models.dual import (
 from icefall_kd.models.pruning import sparse_size
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, choose_chunks
 from icefall_kd.systems.asr import Recognition, TransducerSystem
-from icefall_kd.systems.base import LossTerm, LossTerms, by_row
+from icefall_kd.systems.base import LossTerm, LossTerms, System, by_row
+from icefall_kd.systems.ssl import build_ssl
 
 # Weight of the third pass (our design).
 SANDWICH_SCALE = 0.5
@@ -179,18 +180,20 @@ def _named(prefix: str, terms: dict[str, LossTerm], scale: float) -> dict[str, L
     return {f"{prefix}_{name}": dataclasses.replace(term, scale=scale * term.scale) for name, term in terms.items()}
 
 
-def build_dualmode(config: TrainConfig, vocab_size: int, inference: bool = False) -> DualModeSystem:
+def build_dualmode(config: TrainConfig, vocab_size: int, inference: bool = False) -> System:
     """Build the system of ``config.dual.objective``; it is the same at inference.
 
     Raises:
         ConfigError: options of other systems, or an encoder that has not both modes.
     """
-    if config.dual.objective != "asr":
-        raise ConfigError(f"--objective {config.dual.objective} is not offered; use --objective asr")
     if not inference:
         refuse_options(config.kd, "mvq")
         for group in (config.recogniser_kd, config.attention):
             refuse_options(group, "nar")
         for group in (config.cif, config.text_kd):
             refuse_options(group, "hkd")
+        if not config.self_supervised:
+            refuse_options(config.ssl, "dualmode --objective ssl")
+    if config.self_supervised:
+        return build_ssl(config)
     return DualModeSystem(config, vocab_size)

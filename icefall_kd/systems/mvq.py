@@ -220,6 +220,7 @@ def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     for group in (config.cif, config.text_kd):
         refuse_options(group, "hkd")
     refuse_options(config.dual, "dualmode")
+    refuse_options(config.ssl, "dualmode --objective ssl")
     if config.kd.kd == "none":
         return MvqSystem(config, vocab_size)
     num_layers = config.model.num_encoder_layers or ENCODER_SIZES[config.model.encoder_size][0]

@@ -1,7 +1,7 @@
 """Self-supervised training of the dual-mode encoder: wav2vec 2.0 in both modes, without transcripts.
 
 With --modes full it is wav2vec 2.0 (Baevski et al. 2020, arXiv 2006.11477) over our Conformer.  With two modes, which
-is our design (docs/ssl.md), both see the same masked frames, targets and negatives, so that the front end and the
+is our design (docs/dualmode.md), both see the same masked frames, targets and negatives, so that the front end and the
 quantiser run once:
 
     total = L(full, dense) + lambda * L(streaming, sparse) + M * (0.1 * diversity + 10 * penalty) [+ beta * KD]
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from icefall_kd.config import TrainConfig
-from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import SSL_CONV, conv2d_subsampled_len
 from icefall_kd.models.conformer import log_parameter_counts
-from icefall_kd.models.dual import Mode, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
+from icefall_kd.models.dual import Mode, encoder_mode, make_dual, norm_parameters, refresh_masks, zero_of
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.ssl import (
     Quantized,
@@ -157,7 +156,7 @@ class SslSystem(System):
         self._auxiliary(terms, task)
         if self.training and len(modes) == 1 and self.cfg.modes == "dual":
             # Nothing lacks a gradient: the other mode's norms, and targets that only the first pass trains.
-            zero = no_gradient_of_norms(self.model.encoder) + 0.0 * targets.sum()
+            zero = zero_of(norm_parameters(self.model.encoder)) + 0.0 * targets.sum()
             name = f"{modes[0]}_contrastive_loss"
             terms[name] = dataclasses.replace(terms[name], value=terms[name].value + zero)
         return LossTerms(terms, frames, metrics | self._figures(task), _UNIT)
@@ -228,12 +227,14 @@ class SslSystem(System):
     def _figures(self, task: _Task) -> dict[str, tuple]:
         """Return what is logged beside the losses; the perplexities with their bound."""
         best = float(self.ssl.codebook_groups * self.ssl.codebook_entries)
-        return {
+        found = {
             "code_perplexity": (task.quantized.code_perplexity, 1.0, best),
             "prob_perplexity": (task.quantized.perplexity, 1.0, best),
-            "gumbel_temperature": (task.temperature, 1.0),
-            "masked_share": (float(task.num_masked), float(task.lens.sum())),
         }
+        if self.training:  # validation has always the same
+            found["gumbel_temperature"] = (task.temperature, 1.0)
+            found["masked_share"] = (float(task.num_masked), float(task.lens.sum()))
+        return found
 
     def _check_health(self, loss: float, code_perplexity: float, step: int) -> None:
         """Warn of a loss that does not begin at the logarithm of its candidates, and of collapsed codebooks."""
@@ -285,14 +286,9 @@ def build_ssl(config: TrainConfig) -> SslSystem:
     """Build the system of --objective ssl.
 
     Raises:
-        ConfigError: options of other systems or objectives, SpecAugment, or a front end that the modes cannot use.
+        ConfigError: SpecAugment, or a front end that the modes cannot use.
     """
     ssl, dual = config.ssl, config.dual
-    refuse_options(config.kd, "mvq")
-    for group in (config.recogniser_kd, config.attention):
-        refuse_options(group, "nar")
-    for group in (config.cif, config.text_kd):
-        refuse_options(group, "hkd")
     if config.augment.spec_aug:
         raise ConfigError("--spec-aug true with --objective ssl: its mask is the augmentation; give --spec-aug false")
     if dual.modes != "full" and ssl.front_end == "waveform" and ssl.extractor_norm == "default":

@@ -70,6 +70,27 @@ def test_the_total_is_the_sum_that_the_objective_names():
     assert 0 <= value["diversity_loss"] / found.frames < 1 and value["mode_kd_loss"] > 0
 
 
+def test_both_modes_learn_to_find_their_targets():
+    system = build(dual=DUAL, ssl={"num_negatives": 20, "diversity_scale": 1.0}, model={"dropout": 0.0})
+    optimizer = torch.optim.Adam(system.parameters(), lr=0.003, betas=(0.9, 0.98))
+    torch.manual_seed(0)
+    # A sound lasts 15 encoder frames, of which a masked span hides 5: what surrounds it tells what is there.
+    sounds = torch.randn(4, 7, 80).repeat_interleave(60, dim=1)[:, :400]
+    batch = dataclasses.replace(ssl_batch(lens=(400,) * 4), features=-6 + 4 * sounds + torch.randn(4, 400, 80))
+    losses, wins = [], []
+    for step in range(80):
+        terms, metrics, frames = run(system, batch, step, seed=step)
+        for p in system.parameters():
+            p.grad /= frames
+        optimizer.step()
+        losses.append([terms[f"{m}_contrastive_loss"].value.item() / frames for m in ("full", "streaming")])
+        wins.append([float(metrics[f"{m}_acc"][0]) / frames for m in ("full", "streaming")])
+    losses, wins = torch.tensor(losses), torch.tensor(wins)
+    assert (losses[-5:].mean(dim=0) < losses[:5].mean(dim=0) - 1.0).all()
+    assert (wins[:5].mean(dim=0) < 0.2).all() and (wins[-5:].mean(dim=0) > 0.4).all()
+    assert metrics["code_perplexity"][0] > 20
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_lean_and_joint_order_have_equal_losses_and_gradients(detach):
     results = []
