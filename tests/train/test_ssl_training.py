@@ -1,5 +1,6 @@
 """Self-supervised training through train.py, on audio without transcripts, and fine-tuning from it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 from micro_corpus import write_corpus
 from ssl_toys import ssl_config, write_speech
 
-from icefall_kd.cli import config_from_dict, config_to_dict
-from icefall_kd.config import DataConfig, DecodeConfig, TrainConfig, TransferConfig
+from icefall_kd.cli import config_to_dict
+from icefall_kd.config import AsrLossConfig, AugmentConfig, DataConfig, DecodeConfig, SslConfig, TrainConfig
 from icefall_kd.data.datamodule import DataModule, load_cuts
 from icefall_kd.data.filters import cut_into_pieces
 from icefall_kd.errors import ConfigError
 from icefall_kd.recipe import load_system, train_main
 from icefall_kd.systems import build_system
+from icefall_kd.text.tokenizer import Tokenizer
+from icefall_kd.train.average import load_trained
 from icefall_kd.train.checkpoint import load_checkpoint
 from icefall_kd.train.metrics import read_metrics
 from icefall_kd.train.transfer import initialise
@@ -31,12 +34,17 @@ def speech(tmp_path_factory):
 def run(folder, exp_dir, **groups) -> TrainConfig:
     data = {"manifest_dir": folder / "fbank", "lang_dir": folder / "no_such_folder", **groups.pop("data", {})}
     config = ssl_config(data=data, ssl={"crop_duration": 4.0, **groups.pop("ssl", {})}, exp_dir=exp_dir, **groups)
+    assert train_main(arguments(config)) == 0
+    return config
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """Return the command line of a configuration."""
     argv = []
     for name, value in config_to_dict(config).items():
         shown = ",".join(map(str, value)) if isinstance(value, list) else value
         argv += [f"--{name.replace('_', '-')}", "none" if value is None else str(shown)]
-    assert train_main(argv) == 0
-    return config
+    return argv
 
 
 def newest(exp_dir):
@@ -46,7 +54,10 @@ def newest(exp_dir):
 DUAL = {"dual": {"modes": "dual", "sparsity": 0.5, "prune_end_step": 4, "mask_interval": 2, "dual_kd_scale": 0.1}}
 
 
-@pytest.mark.parametrize("options", [{}, DUAL], ids=["full", "dual"])
+WAVEFORM = {"ssl": {"crop_duration": 4.0, "front_end": "waveform", "extractor_channels": 8}, "model": {"dropout": 0.2}}
+
+
+@pytest.mark.parametrize("options", [{}, DUAL, WAVEFORM], ids=["full", "dual", "waveform"])
 def test_a_resumed_training_is_the_same_bit_by_bit(speech, tmp_path, options):
     run(speech, tmp_path / "whole", **options)
     run(speech, tmp_path / "parts", max_steps=1, **options)
@@ -60,7 +71,7 @@ def test_a_resumed_training_is_the_same_bit_by_bit(speech, tmp_path, options):
     assert first["full_contrastive_loss"] == pytest.approx(4.615, abs=0.5)  # ln 101; few codes, some of which are equal
     assert {"full_acc", "code_perplexity", "prob_perplexity", "gumbel_temperature", "masked_share"} <= first.keys()
     left_out = [json.loads(line) for line in open(tmp_path / "whole" / "left_out.jsonl")]
-    assert [x["id"] for x in left_out] == ["train11"] and "10 are needed" in left_out[0]["reason"]
+    assert [x["id"] for x in left_out] == ["train11"] and " are needed" in left_out[0]["reason"]
     with pytest.raises(ConfigError, match="recognises nothing"):
         load_system(DecodeConfig(exp_dir=tmp_path / "whole"))
 
@@ -93,18 +104,35 @@ def test_batches_of_audio_alone_have_no_texts(speech):
     assert system.losses(batch, 0).total.isfinite()
 
 
-@pytest.mark.parametrize("modes", ["full", "dual"])
-def test_a_student_of_transcripts_starts_from_it(speech, tmp_path, modes):
-    run(speech, tmp_path / "ssl", max_steps=3, dual={"modes": modes})
-    trained = newest(tmp_path / "ssl")
-    options = config_to_dict(ssl_config())
-    student = config_from_dict(TrainConfig, options | {"system": "mvq", "objective": "asr"})
-    corpus = write_corpus(tmp_path / "corpus")
-    system = build_system(student, 20)
-    record, report = initialise(
-        system, tmp_path / "ssl", TransferConfig(init_modules=["encoder"]), tokenizer_hash="other"
+@pytest.mark.parametrize("modes", ["full", "streaming", "dual"])
+def test_fine_tuning_starts_from_it(speech, tmp_path, modes):
+    ssl_dir, exp_dir = tmp_path / "ssl", tmp_path / "asr"
+    pruned = {"sparsity": 0.5, "prune_end_step": 0, "mask_interval": 1} if modes == "dual" else {}
+    run(speech, ssl_dir, max_steps=3, dual={"modes": modes, **pruned})
+    folder = write_corpus(tmp_path / "corpus")
+    start = ssl_config(
+        dual={"objective": "asr", "modes": "dual", **pruned},
+        data={"manifest_dir": folder / "fbank", "lang_dir": folder / "lang_char"},
+        exp_dir=exp_dir,
+        init_from=ssl_dir,
+        max_steps=1,
     )
-    assert record["loaded"] == len(report.loaded) and corpus.exists()
-    mine = {n: t for n, t in system.state_dict().items() if n.startswith("model.encoder.")}
-    taken = {line.split(" <- ")[0] for line in report.loaded}
-    assert taken == (mine.keys() if modes == "full" else {n for n in mine if n in trained["model"]})
+    start = dataclasses.replace(
+        start, ssl=SslConfig(), asr=AsrLossConfig(transducer_scale=0.0, ctc_scale=1.0), augment=AugmentConfig()
+    )
+    student = build_system(start, Tokenizer.load(folder / "lang_char").vocab_size)
+    record, report = initialise(student, ssl_dir)
+    theirs, mine = load_trained(ssl_dir)[0], student.state_dict()
+    encoder = {name for name in mine if name.startswith("model.encoder.") and not name.endswith("mask_step")}
+    assert {line.split(" <- ")[0] for line in report.loaded} == encoder
+    for name in encoder:
+        of_one_mode = name.replace(".full.", ".").replace(".streaming.", ".")
+        assert torch.equal(mine[name], theirs[name if modes == "dual" else of_one_mode]), name
+    if modes == "dual":
+        masks = [mine[name] for name in encoder if name.endswith(".mask")]
+        assert masks and all(0.4 < 1 - mask.float().mean() < 0.6 for mask in masks)
+    assert any("quantizer" in name for name in report.unexpected)
+
+    assert train_main(arguments(start)) == 0
+    recorded = json.loads((exp_dir / "config.json").read_text())["init"]
+    assert recorded["weights_sha256"] == record["weights_sha256"] and recorded["loaded"] == len(encoder)
