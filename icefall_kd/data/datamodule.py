@@ -316,7 +316,9 @@ class DataModule:
             with_audio=with_audio,
             seed=seed,
         )
-        self.valid_data = CutBatches(tokenizer, features=config.features)
+        # A teacher hears training batches alone; a model that hears samples itself is validated on them, too.
+        own_audio = with_audio and tokenizer is None
+        self.valid_data = CutBatches(tokenizer, features=config.features, with_audio=own_audio)
         hours = sum(cut.duration for cut in self.train_cuts) / 3600
         logger.info(
             "training on %d utterances, %.2f h (%d left out by the filters), validating on %d",

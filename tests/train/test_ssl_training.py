@@ -102,6 +102,7 @@ def test_batches_of_audio_alone_have_no_texts(speech):
     batch = next(data.train_batches(1))
     assert batch.y is None and batch.texts == [] and batch.audio.shape[0] == len(batch.ids)
     assert system.losses(batch, 0).total.isfinite()
+    assert next(data.valid_batches()).audio is not None
 
 
 @pytest.mark.parametrize("modes", ["full", "streaming", "dual"])
