@@ -29,7 +29,7 @@ from icefall_kd.models.dual import (
     current_sparsity,
     encoder_mode,
     make_dual,
-    norm_parameters,
+    no_gradient_of_norms,
     refresh_masks,
     set_mode,
     trial_sparsity,
@@ -133,7 +133,7 @@ class DualModeSystem(TransducerSystem):
         """Give what the last backward pass of a step would miss a gradient of 0."""
         if {"full", "streaming"} <= set(chosen):
             return terms
-        zero = zero_of(self.parameters() if chosen == ["sandwich"] else norm_parameters(self.model.encoder))
+        zero = zero_of(self.parameters()) if chosen == ["sandwich"] else no_gradient_of_norms(self.model.encoder)
         name, term = next((n, t) for n, t in terms.items() if t.scale != 0 or chosen == ["sandwich"])
         # A scale of 0, as at the beginning of a warm-up, would take the term out of the total.
         return {**terms, name: dataclasses.replace(term, value=term.value + zero, scale=term.scale or 1e-30)}
@@ -169,6 +169,7 @@ class DualModeSystem(TransducerSystem):
             chunks = choose_chunks(dataclasses.replace(model, chunk_size=finite), *chosen, config.chunk_by_chunk)
         encoder.chunks = chunks
         set_mode(encoder, mode, sparse, chunks)
+        encoder.pinned = None  # outside training, ``chunks`` say the same, and whoever measures may change them
         self.decoded_as = {"encoder_mode": mode, "sparse": sparse}
         if sparse:
             self.decoded_as["nonzeros"] = sparse_size(self, self.cfg.prune_block).nonzeros
