@@ -97,10 +97,10 @@ class DualModeSystem(TransducerSystem):
             out, lens = self.encode(batch)
         student = self.recognise(batch, out, lens, step)
         terms = {} if sandwich else _named("streaming", student.terms, self.cfg.streaming_scale)
-        if self._teacher is not None:
+        scale = SANDWICH_SCALE if sandwich else self.cfg.dual_kd_scale
+        if self._teacher is not None and scale > 0:
             warm = min(step / self.cfg.dual_kd_warm_step, 1.0) if self.cfg.dual_kd_warm_step else 1.0
-            scale = warm * (SANDWICH_SCALE if sandwich else self.cfg.dual_kd_scale)
-            terms |= _named("sandwich" if sandwich else "mode", self._distil(batch, student, lens), scale)
+            terms |= _named("sandwich" if sandwich else "mode", self._distil(batch, student, lens), warm * scale)
         return terms
 
     def _distil(self, batch: Batch, student: Recognition, lens: Tensor) -> dict[str, LossTerm]:

@@ -8,8 +8,10 @@ from dual_toys import MODEL, PRUNED, batch_of, dual_config, dual_system, train_d
 from nar_toys import VOCAB
 from students import load, tokenizer_of, write_student
 
-from icefall_kd.config import CifConfig, DecodeConfig, DualConfig, KdConfig, TextKdConfig
+from icefall_kd.cli import config_from_dict, config_to_dict, parse_config
+from icefall_kd.config import CifConfig, DecodeConfig, DualConfig, KdConfig, TextKdConfig, TrainConfig
 from icefall_kd.decode.runner import build_decoder
+from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError
 from icefall_kd.models.dual import DualNorm
 from icefall_kd.models.pruning import block_mask, prunable_layers
@@ -296,6 +298,17 @@ def test_options_of_other_systems_are_refused():
     with pytest.raises(ConfigError, match="--encoder-mode and --sparse choose a mode of --system dualmode"):
         system = build_system(dataclasses.replace(dual_config(), system="mvq"), VOCAB)
         system.set_up_decoding(dataclasses.replace(decode_config(), sparse="true"), dual_config().model)
+
+
+def test_options_come_from_the_command_line():
+    command = "--system dualmode --sparsity 0.7 --prune-block 4,4 --mask-freeze-step 9 --sandwich true".split()
+    dual = parse_config(TrainConfig, command).dual
+    assert dual == DualConfig(sparsity=0.7, prune_block=(4, 4), mask_freeze_step=9, sandwich=True)
+    config = dataclasses.replace(dual_config(), dual=dual)
+    assert config_from_dict(TrainConfig, config_to_dict(config)) == config
+    decode = parse_config(DecodeConfig, "--sparse true --encoder-mode streaming".split())
+    assert (decode.sparse, decode.encoder_mode) == ("true", "streaming")
+    assert decode_suffix(decode).endswith("streaming_sparse_use-averaged-model")
 
 
 @pytest.mark.parametrize(
