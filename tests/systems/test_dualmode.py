@@ -8,10 +8,12 @@ from dual_toys import MODEL, PRUNED, batch_of, dual_config, dual_system, train_d
 from nar_toys import VOCAB
 from students import load, tokenizer_of, write_student
 
-from icefall_kd.config import CifConfig, DecodeConfig, DualConfig, KdConfig, TextKdConfig
+from icefall_kd.cli import config_from_dict, config_to_dict, parse_config
+from icefall_kd.config import CifConfig, DecodeConfig, DualConfig, KdConfig, TextKdConfig, TrainConfig
 from icefall_kd.decode.runner import build_decoder
+from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError
-from icefall_kd.models.dual import DualNorm, norm_parameters
+from icefall_kd.models.dual import DualNorm
 from icefall_kd.models.pruning import block_mask, prunable_layers
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
 from icefall_kd.runtime.files import read_json
@@ -138,7 +140,8 @@ def test_a_baseline_of_one_mode_has_its_losses_and_one_norm(mode):
     system = dual_system(dual={"modes": mode, **(SPARSE if mode == "streaming" else {})})
     (result,), _ = gradients(system)
     assert result.terms.keys() == {f"{mode}_{name}" for name in LOSSES}
-    assert parameters_without_gradient(system) == [] and not norm_parameters(system.model.encoder)
+    assert parameters_without_gradient(system) == []
+    assert not any(isinstance(m, DualNorm) for m in system.modules())
 
 
 def test_ctc_alone_and_a_transducer_alone():
@@ -238,7 +241,7 @@ def test_decoding_chooses_mode_chunks_and_masks(student):
         system = load(student, **options).system
         encoder = system.model.encoder
         assert (system.decoded_as["encoder_mode"], system.decoded_as["sparse"]) == (mode, sparse)
-        assert encoder.pinned == encoder.chunks == chunks
+        assert encoder.chunks_of_batch() == encoder.chunks == chunks
         assert {layer.sparse for layer in prunable_layers(system).values()} == {sparse}
         assert {m.mode for m in system.modules() if isinstance(m, DualNorm)} == {mode}
         kept = sum(int(layer.mask.sum()) for layer in prunable_layers(system).values())
@@ -295,6 +298,17 @@ def test_options_of_other_systems_are_refused():
     with pytest.raises(ConfigError, match="--encoder-mode and --sparse choose a mode of --system dualmode"):
         system = build_system(dataclasses.replace(dual_config(), system="mvq"), VOCAB)
         system.set_up_decoding(dataclasses.replace(decode_config(), sparse="true"), dual_config().model)
+
+
+def test_options_come_from_the_command_line():
+    command = "--system dualmode --sparsity 0.7 --prune-block 4,4 --mask-freeze-step 9 --sandwich true".split()
+    dual = parse_config(TrainConfig, command).dual
+    assert dual == DualConfig(sparsity=0.7, prune_block=(4, 4), mask_freeze_step=9, sandwich=True)
+    config = dataclasses.replace(dual_config(), dual=dual)
+    assert config_from_dict(TrainConfig, config_to_dict(config)) == config
+    decode = parse_config(DecodeConfig, "--sparse true --encoder-mode streaming".split())
+    assert (decode.sparse, decode.encoder_mode) == ("true", "streaming")
+    assert decode_suffix(decode).endswith("streaming_sparse_use-averaged-model")
 
 
 @pytest.mark.parametrize(
