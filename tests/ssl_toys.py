@@ -1,6 +1,8 @@
-"""Speech-like audio and a tiny self-supervised training of it."""
+"""Speech-like audio and a tiny self-supervised training of it; run as a program, one rank of a training."""
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,11 @@ from icefall_kd.config import (
 )
 from icefall_kd.data.batch import Batch
 from icefall_kd.data.features import FbankExtractor, store_features
+from icefall_kd.errors import run_main
+from icefall_kd.runtime import dist
+from icefall_kd.systems import build_system
+from icefall_kd.train.checkpoint import state_sha256
+from icefall_kd.train.loop import train
 
 RATE = 16_000
 # First and second formant of some vowels, in Hz.
@@ -95,3 +102,41 @@ def ssl_batch(seed: int = 0, lens=(160, 120, 140), audio: bool = False) -> Batch
         audio_lens=x_lens * 160 if audio else None,
         durations=[n / 100 for n in lens],
     )
+
+
+class SslData:
+    """Four batches an epoch, others on every rank."""
+
+    def train_batches(self, epoch, skip):
+        return iter([ssl_batch(100 * epoch + 10 * i + dist.get_rank()) for i in range(4)][skip:])
+
+    def valid_batches(self):
+        return iter([ssl_batch(99)])
+
+    def worst_batches(self):
+        return [ssl_batch(98)]
+
+    def state(self):
+        return {"train": "toy"}
+
+
+def main() -> int:
+    """Train in a process of its own: ssl_toys.py EXP_DIR '{"dual": {...}}'."""
+    torch.set_num_threads(1)
+    options = json.loads(sys.argv[2])
+    dist.init(timeout=120)
+    try:
+        config = ssl_config(dual=options["dual"], model={"dropout": 0.0}, exp_dir=Path(sys.argv[1]))
+        torch.manual_seed(7)
+        system = build_system(config, 0)
+        result = train(system, SslData(), config)
+        result["equal_weights"] = len(set(dist.gather_objects(state_sha256(system.state_dict())))) == 1
+    finally:
+        dist.shutdown()
+    if dist.get_rank() == 0:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -24,7 +24,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import SSL_CONV, conv2d_subsampled_len
 from icefall_kd.models.conformer import log_parameter_counts
-from icefall_kd.models.dual import Mode, encoder_mode, make_dual, norm_parameters, refresh_masks, zero_of
+from icefall_kd.models.dual import Mode, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.ssl import (
     Quantized,
@@ -156,7 +156,7 @@ class SslSystem(System):
         self._auxiliary(terms, task)
         if self.training and len(modes) == 1 and self.cfg.modes == "dual":
             # Nothing lacks a gradient: the other mode's norms, and targets that only the first pass trains.
-            zero = zero_of(norm_parameters(self.model.encoder)) + 0.0 * targets.sum()
+            zero = no_gradient_of_norms(self.model.encoder) + 0.0 * targets.sum()
             name = f"{modes[0]}_contrastive_loss"
             terms[name] = dataclasses.replace(terms[name], value=terms[name].value + zero)
         return LossTerms(terms, frames, metrics | self._figures(task), _UNIT)

@@ -91,6 +91,19 @@ def test_two_ranks_of_a_dual_mode_training_equal_one_and_have_equal_masks(repo, 
         torch.testing.assert_close(b[name], value, rtol=1e-4, atol=2e-4, msg=name)
 
 
+def test_two_ranks_of_self_supervised_training_exchange_what_both_passes_added_up(repo, tmp_path):
+    results = []
+    for lean in (True, False):
+        dual = {"modes": "dual", "lean": lean, "dual_kd_scale": 0.5}
+        results.append(finish(start(repo, tmp_path / str(lean), script="tests/ssl_toys.py", dual=dual)))
+        assert [code for code, _, _ in results[-1]] == [0, 0], results[-1][0][2] + results[-1][1][2]
+    lean, joint = (json.loads(result[0][1]) for result in results)
+    assert lean["equal_weights"] and joint["equal_weights"] and lean["steps"] == 8
+    for name, value in joint["valid"].items():
+        assert lean["valid"][name] == pytest.approx(value, rel=2e-3, abs=1e-3), name
+    assert lean["train_loss"] == pytest.approx(joint["train_loss"], rel=1e-4)
+
+
 def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):
     begin = time.monotonic()
     runs = [start(repo, tmp_path / str(rank), data={"fail_at": (1, 3, rank)}) for rank in (0, 1)]
