@@ -16,11 +16,10 @@ from icefall_kd.data.datamodule import DataModule, decoding_batches, load_cuts
 from icefall_kd.data.recordings import cuts_from_folder
 from icefall_kd.decode.runner import decode_parts
 from icefall_kd.errors import ConfigError
-from icefall_kd.models.streaming import choose_chunks
 from icefall_kd.results import parts_by_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
-from icefall_kd.runtime.files import atomic_write
+from icefall_kd.runtime.files import atomic_write, read_json
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.systems.base import System
@@ -40,9 +39,10 @@ def train_main(argv: list[str] | None = None) -> int:
     dist.init()
     try:
         setup_logging(config.loop.exp_dir, "train", rank=dist.get_rank())
-        tokenizer = Tokenizer.load(config.data.lang_dir)
+        # Training on audio alone has no tokens: it neither reads --lang-dir nor saves a tokenizer.
+        tokenizer = None if config.self_supervised else Tokenizer.load(config.data.lang_dir)
         torch.manual_seed(config.loop.seed)
-        system = build_system(config, tokenizer.vocab_size)
+        system = build_system(config, tokenizer.vocab_size if tokenizer else 0)
         data = DataModule(
             config.data,
             config.augment,
@@ -52,6 +52,7 @@ def train_main(argv: list[str] | None = None) -> int:
             text_alignment=config.text_kd.text_alignment,
             with_audio=system.needs_audio,
             **system.alignment_losses,
+            crop_duration=config.ssl.crop_duration if config.self_supervised else None,
             seed=config.loop.seed,
         )
         # Only once the loop has agreed to start: a refused command must not change the tokenizer of an exp_dir.
@@ -59,7 +60,7 @@ def train_main(argv: list[str] | None = None) -> int:
             system,
             data,
             config,
-            tokenizer_hash=tokenizer.hash,
+            tokenizer_hash=tokenizer.hash if tokenizer else "",
             on_start=lambda: _furnish(config.loop.exp_dir, tokenizer, data),
             epoch_seconds=sum(cut.duration for cut in data.train_cuts),
         )
@@ -68,9 +69,10 @@ def train_main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _furnish(exp_dir: Path, tokenizer: Tokenizer, data: DataModule) -> None:
-    """Write the tokenizer and the list of utterances that the filters left out."""
-    tokenizer.save(exp_dir / "tokenizer")
+def _furnish(exp_dir: Path, tokenizer: Tokenizer | None, data: DataModule) -> None:
+    """Write the tokenizer, if there is one, and the list of utterances that the filters left out."""
+    if tokenizer is not None:
+        tokenizer.save(exp_dir / "tokenizer")
     with atomic_write(exp_dir / "left_out.jsonl", "w") as stream:
         stream.writelines(json.dumps(asdict(x), ensure_ascii=False) + "\n" for x in data.rejected)
 
@@ -105,6 +107,7 @@ def load_system(config: DecodeConfig) -> Trained:
         torch.set_num_threads(config.num_threads)
     if not config.exp_dir.is_dir():
         raise ConfigError(f"--exp-dir {config.exp_dir} does not exist; train first")
+    _refuse_self_supervised(config.exp_dir)
     tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
     if config.weights is not None:
         state_dict, saved, used = load_weights(config.weights, tokenizer.hash)
@@ -114,16 +117,22 @@ def load_system(config: DecodeConfig) -> Trained:
         )
     logger.info("parameters from %s", used)
     train_config = config_from_dict(TrainConfig, saved)
-    chunks = choose_chunks(
-        train_config.model, config.decode_chunk_size, config.left_context_frames, config.chunk_by_chunk
-    )
     system = build_system(train_config, tokenizer.vocab_size, inference=True)
     # Distillation heads are of no use here; anything else must fit.
     kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
     load_model(system, kept, source=f"{config.exp_dir} ({used})")
-    system.model.encoder.chunks = chunks
+    system.set_up_decoding(config, train_config.model)
     system.to(pick_device(config.device)).eval()
     return Trained(system, tokenizer, train_config, used)
+
+
+def _refuse_self_supervised(exp_dir: Path) -> None:
+    file = exp_dir / "config.json"
+    if file.exists() and read_json(file)["config"].get("objective") == "ssl":
+        raise ConfigError(
+            f"--exp-dir {exp_dir} holds a training without transcripts (--objective ssl), which recognises nothing; "
+            "fine-tune it with train.py --objective asr --init-from it, and decode that"
+        )
 
 
 def decode(config: DecodeConfig) -> dict[str, dict]:

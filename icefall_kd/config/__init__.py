@@ -8,6 +8,7 @@ Precedence: defaults < ``--config conf/x.yaml`` < flags.
 from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
+from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
@@ -21,6 +22,7 @@ from icefall_kd.config.labels import (
 from icefall_kd.config.model import ENCODER_SIZES, ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
 from icefall_kd.config.report import ReportConfig
+from icefall_kd.config.ssl import SslConfig
 from icefall_kd.config.training import AsrLossConfig, Kd, KdConfig, LoopConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "DataConfig",
     "DecodeConfig",
     "DecodingMethod",
+    "DualConfig",
     "ExportConfig",
     "ExtractConfig",
     "ExtractLayersConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "QuantizerConfig",
     "RecogniserKdConfig",
     "ReportConfig",
+    "SslConfig",
     "TeacherConfig",
     "TextKdConfig",
     "TrainConfig",

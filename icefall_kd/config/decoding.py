@@ -101,6 +101,10 @@ class DecodeConfig:
     """Streaming models: encoder frames of 40 ms a chunk, -1: the whole utterance; None: the first trained with."""
     left_context_frames: int | None = None
     """Streaming models: encoder frames seen before a chunk, -1: all; None: the first trained with."""
+    encoder_mode: Literal["auto", "full", "streaming"] = "auto"
+    """Models of --system dualmode: auto is streaming with a chunk size, left context or chunk-by-chunk, else full."""
+    sparse: Literal["auto", "true", "false"] = "auto"
+    """The same models: without the masked weights; auto: in the streaming mode of a model that has masks."""
     chunk_by_chunk: bool = False
     """Streaming models: go through utterances chunk by chunk with caches, not once under a chunk mask; same results."""
     tail_padding: float = 0.0

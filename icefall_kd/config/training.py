@@ -7,9 +7,11 @@ from typing import Literal
 from icefall_kd.config.checks import at_least
 from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
+from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
+from icefall_kd.config.ssl import SslConfig
 from icefall_kd.errors import ConfigError
 
 Kd = Literal["none", "l1", "l2", "mvq"]
@@ -148,9 +150,9 @@ class LoopConfig:
 class TrainConfig:
     """All options of train.py."""
 
-    system: Literal["mvq", "nar", "hkd"] = "mvq"
+    system: Literal["mvq", "nar", "hkd", "dualmode"] = "mvq"
     """The distillation system: mvq, a transducer; nar, CTC with an attention decoder; hkd, continuous
-    integrate-and-fire."""
+    integrate-and-fire; dualmode, one set of weights for whole utterances and, pruned, for streams."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
@@ -160,7 +162,14 @@ class TrainConfig:
     recogniser_kd: RecogniserKdConfig = RecogniserKdConfig()
     cif: CifConfig = CifConfig()
     text_kd: TextKdConfig = TextKdConfig()
+    dual: DualConfig = DualConfig()
+    ssl: SslConfig = SslConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     transfer: TransferConfig = TransferConfig()
+
+    @property
+    def self_supervised(self) -> bool:
+        """Return whether the training hears audio alone: no transcripts, no tokenizer."""
+        return self.system == "dualmode" and self.dual.objective == "ssl"

@@ -24,7 +24,7 @@ from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.data.features import FRAME_SHIFT, SILENCE, FbankExtractor
-from icefall_kd.data.filters import check_cuts, filter_cuts
+from icefall_kd.data.filters import check_cuts, cut_into_pieces, filter_cuts
 from icefall_kd.data.loader import Loader, audio_of, features_of
 from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.data.transcripts import pad_tokens, transcript
@@ -126,7 +126,7 @@ class CutBatches(Dataset):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         features: str = "precomputed",
         augment: AugmentConfig | None = None,
@@ -163,10 +163,12 @@ class CutBatches(Dataset):
                 for i, (x, cut) in enumerate(zip(features, clean, strict=True))
             ]
         keys = [label_key(cut) for cut in clean] if self.with_keys else []
-        texts = [transcript(cut) for cut in clean]
-        y, y_lens = pad_tokens(self.tokenizer, texts)
         frames = [len(x) for x in features]
-        ids = [row[:n] for row, n in zip(y.tolist(), y_lens.tolist(), strict=True)]
+        texts, ids, y, y_lens = [], [], None, None
+        if self.tokenizer is not None:
+            texts = [transcript(cut) for cut in clean]
+            y, y_lens = pad_tokens(self.tokenizer, texts)
+            ids = [row[:n] for row, n in zip(y.tolist(), y_lens.tolist(), strict=True)]
         audio = audio_lens = None
         if self.with_audio:
             waves = [audio_of(cut) for cut in clean]
@@ -242,7 +244,7 @@ class DataModule:
         self,
         config: DataConfig,
         augment: AugmentConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         label_specs: list[LabelSpec] = (),
         min_coverage: float = 1.0,
@@ -252,13 +254,28 @@ class DataModule:
         ctc: bool = True,
         end_token: bool = False,
         num_encoder_frames=None,
+        min_encoder_frames: int = 1,
+        crop_duration: float | None = None,
         seed: int = 42,
     ) -> None:
+        """Read the cut sets and keep what can be trained on.
+
+        Args:
+            config, augment: where the data is, and what the student hears of it.
+            tokenizer: of the transcripts; None: there are none, batches hold audio and features alone.
+            label_specs, min_coverage, text_alignment: teacher labels, and how they meet the utterances.
+            with_audio: whether batches hold audio.
+            transducer, ctc, end_token, num_encoder_frames, min_encoder_frames: of filters.filter_cuts.
+            crop_duration: longer utterances are cut into equal pieces of at most so many seconds; None: not.
+            seed: of shuffling and augmentation.
+        """
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         cuts = load_cuts(config.manifest_dir, config.train_parts)
         valid_cuts = load_cuts(config.manifest_dir, config.valid_parts)
         for name, some in (("--train-parts", cuts), ("--valid-parts", valid_cuts)):
             check_cuts(some, config.features, name)
+        if crop_duration is not None:
+            cuts, valid_cuts = (cut_into_pieces(some, crop_duration) for some in (cuts, valid_cuts))
         keep = {
             "tokenizer": tokenizer,
             "min_duration": config.min_utt_duration,
@@ -267,6 +284,7 @@ class DataModule:
             "ctc": ctc,
             "end_token": end_token,
             "num_encoder_frames": num_encoder_frames,
+            "min_encoder_frames": min_encoder_frames,
         }
         self.train_cuts, self.rejected = filter_cuts(cuts, **keep)
         self.valid_cuts = _spread(filter_cuts(valid_cuts, **keep)[0], config.valid_utts)
@@ -298,7 +316,9 @@ class DataModule:
             with_audio=with_audio,
             seed=seed,
         )
-        self.valid_data = CutBatches(tokenizer, features=config.features)
+        # A teacher hears training batches alone; a model that hears samples itself is validated on them, too.
+        own_audio = with_audio and tokenizer is None
+        self.valid_data = CutBatches(tokenizer, features=config.features, with_audio=own_audio)
         hours = sum(cut.duration for cut in self.train_cuts) / 3600
         logger.info(
             "training on %d utterances, %.2f h (%d left out by the filters), validating on %d",

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 
+from icefall_kd.data.features import FRAME_SHIFT
 from icefall_kd.errors import DataError
 from icefall_kd.frames import conv2d_subsampled_len, fbank_num_frames
 from icefall_kd.text.tokenizer import Tokenizer
@@ -52,6 +54,26 @@ def check_cuts(cuts: Iterable[Cut], features: str, where: str) -> None:
             raise DataError(f"{where}: cut {cut.id} has no recording, which --features on_the_fly needs")
 
 
+def cut_into_pieces(cuts: Iterable[Cut], longest: float) -> CutSet:
+    """Cut utterances of more than ``longest`` seconds into equally long pieces without transcripts.
+
+    All audio of an utterance is heard in every epoch, where wav2vec 2.0 draws one crop (our design).  Pieces begin at
+    whole frames of features.
+    """
+    found: list[Cut] = []
+    for cut in cuts:
+        pieces = math.ceil(cut.duration / longest)
+        if pieces <= 1:
+            found.append(cut)
+            continue
+        frames = math.floor(cut.duration / FRAME_SHIFT)
+        bounds = [round(i * frames / pieces) * FRAME_SHIFT for i in range(pieces)] + [cut.duration]
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            piece = cut.truncate(offset=round(begin, 2), duration=round(end - begin, 8), preserve_id=True)
+            found.append(fastcopy(piece, id=f"{cut.id}-{i + 1}-of-{pieces}", supervisions=[]))
+    return CutSet.from_cuts(found)
+
+
 def repeats(tokens: list[int]) -> int:
     """Return how many tokens equal their predecessor: CTC needs a blank frame between the two."""
     return sum(a == b for a, b in itertools.pairwise(tokens))
@@ -65,6 +87,8 @@ def why_not(
     ctc: bool = True,
     end_token: bool = False,
     num_encoder_frames=None,
+    min_encoder_frames: int = 1,
+    text: bool = True,
 ) -> str | None:
     """Return why an utterance would make a loss infinite, or None.
 
@@ -75,42 +99,48 @@ def why_not(
         ctc: CTC needs U plus the number of repeats <= T'.
         end_token: the end of the text is one more label.
         num_encoder_frames: the encoder's T -> T'; None: that of Conv2dSubsampling.
+        min_encoder_frames: fewest T' of an utterance.
+        text: whether there must be any.
     """
     encoder_frames = (num_encoder_frames or conv2d_subsampled_len)(num_frames)
     if encoder_frames < 1:
         return f"{num_frames} frames give no encoder frame"
+    if encoder_frames < min_encoder_frames:
+        return f"{num_frames} frames give {encoder_frames} encoder frames; {min_encoder_frames} are needed"
     if not tokens:
-        return "no tokens"
-    count, text = len(tokens) + end_token, f"{len(tokens)} tokens{' and the end' if end_token else ''}"
+        return "no tokens" if text else None
+    count, shown = len(tokens) + end_token, f"{len(tokens)} tokens{' and the end' if end_token else ''}"
     if (transducer or ctc) and count > encoder_frames:
-        return f"{text}, {encoder_frames} encoder frames"
+        return f"{shown}, {encoder_frames} encoder frames"
     if ctc and count + repeats(tokens) > encoder_frames:
-        return f"{text} with {repeats(tokens)} repeats, {encoder_frames} encoder frames"
+        return f"{shown} with {repeats(tokens)} repeats, {encoder_frames} encoder frames"
     return None
 
 
 def filter_cuts(
     cuts: Iterable[Cut],
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     min_duration: float = 0.0,
     max_duration: float = float("inf"),
     transducer: bool = True,
     ctc: bool = True,
     end_token: bool = False,
     num_encoder_frames=None,
+    min_encoder_frames: int = 1,
 ) -> tuple[CutSet, list[LeftOut]]:
     """Split cuts into those fit for training and those left out.
 
     Args:
-        cuts: one supervision each.
-        tokenizer: makes the tokens that are counted.
+        cuts: one supervision each, where there is a tokenizer.
+        tokenizer: makes the tokens that are counted; None: of audio alone, which needs no supervision.
         min_duration: shortest utterance in seconds.
         max_duration: longest utterance in seconds.
         transducer: a transducer loss will be used.
         ctc: a CTC loss will be used.
         end_token: the end of the text is a label, too.
         num_encoder_frames: the encoder's T -> T'; None: that of Conv2dSubsampling.
+        min_encoder_frames: fewest T' of an utterance.
     Returns:
         The kept cuts in their order, with ``custom["num_tokens"]`` set, and what was left out with reasons.
     """
@@ -120,10 +150,11 @@ def filter_cuts(
         reason, tokens = None, []
         if not min_duration <= cut.duration <= max_duration:
             reason = f"{cut.duration:.2f} s, outside of {min_duration} to {max_duration} s"
-        elif len(cut.supervisions) != 1:
+        elif tokenizer is not None and len(cut.supervisions) != 1:
             reason = f"{len(cut.supervisions)} supervisions; one is needed"
         else:
-            tokens = tokenizer.encode(cut.supervisions[0].text or "")
+            if tokenizer is not None:
+                tokens = tokenizer.encode(cut.supervisions[0].text or "")
             num_frames = cut.num_frames if cut.has_features else fbank_num_frames(cut.num_samples)
             reason = why_not(
                 tokens,
@@ -132,6 +163,8 @@ def filter_cuts(
                 ctc=ctc,
                 end_token=end_token,
                 num_encoder_frames=num_encoder_frames,
+                min_encoder_frames=min_encoder_frames,
+                text=tokenizer is not None,
             )
         if reason is None:
             kept.append(fastcopy(cut, custom={**(cut.custom or {}), "num_tokens": len(tokens)}))

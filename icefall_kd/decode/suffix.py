@@ -43,6 +43,10 @@ def decode_suffix(
     if chunks != WHOLE_UTTERANCE:
         parts[0] += f"_chunk-{chunks.chunk_size}_left-context-{chunks.left_context_frames}"
         parts[0] += "_streaming" if config.chunk_by_chunk else ""
+    if config.encoder_mode != "auto":
+        parts.append(config.encoder_mode)
+    if config.sparse != "auto":
+        parts.append("sparse" if config.sparse == "true" else "dense")
     if config.tail_padding:
         parts.append(f"tail-padding-{config.tail_padding}")
     if config.blank_penalty:

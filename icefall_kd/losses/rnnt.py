@@ -5,6 +5,7 @@ of R symbol positions a frame; the full joiner runs inside the windows only.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,27 @@ from icefall_kd.losses import lattice
 from icefall_kd.losses.rnnt_backends import Backend, load_backend
 
 
-def pruned_transducer_loss(
+@dataclass(frozen=True)
+class PrunedTransducer:
+    """Both losses, and what the full joiner said inside the windows."""
+
+    simple: Tensor
+    """(N,) loss of the additive joiner in nats."""
+    pruned: Tensor
+    """(N,) loss of the full joiner in nats."""
+    logits: Tensor
+    """(N, T', R, V) of the full joiner."""
+    positions: Tensor
+    """(N, T', R) int64 symbol positions, at most U, that the windows hold."""
+
+
+def pruned_transducer_loss(*args, **options) -> tuple[Tensor, Tensor]:
+    """Return simple_loss (N,) and pruned_loss (N,) of :func:`pruned_transducer`, which has the same arguments."""
+    result = pruned_transducer(*args, **options)
+    return result.simple, result.pruned
+
+
+def pruned_transducer(
     encoder_out: Tensor,
     decoder_out: Tensor,
     joiner: Callable[..., Tensor],
@@ -30,7 +51,7 @@ def pruned_transducer_loss(
     am_scale: float = 0.0,
     backend: str = "auto",
     blank_id: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> PrunedTransducer:
     """Compute the simple and the pruned loss of every utterance, lattices in float32 or better.
 
     Args:
@@ -48,8 +69,7 @@ def pruned_transducer_loss(
         backend: "auto" (k2, else fast_rnnt, else torch), "torch", "k2" or "fast_rnnt".
         blank_id: id of blank.
     Returns:
-        simple_loss (N,) and pruned_loss (N,) in nats, not normalised; float32 (with the backend torch, float64
-        for float64 inputs).
+        Losses in nats, not normalised; float32 (with the backend torch, float64 for float64 inputs).  With the windows.
     Raises:
         ConfigError: for an unknown backend, or one asked for that is absent or broken.
         DataError: for lengths that do not fit the tensors.
@@ -69,7 +89,7 @@ def pruned_transducer_loss(
     am_window, lm_window, positions = windows(*projected, starts, width)
     logits = joiner(am_window, lm_window, project_input=False)
     pruned = pruned_loss(logits, y, starts, positions, encoder_out_lens, y_lens, blank_id)
-    return simple, pruned
+    return PrunedTransducer(simple, pruned, logits, positions)
 
 
 def smoothed_simple_loss(
@@ -244,7 +264,7 @@ def _outside_loss(
     lm_scale: float,
     am_scale: float,
     blank_id: int,
-) -> tuple[Tensor, Tensor]:
+) -> PrunedTransducer:
     """Compute both losses with k2 or fast_rnnt, whose functions have the same names."""
     lib = backend.module
     boundary = torch.zeros((y.shape[0], 4), dtype=torch.int64, device=am.device)
@@ -260,4 +280,4 @@ def _outside_loss(
     logits = joiner(am_window, lm_window, project_input=False)
     with torch.autocast(am.device.type, enabled=False):
         pruned = lib.rnnt_loss_pruned(logits=logits.float(), ranges=ranges, **common)
-    return simple, pruned
+    return PrunedTransducer(simple, pruned, logits, ranges)

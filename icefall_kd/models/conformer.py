@@ -233,6 +233,8 @@ class Conformer(nn.Module):
         self.shape = EncoderShape.from_config(cfg)
         self.layer_dropout = cfg.layer_dropout
         self.chunks: Chunks = default_chunks(cfg)
+        self.pinned: Chunks | None = None
+        """What is seen in training and outside, whatever the options say (models/dual.py); None: that is not fixed."""
         self.subsampling = Conv2dSubsampling(
             cfg.feature_dim, self.shape.dim, tuple(cfg.subsampling_channels), cfg.dropout, cfg.streaming
         )
@@ -270,8 +272,41 @@ class Conformer(nn.Module):
             DataError: when T is too short for one output frame.
         """
         self.check_taps(taps)
-        chunks = draw_chunks(self.cfg) if self.training else self.chunks
-        x, lens = self.subsampling(features, x_lens)
+        chunks = self.chunks_of_batch()  # drawn first: the draw and the front end's dropout share a generator
+        x, lens = self.embed(features, x_lens)
+        return self.forward_embedded(x, lens, taps, chunks)
+
+    def chunks_of_batch(self) -> Chunks:
+        """Return what a batch is encoded with: ``pinned``, or drawn anew in training and ``self.chunks`` otherwise."""
+        if self.pinned is not None:
+            return self.pinned
+        return draw_chunks(self.cfg) if self.training else self.chunks
+
+    def embed(self, features: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the front end alone: log-mel frames (N, T, F) to the layers' input (N, T', C), and its lengths (N,).
+
+        Raises:
+            DataError: when T is too short for one output frame.
+        """
+        return self.subsampling(features, x_lens)
+
+    def forward_embedded(
+        self, x: Tensor, lens: Tensor, taps: Sequence[int] = (), chunks: Chunks | None = None
+    ) -> EncoderOutput:
+        """Encode what the front end gave, or what was put in its place (masked frames of self-supervised training).
+
+        Args:
+            x: (N, T', C) of :meth:`embed`.
+            lens: (N,) valid frames T'.
+            taps: 1-based layers whose outputs are returned.
+            chunks: how far a frame sees; None: :meth:`chunks_of_batch`.
+        Returns:
+            As :meth:`forward`.
+        Raises:
+            ConfigError: for a tap that is no layer.
+        """
+        self.check_taps(taps)
+        chunks = self.chunks_of_batch() if chunks is None else chunks
         pad_mask = make_pad_mask(lens, x.shape[1])
         allowed = None
         if chunks.chunk_size > 0:
@@ -333,6 +368,7 @@ class Conformer(nn.Module):
         for tap in taps:
             if not 1 <= tap <= self.num_layers:
                 raise ConfigError(f"layer {tap} does not exist: the encoder has layers 1 to {self.num_layers}")
+
 
 def maybe_bypass(x: Tensor, y: Tensor, probability: float) -> Tensor:
     """Replace a layer's output y by a little of it on top of its input x, with a probability."""

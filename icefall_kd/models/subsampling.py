@@ -58,6 +58,20 @@ class Conv2dSubsampling(nn.Module):
         Raises:
             DataError: when T is too short for one output frame.
         """
+        z, lens = self.project(features, x_lens)
+        return self.finish(self.norm(z)), lens
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of :meth:`project`, which are the encoder's."""
+        return self.out.out_features
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Map normalised vectors (N, T', C) to the encoder's input (N, T', C)."""
+        return self.dropout(z)
+
+    def project(self, features: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run :meth:`forward` up to its LayerNorm, which self-supervised training looks at."""
         num_frames = features.shape[1]
         if conv2d_subsampled_len(num_frames) < 1:
             raise DataError(f"a batch of {num_frames} frames gives no encoder frame; utterances need at least 7 frames")
@@ -76,7 +90,7 @@ class Conv2dSubsampling(nn.Module):
         Returns:
             (N, C, C') vectors, equal to those of :meth:`forward` for the whole utterance.
         """
-        return self._convolve(features, x_lens)
+        return self.finish(self.norm(self._convolve(features, x_lens)))
 
     def _convolve(self, features: Tensor, x_lens: Tensor) -> Tensor:
         padding = make_pad_mask(x_lens, features.shape[1]).unsqueeze(-1)
@@ -86,4 +100,4 @@ class Conv2dSubsampling(nn.Module):
         x = F.relu(self.conv2(x), inplace=True)
         x = F.relu(self.conv3(x), inplace=True)  # (N, C3, T', F')
         x = x.permute(0, 2, 3, 1).flatten(2)  # (N, C3, T', F') -> (N, T', F' * C3): a view in channels-last memory
-        return self.dropout(self.norm(self.out(x)))
+        return self.out(x)

@@ -19,7 +19,7 @@ from icefall_kd.runtime.log import format_seconds
 from icefall_kd.train.metrics import read_metrics
 
 # Fields of a record of metrics.jsonl that are no losses: of the record, and of the optimiser and the machine.
-_RECORD = ("kind", "step", "tot", "epoch", "batch", "skipped", "units")
+_RECORD = ("kind", "step", "tot", "epoch", "batch", "skipped", "units", "figures")
 _STEPPING = {"lr": "learning rate", "grad_norm": "gradient norm", "audio_hours_per_hour": "audio hours an hour"}
 _MACHINE = ("memory_gib",)
 # Groups of options that say from what and how a training ran, and options that say where.
@@ -132,6 +132,8 @@ def curves(records: Sequence[dict]) -> dict[str, Curve]:
             if name not in _RECORD:
                 curve = found.setdefault(name, Curve())
                 (curve.train if train else curve.valid).append((step, _number(value)))
+        for name, value in record.get("figures", {}).items():
+            found.setdefault(name, Curve()).train.append((step, _number(value)))
         for name, value in record.get("tot", {}).items():
             found.setdefault(name, Curve()).running.append((step, _number(value)))
     return found

@@ -235,6 +235,13 @@ def all_reduce_sum(values: Sequence[float], device: torch.device | str = "cpu") 
     return tensor.tolist()
 
 
+def broadcast_from_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Return rank 0's tensor on all ranks; it is overwritten on the others."""
+    if get_world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Return whether ``flag`` is true on at least one rank."""
     return all_reduce_sum([float(flag)], device)[0] > 0

@@ -2,11 +2,12 @@
 
 from icefall_kd.config import TrainConfig
 from icefall_kd.systems.base import System
+from icefall_kd.systems.dualmode import build_dualmode
 from icefall_kd.systems.hkd import build_hkd
 from icefall_kd.systems.mvq import build_mvq
 from icefall_kd.systems.nar import build_nar
 
-SYSTEMS = {"mvq": build_mvq, "nar": build_nar, "hkd": build_hkd}
+SYSTEMS = {"mvq": build_mvq, "nar": build_nar, "hkd": build_hkd, "dualmode": build_dualmode}
 
 
 def build_system(config: TrainConfig, vocab_size: int, inference: bool = False) -> System:

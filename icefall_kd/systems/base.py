@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from icefall_kd.config import DecodeConfig, ModelConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import encoder_seconds
 from icefall_kd.labels.store import LabelStore
+from icefall_kd.models.streaming import choose_chunks
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class System(nn.Module):
     without a gradient.  ``forward`` is ``losses``, so that DistributedDataParallel can wrap the system.
     """
 
+    norm_mode = "full"
+    """Whose norms a model of one mode takes of a training of both (--init-from): "full" or "streaming"."""
+
     @property
     def label_specs(self) -> list[LabelSpec]:
         """Return the label sets that training batches must hold."""
@@ -90,16 +95,46 @@ class System(nn.Module):
         raise NotImplementedError
 
     def losses(self, batch: Batch, step: int) -> LossTerms:
-        """Return all loss terms of ``batch`` at global step ``step`` (0-based, for warm-ups)."""
+        """Return all loss terms of ``batch`` at global step ``step`` (0-based, for warm-ups).
+
+        A system with several passes also takes ``part``, of which the sum over all parts is what it returns without.
+        """
         raise NotImplementedError
 
-    def forward(self, batch: Batch, step: int) -> LossTerms:
+    def passes(self, batch: Batch, step: int) -> int:
+        """Return how many times forward and backward are run for ``batch``, each with ``losses(batch, step, part)``.
+
+        Ranks must agree.  The frames of the batch count in one part alone, and the last part gives every parameter a
+        gradient, if only 0: it is then that ranks exchange what all parts added up.
+        """
+        return 1
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Do what comes between steps; return figures for the log, if there are new ones.
+
+        Args:
+            step: steps done; 0: before the first of a new training (a resumed one had that call).
+        """
+        return {}
+
+    def forward(self, batch: Batch, step: int, part: int | None = None) -> LossTerms:
         """Call :meth:`losses`."""
-        return self.losses(batch, step)
+        return self.losses(batch, step) if part is None else self.losses(batch, step, part)
 
     def frame_seconds(self, frame: int) -> float:
         """Return where a frame (0-based) of the encoder output begins, in seconds."""
         return encoder_seconds(frame)
+
+    def set_up_decoding(self, config: DecodeConfig, model: ModelConfig) -> None:
+        """Give the encoder the chunks that the options of decoding name, as far as its own (``model``) allow.
+
+        Raises:
+            ConfigError: the model cannot be run with these chunks, or has no modes.
+        """
+        if (config.encoder_mode, config.sparse) != ("auto", "auto"):
+            raise ConfigError("--encoder-mode and --sparse choose a mode of --system dualmode; leave them out")
+        chosen = config.decode_chunk_size, config.left_context_frames
+        self.model.encoder.chunks = choose_chunks(model, *chosen, config.chunk_by_chunk)
 
     def decoders(self) -> dict[str, "object"]:
         """Return the decoders of this system by method name (decode/base.py: Decoder)."""
@@ -108,6 +143,12 @@ class System(nn.Module):
     def inference_state_dict(self) -> dict[str, Tensor]:
         """Return the parameters needed at inference, distillation heads left out."""
         return self.state_dict()
+
+
+def parts(system: System, batch: Batch, step: int) -> list[int | None]:
+    """Return the parts of a batch's losses to be run one after the other; [None]: all at once."""
+    count = system.passes(batch, step)
+    return [None] if count == 1 else list(range(count))
 
 
 def by_row(values: Tensor, rows: Tensor, n: int) -> Tensor:

@@ -216,6 +216,8 @@ def build_hkd(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     refuse_options(config.kd, "mvq", besides=("teacher_labels", "label_dir", "min_coverage"))
     refuse_options(config.recogniser_kd, "nar")
     refuse_options(config.attention, "nar", besides=_DECODER_OPTIONS)
+    refuse_options(config.dual, "dualmode")
+    refuse_options(config.ssl, "dualmode --objective ssl")
     if config.kd.teacher_labels != "stored":
         raise ConfigError("--teacher-labels online: text states are stored beforehand; leave it out")
     kd = active_text_kd(config.text_kd)

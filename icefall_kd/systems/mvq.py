@@ -12,7 +12,6 @@ Every term is a sum over the batch, so that the recipe's published scales keep t
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,22 +21,16 @@ from torch import Tensor, nn
 from icefall_kd.config import ENCODER_SIZES, KdConfig, TrainConfig
 from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import IGNORE, Batch, Labels
-from icefall_kd.decode.ctc import CtcGreedySearch
-from icefall_kd.decode.k2_graph import CtcGraphSearch, FastBeamSearch
-from icefall_kd.decode.streaming import encode_chunks
-from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FrameFormula
 from icefall_kd.labels.align import check_online_lengths, delay_frames, join_embeddings, join_frames, label_ratio
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.codebook import CodebookLoss
-from icefall_kd.losses.ctc import ctc_loss
 from icefall_kd.losses.frame_kd import FrameKdLoss
-from icefall_kd.losses.rnnt import pruned_transducer_loss
 from icefall_kd.models.conformer import log_parameter_counts
-from icefall_kd.models.transducer import TransducerModel
 from icefall_kd.quantization.quantizer import Quantizer
-from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms, System
+from icefall_kd.systems.asr import TransducerSystem
+from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher
 
@@ -67,12 +60,6 @@ class KdTarget:
     ratio: int
     """Teacher frames a student frame."""
     source: LabelSource
-
-
-def warmup_scales(step: int, warm_step: int, simple_scale: float) -> tuple[float, float]:
-    """Return the scales of the simple and the pruned loss at ``step`` (the Zipformer recipe's ramp)."""
-    x = min(step / warm_step, 1.0) if warm_step > 0 else 1.0
-    return 1.0 - x * (1.0 - simple_scale), 0.1 + 0.9 * x
 
 
 def kd_targets(kd: KdConfig, num_layers: int, sources: list[LabelSource]) -> list[KdTarget]:
@@ -141,7 +128,7 @@ class OnlineTeacher:
         return Labels(codes, lens)
 
 
-class MvqSystem(System):
+class MvqSystem(TransducerSystem):
     """The student with its ASR losses and, in training, its distillation heads."""
 
     def __init__(
@@ -151,11 +138,8 @@ class MvqSystem(System):
         targets: list[KdTarget] = (),
         online: OnlineTeacher | None = None,
     ) -> None:
-        super().__init__()
-        self.asr, self.kd, self.teacher_layer = config.asr, config.kd, config.teacher.layer
-        self.model = TransducerModel(
-            config.model, vocab_size, transducer=config.asr.transducer_scale > 0, ctc=config.asr.ctc_scale > 0
-        )
+        super().__init__(config, vocab_size)
+        self.kd, self.teacher_layer = config.kd, config.teacher.layer
         self.targets = list(targets)
         self.online = online
         log_parameter_counts(self.model)
@@ -187,57 +171,16 @@ class MvqSystem(System):
         """Return whether a teacher makes the labels in training."""
         return self.online is not None
 
-    @property
-    def alignment_losses(self) -> dict[str, bool]:
-        """Return which losses are active."""
-        return {"transducer": self.asr.transducer_scale > 0, "ctc": self.asr.ctc_scale > 0}
-
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return encoder_out (N, T', C) and encoder_out_lens (N,)."""
-        out = self.model.encoder(batch.features, batch.x_lens)
-        return out.encoder_out, out.encoder_out_lens
-
-    def encode_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield encoder_out (N, C, C') and encoder_out_lens (N,) of each chunk of the encoder's ``chunks``."""
-        return encode_chunks(self.model.encoder, batch.features, batch.x_lens, self.model.encoder.chunks)
-
     def losses(self, batch: Batch, step: int) -> LossTerms:
         """Return simple, pruned, ctc and, in training, distillation losses of ``batch``."""
         taps = tuple(t.layer for t in self.targets) if self.training else ()
         out = self.model.encoder(batch.features, batch.x_lens, taps=taps)
-        terms: dict[str, LossTerm] = {}
         frames = int(out.encoder_out_lens.sum())
-        if self.asr.transducer_scale > 0:
-            self._transducer_terms(terms, batch, out, step, frames)
-        if self.asr.ctc_scale > 0:
-            ctc = ctc_loss(self.model.ctc_output(out.encoder_out), batch.y, out.encoder_out_lens, batch.y_lens)
-            terms["ctc_loss"] = LossTerm(ctc.sum(), self.asr.ctc_scale, frames, per_utterance=ctc.detach())
+        terms = self.recognise(batch, out.encoder_out, out.encoder_out_lens, step).terms
         metrics: dict[str, tuple] = {}
         for target in self.targets if self.training else ():
             self._kd_terms(terms, metrics, target, batch, out)
         return LossTerms(terms=terms, frames=frames, metrics=metrics)
-
-    def _transducer_terms(self, terms: dict, batch: Batch, out, step: int, frames: int) -> None:
-        decoder_out = self.model.decoder(self.model.decoder.add_sos(batch.y))  # (N, U + 1, C)
-        simple, pruned = pruned_transducer_loss(
-            out.encoder_out,
-            decoder_out,
-            self.model.joiner,
-            self.model.simple_am_proj,
-            self.model.simple_lm_proj,
-            batch.y,
-            out.encoder_out_lens,
-            batch.y_lens,
-            prune_range=self.asr.prune_range,
-            lm_scale=self.asr.lm_scale,
-            am_scale=self.asr.am_scale,
-            backend=self.asr.rnnt_backend,
-        )
-        scales = warmup_scales(step, self.asr.rnnt_warm_step, self.asr.simple_loss_scale)
-        for name, loss, scale in zip(("simple_loss", "pruned_loss"), (simple, pruned), scales, strict=True):
-            terms[name] = LossTerm(
-                loss.sum(), scale * self.asr.transducer_scale, frames, per_utterance=loss.detach()
-            )
 
     def _kd_terms(self, terms: dict, metrics: dict, target: KdTarget, batch: Batch, out) -> None:
         labels = self.online.labels(batch) if self.online is not None else batch.labels[target.name]
@@ -264,20 +207,6 @@ class MvqSystem(System):
         for m, count in enumerate(loss.counts.tolist()):
             metrics[f"{target.name}_ce{m:02d}"] = (loss.per_target[m], count, bound)
 
-    def decoders(self) -> dict[str, object]:
-        """Return the constructors of this model's searches, by the names of --decoding-method."""
-        found: dict[str, object] = {}
-        if self.model.joiner is not None:
-            found["greedy_search"] = lambda config: GreedySearch.from_config(self.model, config)
-            found["modified_beam_search"] = lambda config: ModifiedBeamSearch.from_config(self.model, config)
-            for name in ("fast_beam_search", "fast_beam_search_nbest"):
-                found[name] = found[f"{name}_LG"] = lambda config: FastBeamSearch.from_config(self.model, config)
-        if self.model.ctc_output is not None:
-            found["ctc_greedy_search"] = lambda config: CtcGreedySearch(self.model)
-            for name in ("ctc_decoding", "ctc_decoding_HLG", "ctc_decoding_nbest_HLG"):
-                found[name] = lambda config: CtcGraphSearch.from_config(self.model, config)
-        return found
-
     def inference_state_dict(self) -> dict[str, Tensor]:
         """Return the parameters without the distillation heads."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("heads.")}
@@ -290,6 +219,8 @@ def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
     refuse_options(config.recogniser_kd, "nar")
     for group in (config.cif, config.text_kd):
         refuse_options(group, "hkd")
+    refuse_options(config.dual, "dualmode")
+    refuse_options(config.ssl, "dualmode --objective ssl")
     if config.kd.kd == "none":
         return MvqSystem(config, vocab_size)
     num_layers = config.model.num_encoder_layers or ENCODER_SIZES[config.model.encoder_size][0]

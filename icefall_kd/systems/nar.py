@@ -308,6 +308,8 @@ def build_nar(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
         return NarSystem(config, vocab_size)
     for group in (config.cif, config.text_kd):
         refuse_options(group, "hkd")
+    refuse_options(config.dual, "dualmode")
+    refuse_options(config.ssl, "dualmode --objective ssl")
     refuse_options(config.kd, "mvq", besides=("teacher_labels", "label_dir", "min_coverage"))
     kd = active_kd(config.recogniser_kd)
     if not kd:

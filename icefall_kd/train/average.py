@@ -17,6 +17,12 @@ from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
+# Why checkpoints of a pruned model are not averaged.
+_MASKS_REMEDY = (
+    "the mean of weights that were trained under several masks is no network that was trained; take a range behind "
+    "--mask-freeze-step, or one checkpoint with --use-averaged-model false"
+)
+
 
 class RunningAverage:
     """The mean in float64 of the parameters at every ``period``-th step since the first.
@@ -62,7 +68,11 @@ def _as_double(tensor: Tensor) -> Tensor:
 
 
 def average_checkpoints(files: Sequence[str | Path]) -> dict[str, Tensor]:
-    """Return the arithmetic mean of the models of ``files``; integers are taken from the last file."""
+    """Return the arithmetic mean of the models of ``files``; integers are taken from the last file.
+
+    Raises:
+        ConfigError: nothing to average, other models, or masks that differ.
+    """
     if not files:
         raise ConfigError("there is nothing to average: no files were given")
     total: dict[str, Tensor] = {}
@@ -74,6 +84,8 @@ def average_checkpoints(files: Sequence[str | Path]) -> dict[str, Tensor]:
         for name, tensor in model.items():
             if tensor.is_floating_point():
                 total[name] = total[name].add_(tensor) if name in total else tensor.double()
+            elif tensor.dtype == torch.bool and name in total and not torch.equal(total[name], tensor):
+                raise ConfigError(f"{files[0]} and {path} have different masks ({name}): {_MASKS_REMEDY}")
             else:
                 total[name] = tensor.clone()
     last = load_checkpoint(files[-1], mmap=True, verify=False)["model"]
@@ -92,7 +104,7 @@ def average_from_averaged(start: str | Path | None, end: str | Path) -> dict[str
         start: the checkpoint before the range; None: the range starts with the training.
         end: the last checkpoint of the range.
     Raises:
-        ConfigError: no sample lies between the two, naming both step counts.
+        ConfigError: no sample lies between the two, naming both step counts; or masks changed there.
     """
     last = load_checkpoint(end, mmap=True)
     period = _period(last, end)
@@ -109,6 +121,10 @@ def average_from_averaged(start: str | Path | None, end: str | Path) -> dict[str
             f"no average lies between {begin} and {end} (step {last['train']['step']}): the model was averaged every "
             f"{period} steps; take a longer range, --use-averaged-model false, or train with a smaller --average-period"
         )
+    changed = max((int(t) for name, t in last["model"].items() if name.endswith("mask_step")), default=0)
+    begin_step = first["train"]["step"] if first is not None else 0
+    if changed > begin_step:
+        raise ConfigError(f"the masks of {end} changed at step {changed}, behind step {begin_step}: {_MASKS_REMEDY}")
     weight = end_step / (end_step - start_step)
     averages = {}
     for name, tensor in last["model_avg"].items():

@@ -16,7 +16,7 @@ from torch import nn
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, NumericError
 from icefall_kd.runtime.files import write_json
-from icefall_kd.systems.base import LossTerms, System
+from icefall_kd.systems.base import LossTerms, System, parts
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +156,10 @@ def scan_worst_batches(
                 if reserved is None:
                     reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
                 moved = batch.to(device)
-                with autocast():
-                    terms = system.losses(moved, step)
-                terms.total.backward()
+                for part in parts(system, moved, step):
+                    with autocast():
+                        terms = system(moved, step, part)
+                    terms.total.backward()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

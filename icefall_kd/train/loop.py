@@ -188,6 +188,7 @@ class _Trainer:
             )
         if found is None:
             self._initialise()
+            self.system.after_step(0)
             return
         path, saved = found
         if self.loop.init_from is not None:
@@ -322,7 +323,7 @@ class _Trainer:
         state.step += 1
         state.skipped, state.skipped_in_a_row = self.stepper.guard.total, self.stepper.guard.in_a_row
         values = outcome.values or Tracker()
-        self.progress.add(values, audio)
+        self.progress.add(values, audio, self.system.after_step(state.step))
         self.epoch_tracker.add_tracker(values)
         return outcome.wishes.stop, outcome.wishes.save
 

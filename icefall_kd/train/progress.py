@@ -32,6 +32,7 @@ class TrainProgress:
         self.running, self.current = Tracker(1 - 1 / RESET_INTERVAL), Tracker()
         self.writer: MetricsWriter | None = None
         self.interval_audio = 0.0
+        self.figures: dict[str, float] = {}
 
     def open(self, exp_dir: Path, step: int) -> None:
         """Write records to ``exp_dir`` from ``step`` on; on rank 0 alone."""
@@ -52,9 +53,13 @@ class TrainProgress:
         """Seconds spent training, earlier runs of the command included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def add(self, values: Tracker, audio: float) -> None:
-        """Count one step: its losses and its seconds of audio on this rank."""
+    def add(self, values: Tracker, audio: float, figures: dict[str, float]) -> None:
+        """Count one step: its losses, its seconds of audio on this rank, and what figures the system has.
+
+        The latest figures stand in every record until there are others.
+        """
         self.current = values
+        self.figures = figures or self.figures
         self.running.add_tracker(values)
         self.interval_audio += audio
 
@@ -69,7 +74,7 @@ class TrainProgress:
         eta = self._eta(state, now)
         logger.info(
             "Epoch %d, batch %d, step %d, loss[%s], tot_loss[%s], batch size: %d, lr: %.3g, grad_norm: %.4g, "
-            "%.4g audio hours/hour, memory: %.2f GiB, ETA: %s%s",
+            "%.4g audio hours/hour, memory: %.2f GiB, ETA: %s%s%s",
             state.epoch,
             state.batch,
             state.step,
@@ -82,6 +87,7 @@ class TrainProgress:
             memory,
             "unknown" if eta is None else format_seconds(eta),
             f", grad_scale: {scaler.get_scale():g}" if scaler.is_enabled() else "",
+            f", {format_values(self.figures)}" if self.figures else "",
         )
         if self.writer is not None:
             self.writer.write(
@@ -97,6 +103,7 @@ class TrainProgress:
                 memory_gib=memory,
                 skipped=state.skipped,
                 units=current.units,
+                **({"figures": self.figures} if self.figures else {}),
             )
 
     def log_validation(self, state: TrainState, results: Tracker, seconds: float) -> None:

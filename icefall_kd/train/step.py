@@ -18,7 +18,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import DataError, NumericError
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.files import write_json
-from icefall_kd.systems.base import LossTerms, System
+from icefall_kd.systems.base import LossTerms, System, parts
 from icefall_kd.train import guards
 from icefall_kd.train.metrics import Tracker
 from icefall_kd.train.optim import ScaledAdam, build_optimizer, learning_rate
@@ -127,10 +127,11 @@ class Stepper:
         seed_everything(step_seed(self.config.loop.seed, step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
         values, frames, shared = Tracker(), 0.0, wishes
-        for i, batch in enumerate(batches):
-            synchronise = i == len(batches) - 1 or self.model is self.system
+        work = [(batch, part) for batch in batches for part in parts(self.system, batch, step)]
+        for i, (batch, part) in enumerate(work):
+            synchronise = i == len(work) - 1 or self.model is self.system
             with contextlib.nullcontext() if synchronise else self.model.no_sync():
-                terms, sums = self._forward(batch, step)
+                terms, sums = self._forward(batch, step, part)
                 finite = math.isfinite(sums.sums["loss"][0])
                 # One collective tells all ranks whether to skip or stop, and how much data the step holds.
                 flags = [not finite, wishes.stop, wishes.save, is_last, terms.frames]
@@ -156,10 +157,10 @@ class Stepper:
         self.guard.good()
         return StepOutcome(values, shared)
 
-    def _forward(self, batch: Batch, step: int) -> tuple[LossTerms, Tracker]:
+    def _forward(self, batch: Batch, step: int, part: int | None) -> tuple[LossTerms, Tracker]:
         sums = Tracker()
         with self.memory_guard(batch, step), self.autocast():
-            terms = self.model(batch.to(self.device), step)
+            terms = self.model(batch.to(self.device), step, part)
             sums.add_terms(terms)
         return terms, sums
 

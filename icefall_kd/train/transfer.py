@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Parameters of each part that --init-modules can name.
 MODULES = {"encoder": "model.encoder.", "ctc": "model.ctc_output.", "decoder": "model.decoder."}
 _LAYER = re.compile(r"layers\.(\d+)\.")
+# Norms of their own for each mode (models/dual.py) beside a norm of one mode.
+_NORM_OF_MODE = re.compile(r"\.(full|streaming)(?=\.(weight|bias)$)")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def initialise(
     chosen = {new: weights[old] for old, new in names.items() if new is not None}
     if options.get("attention_decoder") == "ar":
         chosen |= _mask_embedding(system, chosen)
+    olds = {new: old for old, new in names.items() if new is not None}
+    chosen, olds = _norms_of_modes(system, chosen, olds)
     report = load_model(system, chosen, strict=False)
     if not report.loaded:
         raise ConfigError(
@@ -75,7 +79,6 @@ def initialise(
             "training of a model that shares some, or leave it out"
         )
     _refuse_other_tokens(report.loaded, exp_dir, tokenizer_hash)
-    olds = {new: old for old, new in names.items()}
     result = TransferReport(
         **asdict(report) | {"loaded": [n if olds[n] == n else f"{n} <- {olds[n]}" for n in report.loaded]},
         skipped=[old for old, new in names.items() if new is None],
@@ -106,6 +109,24 @@ def _renamed(names: list[str], transfer: TransferConfig, exp_dir: Path) -> dict[
             place = f"layers.{chosen.index(number)}." if number in chosen else None
             found[name] = name[: layer.start()] + place + name[layer.end() :] if place else None
     return found
+
+
+def _norms_of_modes(
+    system: System, chosen: dict[str, Tensor], olds: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the weights with the norms of this model's modes, and what each is called in the other training.
+
+    Both norms of a dual-mode encoder start from the one of a single mode; a single mode starts from its own of the two.
+    """
+    found, names = dict(chosen), dict(olds)
+    for name in (name for name in system.state_dict() if name not in chosen):
+        single = _NORM_OF_MODE.sub("", name)
+        old = single if single != name else re.sub(r"\.(weight|bias)$", rf".{system.norm_mode}.\1", name)
+        if old in chosen:
+            found[name], names[name] = chosen[old], olds[old]
+    taken = {names[n] for n in found if n not in chosen}
+    used = {n: t for n, t in found.items() if n not in chosen or olds[n] not in taken}
+    return {n: t for n, t in used.items() if not n.endswith("mask_step")}, names
 
 
 def _mask_embedding(system: System, chosen: dict[str, Tensor]) -> dict[str, Tensor]:

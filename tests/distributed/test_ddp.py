@@ -23,9 +23,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(repo, exp_dir, world_size=2, launcher="env", **options):
+def start(repo, exp_dir, world_size=2, launcher="env", script="tests/train/toy.py", **options):
     """Start the ranks of a toy training with the variables that torchrun (or srun) sets."""
-    command = [sys.executable, str(repo / "tests/train/toy.py"), str(exp_dir), json.dumps({"config": {}, **options})]
+    command = [sys.executable, str(repo / script), str(exp_dir), json.dumps({"config": {}, **options})]
     port = str(free_port())
     processes = []
     for rank in range(world_size):
@@ -70,6 +70,38 @@ def test_two_ranks_equal_one_large_batch(repo, tmp_path, optimizer):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert b["train"]["valid"]["accuracy"] == pytest.approx(a["train"]["valid"]["accuracy"])
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # rank 0 alone writes
+
+
+def test_two_ranks_of_a_dual_mode_training_equal_one_and_have_equal_masks(repo, tmp_path):
+    # One choice of chunks: ranks draw their own.
+    options = {
+        "config": {"asr": {"rnnt_backend": "torch"}, "model": {"chunk_size": [4], "left_context_frames": [8]}},
+        "dual": {"sparsity": 0.5, "prune_end_step": 6, "mask_interval": 3},
+        "script": "tests/dual_toys.py",
+    }
+    one, two = start(repo, tmp_path / "one", 1, **options), start(repo, tmp_path / "two", 2, **options)
+    results = finish([*one, *two])
+    assert [code for code, _, _ in results] == [0, 0, 0], results[0][2] + results[1][2] + results[2][2]
+    a, b = (load_checkpoint(tmp_path / name / "epoch-2.pt")["model"] for name in ("one", "two"))
+    masks = [name for name in a if name.endswith(".mask")]
+    assert len(masks) == 16 and all(0.4 < float(a[name].float().mean()) < 0.6 for name in masks)
+    assert json.loads(results[1][1])["equal_masks"]
+    for name, value in a.items():
+        # AdamW makes steps of the rounding errors of a gradient that is 0, as of a key's bias; eight steps are 0.016.
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=2e-4, msg=name)
+
+
+def test_two_ranks_of_self_supervised_training_exchange_what_both_passes_added_up(repo, tmp_path):
+    results = []
+    for lean in (True, False):
+        dual = {"modes": "dual", "lean": lean, "dual_kd_scale": 0.5}
+        results.append(finish(start(repo, tmp_path / str(lean), script="tests/ssl_toys.py", dual=dual)))
+        assert [code for code, _, _ in results[-1]] == [0, 0], results[-1][0][2] + results[-1][1][2]
+    lean, joint = (json.loads(result[0][1]) for result in results)
+    assert lean["equal_weights"] and joint["equal_weights"] and lean["steps"] == 8
+    for name, value in joint["valid"].items():
+        assert lean["valid"][name] == pytest.approx(value, rel=2e-3, abs=1e-3), name
+    assert lean["train_loss"] == pytest.approx(joint["train_loss"], rel=1e-4)
 
 
 def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):

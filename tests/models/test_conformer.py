@@ -10,6 +10,7 @@ from icefall_kd.frames import conv2d_subsampled_len
 from icefall_kd.models.attention import RelativePositions, RelativeSelfAttention, relative_shift
 from icefall_kd.models.conformer import Conformer, ConvolutionModule, parameter_counts
 from icefall_kd.models.masks import make_attention_mask, make_pad_mask
+from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
 from icefall_kd.models.subsampling import Conv2dSubsampling
 
 SMALL = {"num_encoder_layers": 3, "encoder_dim": 32, "num_heads": 4, "feedforward_dim": 64, "cnn_kernel": 7}
@@ -202,3 +203,28 @@ def test_subsampling_takes_other_bins():
     assert out.shape == (2, 7, 16) and lens.tolist() == [7, 4]
     with pytest.raises(ConfigError, match="7 bins"):
         Conv2dSubsampling(6, 16)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_two_halves_of_forward_are_forward(streaming):
+    model = Conformer(ModelConfig(encoder_size="tiny", streaming=streaming, layer_dropout=0.3)).train()
+    features, x_lens = log_mel(2, 150, 80), torch.tensor([150, 97])
+    torch.manual_seed(5)
+    whole = model(features, x_lens, taps=(2,))
+    torch.manual_seed(5)
+    chunks = model.chunks_of_batch()
+    parts = model.forward_embedded(*model.embed(features, x_lens), (2,), chunks)
+    assert torch.equal(whole.encoder_out, parts.encoder_out)
+    assert torch.equal(whole.taps[2], parts.taps[2])
+    assert torch.equal(whole.encoder_out_lens, parts.encoder_out_lens)
+
+
+def test_given_chunks_are_obeyed_in_training():
+    cfg = ModelConfig(encoder_size="tiny", streaming=True, dropout=0.0, chunk_size=[4], left_context_frames=[8])
+    model = Conformer(cfg).train()
+    x, lens = model.embed(log_mel(1, 150, 80), torch.tensor([150]))
+    later = x.clone()
+    later[:, 8:] += 1.0
+    for chunks, same in ((Chunks(4, 8), True), (WHOLE_UTTERANCE, False)):
+        first, second = (model.forward_embedded(y, lens, chunks=chunks).encoder_out[:, :8] for y in (x, later))
+        assert torch.equal(first, second) is same

@@ -42,6 +42,11 @@ def test_curves_hold_every_value_of_the_log_and_no_bookkeeping():
     assert found["ctc_loss"].last() == (2.25, 2.125)
 
 
+def test_figures_that_a_system_logs_between_steps_are_curves_too():
+    found = curves([{"kind": "train", "step": 3, "loss": 1.0, "figures": {"sparsity": 0.5}}])
+    assert list(found) == ["loss", "sparsity"] and found["sparsity"].train == [(3, 0.5)]
+
+
 def test_the_page_needs_nothing_else_and_says_what_the_exp_dir_holds(tmp_path):
     exp_dir = write_exp_dir(tmp_path / "a<b>", TrainConfig(), RECORDS)
     write_result(exp_dir, "greedy_search", [{"id": "u"}, {"id": "v"}], [1, 2], {})

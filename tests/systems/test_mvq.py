@@ -28,7 +28,7 @@ from icefall_kd.labels.keys import label_key
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.systems import build_system
-from icefall_kd.systems.mvq import warmup_scales
+from icefall_kd.systems.asr import warmup_scales
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.guards import parameters_without_gradient
 from tests.teachers.tiny_models import ssl_model

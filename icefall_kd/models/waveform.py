@@ -1,0 +1,99 @@
+"""The convolutional front end of wav2vec 2.0: samples to vectors of 20 ms (Baevski et al. 2020, arXiv 2006.11477)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icefall_kd.errors import DataError
+from icefall_kd.frames import SSL_CONV, FrameFormula
+from icefall_kd.models.dropout import Dropout
+from icefall_kd.models.masks import make_pad_mask
+
+FIRST_CONV = FrameFormula(kernels=SSL_CONV.kernels[:1], strides=SSL_CONV.strides[:1])
+
+
+class WaveformFrontEnd(nn.Module):
+    """Seven convolutions over samples, LayerNorm, projection; hop 320 samples, receptive field 400 at 16 kHz.
+
+    The convolutions have neither padding nor biases, so that valid frames see valid samples alone.  ``norm``:
+    "layer_norm", over the channels behind every convolution (the LARGE model's), or "default", a normalisation of
+    every channel over the whole utterance behind the first one (a GroupNorm of as many groups as channels, the BASE
+    model's), which sees the future and serves no stream.  Ours: its statistics leave padding out.
+
+    Args:
+        dim: channels C of the encoder.
+        channels: of the convolutions.
+        norm: see above.
+        dropout: behind the projection.
+    """
+
+    def __init__(self, dim: int, channels: int = 512, norm: str = "layer_norm", dropout: float = 0.1) -> None:
+        super().__init__()
+        self.kind = norm
+        sizes = zip(SSL_CONV.kernels, SSL_CONV.strides, strict=True)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=False)
+            for i, (kernel, stride) in enumerate(sizes)
+        )
+        for convolution in self.convolutions:
+            nn.init.kaiming_normal_(convolution.weight)
+        layers = len(self.convolutions) if norm == "layer_norm" else 1
+        self.inner_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(layers))
+        self.norm = nn.LayerNorm(channels)
+        self.out = nn.Linear(channels, dim)
+        self.dropout = Dropout(dropout)
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of :meth:`project`."""
+        return self.out.in_features
+
+    def forward(self, audio: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Map samples (N, S) of which (N,) are valid to (N, T', C) vectors and (N,) their lengths."""
+        z, lens = self.project(audio, audio_lens)
+        return self.finish(self.norm(z)), lens
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Map normalised features (N, T', channels) to the encoder's input (N, T', C)."""
+        return self.dropout(self.out(z))
+
+    def project(self, audio: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the convolutions alone.
+
+        Args:
+            audio: (N, S) float32 samples in [-1, 1].
+            audio_lens: (N,) valid ones.
+        Returns:
+            (N, T', channels) before the last LayerNorm, and (N,) valid frames.
+        Raises:
+            DataError: S is too short for one frame.
+        """
+        if audio.shape[1] < SSL_CONV.receptive_field:
+            raise DataError(
+                f"a batch of {audio.shape[1]} samples gives no frame; utterances need {SSL_CONV.receptive_field}"
+            )
+        x = audio.unsqueeze(1)  # (N, 1, S)
+        for i, convolution in enumerate(self.convolutions):
+            x = convolution(x)
+            if self.kind == "layer_norm":
+                x = self.inner_norms[i](x.transpose(1, 2)).transpose(1, 2)  # (N, C, T) -> (N, T, C) -> (N, C, T)
+            elif i == 0:
+                x = _over_time(x, _lens(FIRST_CONV, audio_lens), self.inner_norms[0])
+            x = F.gelu(x)
+        return x.transpose(1, 2), _lens(SSL_CONV, audio_lens)
+
+
+def _lens(formula: FrameFormula, num_samples: Tensor) -> Tensor:
+    """Return the frames (N,) of (N,) samples."""
+    return torch.tensor([formula.num_frames(n) for n in num_samples.tolist()], device=num_samples.device)
+
+
+def _over_time(x: Tensor, lens: Tensor, affine: nn.LayerNorm) -> Tensor:
+    """Normalise every channel of (N, C, T) over the valid frames, and apply the gain and bias (C,) of ``affine``."""
+    with torch.autocast(x.device.type, enabled=False):
+        valid = ~make_pad_mask(lens, x.shape[2]).unsqueeze(1)  # (N, 1, T)
+        x, count = x.float(), lens.clamp(min=1).view(-1, 1, 1)
+        centred = (x - (x * valid).sum(dim=2, keepdim=True) / count) * valid
+        variance = centred.square().sum(dim=2, keepdim=True) / count
+        x = centred * (variance + affine.eps).rsqrt()
+        return x * affine.weight.unsqueeze(1) + affine.bias.unsqueeze(1)
