@@ -56,6 +56,31 @@ def write_gpt2(folder: Path, positions=40) -> Path:
     return folder
 
 
+def write_xlmr(folder: Path, positions=40) -> Path:
+    """Write a tiny XLM-RoBERTa, in which a space in front of a word is often a piece of its own."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    table = [*((name, 0.0) for name in specials), *((c, -4.0) for c in ["\u2581", *"aceht", "\u2581cat", *HANZI])]
+    pieces = Tokenizer(models.Unigram(table, unk_id=3))
+    pieces.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    pieces.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), specials, strict=True))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=pieces, cls_token="<s>", sep_token="</s>", model_max_length=positions, **names
+    ).save_pretrained(folder)
+    torch.manual_seed(5)
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(table), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=positions + 2, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.XLMRobertaForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
 def bert_by_hand(state: dict[str, torch.Tensor], ids: list[int], heads: int, layers: int) -> list[torch.Tensor]:
     """Return the states (T, C) behind every layer of BERT for one text, computed from its weights alone."""
 

@@ -308,7 +308,9 @@ class DataModule:
     def _report_alignment(self, name: str, store: LabelStore, unit: Unit) -> None:
         """Log how the states of a language model meet the tokens; a DataError when no text can be aligned."""
         report = coverage(store, map(transcript, self.train_cuts), self.tokenizer, unit)
-        level = logging.WARNING if report.misaligned else logging.INFO
+        # Many unknown pieces: texts of another case, or of another language.
+        strange = report.misaligned or 10 * report.unknown > report.units
+        level = logging.WARNING if strange else logging.INFO
         logger.log(level, "labels %s, by %s: %s", name, unit, report)
         if not report.aligned:
             raise DataError(f"no text of the training aligns with the states in {store.path}: {report}")

@@ -35,6 +35,24 @@ MALE = (
     "m1 m2 m3 m4 m5 m6 m7 m8 Alex Andy Denis Diogo Gene Hugo Jacky Lee Marco Michael Mike Reed adam david edward ian"
 ).split()
 FEMALE = "f1 f2 f3 f4 f5 Alicia Andrea Annie anika aunty belinda linda steph steph2".split()
+_SIZES = {
+    "en": {
+        "train_speakers": 60,
+        "train_utts": 12,
+        "dev_speakers": 10,
+        "dev_utts": 6,
+        "test_speakers": 20,
+        "test_utts": 6,
+    },
+    "zh": {
+        "train_speakers": 24,
+        "train_utts": 30,
+        "dev_speakers": 5,
+        "dev_utts": 12,
+        "test_speakers": 8,
+        "test_utts": 15,
+    },
+}
 # Numbers of espeak_SetParameter, and of the constants that Initialize and Synth take (speak_lib.h).
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _SYNCHRONOUS, _DONT_EXIT, _CHARS_UTF8 = 2, 0x8000, 1
@@ -46,17 +64,19 @@ class DemoSpec:
 
     language: str = "en"
     """en: LibriSpeech layout; zh: AISHELL-1 layout."""
-    train_speakers: int = 60
-    """Speakers of the training part; no voice serves two parts."""
-    train_utts: int = 12
+    train_speakers: int | None = None
+    """Speakers of the training part; no voice serves two parts.  This and the next five, None: 60 x 12 English
+    utterances to train on, 10 x 6 and 20 x 6 for dev and test; 24 x 30, 5 x 12 and 8 x 15 Mandarin ones, which has
+    fewer voices."""
+    train_utts: int | None = None
     """Utterances of each training speaker."""
-    dev_speakers: int = 10
+    dev_speakers: int | None = None
     """Speakers of the dev part."""
-    dev_utts: int = 6
+    dev_utts: int | None = None
     """Utterances of each dev speaker."""
-    test_speakers: int = 20
+    test_speakers: int | None = None
     """Speakers of the test part."""
-    test_utts: int = 6
+    test_utts: int | None = None
     """Utterances of each test speaker."""
     joined: float = 0.6
     """Share of utterances that are two sentences: a teacher with a fixed window costs the same for both."""
@@ -83,24 +103,33 @@ class DemoSpec:
             raise ConfigError(f"{self.num_speakers} speakers asked for; {self.language!r} has {voices} voices")
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The six numbers of speakers and utterances, those of the language where None was said."""
+        return {
+            name: default if (n := getattr(self, name)) is None else n
+            for name, default in _SIZES[self.language].items()
+        }
+
+    @property
     def num_speakers(self) -> int:
         """Speakers of all parts."""
-        return self.train_speakers + self.dev_speakers + self.test_speakers
+        return sum(speakers for speakers, _ in self.parts.values())
 
     @property
     def parts(self) -> dict[str, tuple[int, int]]:
         """(speakers, utterances of each) by part, in the layout's own names."""
         names = ("train-demo", "dev-demo", "test-demo") if self.language == "en" else ("train", "dev", "test")
-        sizes = (
-            (self.train_speakers, self.train_utts),
-            (self.dev_speakers, self.dev_utts),
-            (self.test_speakers, self.test_utts),
-        )
-        return dict(zip(names, sizes, strict=True))
+        numbers = list(self.sizes.values())
+        return dict(zip(names, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
 
     def identity(self) -> str:
         """Return the fingerprint that a finished corpus is marked with."""
-        spec = {**dataclasses.asdict(self), "version": VERSION, "words": sorted(vocabulary(self.language))}
+        spec = {
+            **dataclasses.asdict(self),
+            **self.sizes,
+            "version": VERSION,
+            "words": sorted(vocabulary(self.language)),
+        }
         return fingerprint(spec)
 
 
@@ -374,7 +403,7 @@ def make_demo(root: Path, spec: DemoSpec, nj: int = 1) -> bool:
     for part in counts:
         counts[part]["hours"] = round(sum(minutes[s.speaker] for s in plan if s.part == part) / 60, 6)
     write_json(
-        building / "demo.json", {"fingerprint": spec.identity(), "spec": dataclasses.asdict(spec), "parts": counts}
+        building / "demo.json", {"fingerprint": spec.identity(), "spec": dataclasses.asdict(spec) | spec.sizes, "parts": counts}
     )
     shutil.rmtree(root, ignore_errors=True)
     os.replace(building, root)

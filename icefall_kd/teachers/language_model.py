@@ -22,7 +22,7 @@ from icefall_kd.teachers import hf
 from icefall_kd.teachers.locate import locate
 from icefall_kd.teachers.pretrained import pick_layer
 from icefall_kd.text.alignment import close_gaps
-from icefall_kd.text.wordpiece import WordPieces
+from icefall_kd.text.wordpiece import SPACE, WordPieces
 from icefall_kd.train.checkpoint import state_sha256
 
 RANDOM_MODELS = {"tiny-random-masked": False, "tiny-random-causal": True}
@@ -73,6 +73,9 @@ def encode(tokenizer: Any, texts: Sequence[str], case: str = "lower") -> list[En
     result = []
     for text, lead, ids, offsets in zip(texts, leads, found["input_ids"], found["offset_mapping"], strict=True):
         spans = np.maximum(np.array(offsets, np.int64).reshape(-1, 2) - lead, 0)
+        # A space by itself is a piece of sentencepiece, which gives it the character behind it where it put it in.
+        bare = [not piece.strip(SPACE) for piece in tokenizer.convert_ids_to_tokens(ids)]
+        spans[bare, 1] = spans[bare, 0]
         unknown = np.array(ids, np.int64) == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)
         result.append(Encoded(ids, close_gaps(spans, text), unknown))
     return result
@@ -95,9 +98,9 @@ class ReadText:
 class LanguageModelTeacher:
     """A frozen language model, always in evaluation mode.
 
-    A masked model reads [CLS] text [SEP]: [CLS] is dropped and [SEP] is the end of the text.  A causal one reads the
-    end-of-text token, the text and the end-of-text token again; a piece's state is the one after reading it, the first
-    state is dropped and the last is the end of the text.
+    A masked model reads [CLS] text [SEP]: [CLS] is dropped and [SEP] is the end of the text.  A causal one reads its
+    token for the beginning, or else the end-of-text token, the text and the end-of-text token; a piece's state is the
+    one after reading it, the first state is dropped and the last is the end of the text.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, cfg: LanguageModelConfig, identity: dict) -> None:
@@ -142,7 +145,9 @@ class LanguageModelTeacher:
     def _is_causal(self) -> bool:
         """Look whether a state changes with what follows: names of architectures do not tell for every model."""
         last = int(self.model.get_input_embeddings().weight.shape[0]) - 1
-        ids = torch.tensor([[last, last - 1, last - 2], [last, last - 1, last - 3]])
+        # From all over the table: at its end there may be rows that only fill it up, all alike.
+        spread = torch.linspace(0, last, 16).round().long()
+        ids = torch.stack([torch.cat([spread[8:9], some]) for some in spread.view(2, 8)])
         states = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.float()
         return bool((states[0, 0] - states[1, 0]).abs().max() <= 1e-5 * states[:, 0].abs().max())
 

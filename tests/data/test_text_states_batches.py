@@ -1,6 +1,7 @@
 """A language model's states in training batches: aligned with the tokens, or left out and counted."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from icefall_kd.labels.extract_text import extract_text_states
 from icefall_kd.labels.keys import text_key
 from icefall_kd.labels.shard import key_hash
 from icefall_kd.labels.store import LabelStore, shard_of
-from icefall_kd.labels.text_reading import align_text
+from icefall_kd.labels.text_reading import align_text, coverage
 from icefall_kd.labels.text_states import pack_states, unpack_states
 from icefall_kd.systems.base import LabelSpec
 from icefall_kd.text.alignment import Alignment
 from icefall_kd.text.tokenizer import Tokenizer
+from icefall_kd.train.state import refuse_changed_data
 
 SPEC = {"name": "text_states", "kind": "text_states"}
 
@@ -130,6 +132,8 @@ def test_misaligned_texts_are_left_out_whole_counted_and_named(corpus, caplog):
     assert warning.levelno == logging.WARNING
     assert f"{24 - copies} of 24 utterances aligned, 0 without states, {copies} misaligned" in warning.getMessage()
     assert "'one two': token 1, 'o', has no piece of the language model" in warning.getMessage()
+    wanted = {"unit": "token", "utterances": 24, "aligned": 24 - copies, "missing": 0, "misaligned": copies}
+    assert data.text_coverage == wanted
     left_out = 0
     for batch in data.train_batches(1):
         labels = batch.labels["text_states"]
@@ -140,10 +144,47 @@ def test_misaligned_texts_are_left_out_whole_counted_and_named(corpus, caplog):
     assert left_out == copies > 0
 
 
+def test_coverage_counts_what_each_token_meets(corpus, caplog):
+    """The language model does not know ``one``, and cuts ``two`` behind its first letter."""
+    source, texts = LabelStore(corpus / "states"), ["one two", "one"]
+    writer = LabelStore.create(corpus / "counted", source.info).writer(0, 1)
+    for text, spans in zip(texts, ([(0, 3), (4, 5), (5, 7), (7, 7)], [(0, 3), (3, 3)]), strict=True):
+        unknown = np.array([True, *[False] * (len(spans) - 1)])
+        writer.add(text_key(text), pack_states(np.array(spans), unknown, torch.ones(len(spans), 16)), 1)
+    writer.finish()
+    store, tokenizer = LabelStore(corpus / "counted"), Tokenizer.load(corpus / "lang_char")
+    # o, n, e share a piece, twice; t and the space before it share one; w and o share one.
+    found = coverage(store, [*texts, "one", "no such text"], tokenizer, "token")
+    assert (found.utterances, found.missing, found.misaligned, found.aligned) == (4, 1, 0, 3)
+    assert (found.units, found.one_to_one, found.several, found.unknown) == (7 + 3 + 3, 0, 0, 3 + 3 + 3)
+    assert "13 units: 0.00% with a piece of their own, 100.00% share one, 0.00% have" in str(found)
+    assert "69.23% unknown" in str(found)
+    words = coverage(store, texts, tokenizer, "word")
+    assert (words.units, words.one_to_one, words.several, words.unknown) == (3, 2, 1, 2)
+    with caplog.at_level(logging.INFO):
+        data_module(corpus, labels="counted", min_coverage=0.1)
+    assert next(r for r in caplog.records if "unknown to the" in r.getMessage()).levelno == logging.WARNING
+
+
 def test_a_training_of_which_no_text_aligns_is_refused(corpus, monkeypatch):
     monkeypatch.setattr(Tokenizer, "pieces", lambda self, text: ["?"])
     with pytest.raises(DataError, match=r"no text of the training aligns .*its tokens do not spell it"):
         data_module(corpus)
+
+
+def test_a_training_does_not_go_on_with_other_states_in_the_same_folder(corpus):
+    label_dir, config = corpus / "replaced", {"cuts": [corpus / "fbank/cuts_train.jsonl.gz"]}
+
+    def state(layer):
+        model = LanguageModelConfig(plm=str(corpus / "plm"), plm_device="cpu", plm_layer=layer)
+        extract_text_states(ExtractTextConfig(**config, label_dir=label_dir, language_model=model))
+        return data_module(corpus, labels="replaced").state()
+
+    before = state(2)
+    refuse_changed_data(before, state(2), label_dir)
+    shutil.rmtree(label_dir)
+    with pytest.raises(DataError, match=r"labels: .*text_states.* -> .*use another --exp-dir"):
+        refuse_changed_data(before, state(1), label_dir)
 
 
 def test_states_of_another_text_under_its_key_are_refused(corpus):

@@ -1,13 +1,14 @@
 """A language model as a teacher: its states are those of the model, with the characters that they stand for."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from text_toys import HANZI, bert_by_hand, random_texts, write_bert, write_gpt2
+from text_toys import HANZI, bert_by_hand, random_texts, write_bert, write_gpt2, write_xlmr
 
 from icefall_kd.config import LanguageModelConfig
 from icefall_kd.errors import ConfigError, DataError
@@ -58,6 +59,21 @@ def test_characters_are_those_of_the_text_as_it_is_given(bert):
     assert read.spans.tolist() == [[0, 3], [4, 6], [7, 10], [10, 10]]
 
 
+def test_a_space_that_is_a_piece_of_its_own_stands_for_no_character(tmp_path):
+    """Or the first character of every word would get half of its state."""
+    teacher = load(write_xlmr(tmp_path / "xlmr"))
+    assert not teacher.causal and teacher.max_pieces == 40
+    english, mandarin = texts = ["THE CAT Q", "我们去"]
+    for text, read, pieces in zip(
+        texts, teacher.read(texts), (["t", "h", "e", "\u2581cat", "<unk>"], [*mandarin]), strict=True
+    ):
+        given = teacher.tokenizer.convert_ids_to_tokens(read.ids)
+        assert given.count("\u2581") == {english: 2, mandarin: 1}[text]
+        assert [given[row] for row in read.rows] == [*pieces, "</s>"]
+        assert "".join(text[a:b] for a, b in read.spans) == text.replace(" ", "")
+        assert [int(b - a) for a, b in read.spans] == [{"\u2581cat": 3}.get(piece, 1) for piece in pieces] + [0]
+
+
 def test_case_is_changed_and_kept(bert, tmp_path):
     upper = write_bert(tmp_path / "cased", letters="ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     facts = json.loads((upper / "tokenizer_config.json").read_text()) | {"do_lower_case": False}
@@ -66,6 +82,29 @@ def test_case_is_changed_and_kept(bert, tmp_path):
     kept = load(upper, plm_case="keep")
     assert not kept.read(["QQ II"])[0].unknown.any()
     assert load(bert).provenance()["normalization"] != load(bert, plm_case="keep").provenance()["normalization"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_and_what_is_not_finite_is_refused(bert, gpt2, dtype):
+    for plm in (bert, gpt2):
+        half, whole = load(plm, plm_dtype=dtype), load(plm)
+        assert half.causal == whole.causal and half.provenance()["dtype"] == dtype
+        read = whole.read(TEXTS)
+        for found, wanted in zip(half.states(read), whole.states(read), strict=True):
+            assert found.dtype == torch.float32 and close(found, wanted, 0.1) and not torch.equal(found, wanted)
+    half.model.ln_f.bias[3] = torch.inf
+    with pytest.raises(DataError, match="not finite; use --plm-dtype float32"):
+        half.states(read)
+
+
+def test_a_causal_model_reads_its_own_token_for_the_beginning(gpt2, tmp_path):
+    folder = shutil.copytree(gpt2, tmp_path / "gpt2")
+    facts = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts | {"bos_token": "!"}))
+    teacher = load(folder)
+    tokenizer, (read,) = teacher.tokenizer, teacher.read(["CAT"])
+    assert [read.ids[0], read.ids[-1]] == tokenizer.convert_tokens_to_ids(["!", "<|endoftext|>"])
+    assert teacher.provenance()["tokenizer"]["in_front"] == ["!"]
 
 
 def test_a_causal_model_has_read_the_piece_and_nothing_behind_it(gpt2):
@@ -84,6 +123,19 @@ def test_a_causal_model_has_read_the_piece_and_nothing_behind_it(gpt2):
             alone = model(input_ids=torch.tensor([text.ids])).last_hidden_state[0]
         assert close(found, alone[torch.from_numpy(text.rows)]) and text.rows[-1] == len(text.ids) - 1
         assert text.rows[0] == 1  # the state behind the end-of-text token in front is dropped
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_that_fill_up_the_table_of_pieces_do_not_make_a_model_causal(bert, gpt2, causal):
+    """Published tables are filled up to a multiple of 64, by rows that are all alike."""
+    source, kind = (gpt2, transformers.GPT2Model) if causal else (bert, transformers.BertModel)
+    model = kind.from_pretrained(source)
+    model.resize_token_embeddings(model.config.vocab_size + 16, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-16:] = 0
+    teacher = load(source)
+    cfg = LanguageModelConfig(plm_device="cpu")
+    assert LanguageModelTeacher(model, teacher.tokenizer, cfg, teacher.identity).causal == teacher.causal == causal
 
 
 def test_a_first_word_has_the_pieces_that_it_has_within_a_text(gpt2):

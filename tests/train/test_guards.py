@@ -160,7 +160,7 @@ def test_good_steps_reset_the_count(tmp_path):
 
 
 def test_a_constant_validation_metric_warns(caplog):
-    before = {"loss": 1.5, "ctc_loss": 2.0, "accuracy": 0.0, "ce_bound": 5.545}
+    before = {"loss": 1.5, "ctc_loss": 2.0, "ctc_rate": 0.0, "ce_bound": 5.545, "length_acc": 0.25}
     with caplog.at_level(logging.WARNING):
         assert guards.constant_metrics([before]) == []
         assert guards.constant_metrics([before, {**before, "loss": 1.4}]) == ["ctc_loss"]
