@@ -35,24 +35,8 @@ MALE = (
     "m1 m2 m3 m4 m5 m6 m7 m8 Alex Andy Denis Diogo Gene Hugo Jacky Lee Marco Michael Mike Reed adam david edward ian"
 ).split()
 FEMALE = "f1 f2 f3 f4 f5 Alicia Andrea Annie anika aunty belinda linda steph steph2".split()
-_SIZES = {
-    "en": {
-        "train_speakers": 60,
-        "train_utts": 12,
-        "dev_speakers": 10,
-        "dev_utts": 6,
-        "test_speakers": 20,
-        "test_utts": 6,
-    },
-    "zh": {
-        "train_speakers": 24,
-        "train_utts": 30,
-        "dev_speakers": 5,
-        "dev_utts": 12,
-        "test_speakers": 8,
-        "test_utts": 15,
-    },
-}
+# (speakers, utterances of each) of train, dev and test.  Mandarin has 14 female voices: half of the speakers.
+_SIZES = {"en": (60, 12, 10, 6, 20, 6), "zh": (20, 36, 4, 15, 4, 30)}
 # Numbers of espeak_SetParameter, and of the constants that Initialize and Synth take (speak_lib.h).
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _SYNCHRONOUS, _DONT_EXIT, _CHARS_UTF8 = 2, 0x8000, 1
@@ -66,8 +50,8 @@ class DemoSpec:
     """en: LibriSpeech layout; zh: AISHELL-1 layout."""
     train_speakers: int | None = None
     """Speakers of the training part; no voice serves two parts.  This and the next five, None: 60 x 12 English
-    utterances to train on, 10 x 6 and 20 x 6 for dev and test; 24 x 30, 5 x 12 and 8 x 15 Mandarin ones, which has
-    fewer voices."""
+    utterances to train on, 10 x 6 and 20 x 6 for dev and test; 20 x 36, 4 x 15 and 4 x 30 Mandarin ones,
+    where there are fewer voices."""
     train_utts: int | None = None
     """Utterances of each training speaker."""
     dev_speakers: int | None = None
@@ -105,10 +89,10 @@ class DemoSpec:
     @property
     def sizes(self) -> dict[str, int]:
         """The six numbers of speakers and utterances, those of the language where None was said."""
-        return {
-            name: default if (n := getattr(self, name)) is None else n
-            for name, default in _SIZES[self.language].items()
-        }
+        names = (f"{part}_{what}" for part in ("train", "dev", "test") for what in ("speakers", "utts"))
+        given = {name: getattr(self, name) for name in names}
+        defaults = dict(zip(given, _SIZES[self.language], strict=True))
+        return {name: defaults[name] if value is None else value for name, value in given.items()}
 
     @property
     def num_speakers(self) -> int:
@@ -402,9 +386,8 @@ def make_demo(root: Path, spec: DemoSpec, nj: int = 1) -> bool:
     counts = {part: {"utterances": s * u, "speakers": s} for part, (s, u) in spec.parts.items()}
     for part in counts:
         counts[part]["hours"] = round(sum(minutes[s.speaker] for s in plan if s.part == part) / 60, 6)
-    write_json(
-        building / "demo.json", {"fingerprint": spec.identity(), "spec": dataclasses.asdict(spec) | spec.sizes, "parts": counts}
-    )
+    what = dataclasses.asdict(spec) | spec.sizes
+    write_json(building / "demo.json", {"fingerprint": spec.identity(), "spec": what, "parts": counts})
     shutil.rmtree(root, ignore_errors=True)
     os.replace(building, root)
     return True
