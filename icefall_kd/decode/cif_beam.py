@@ -2,8 +2,9 @@
 
 Integrate-and-fire says how many tokens there are, the end of the text among them, so a search takes as many steps: no
 length penalty and no guess where to stop (Han et al. 2023 and their public code).  What follows an end token is cut
-off.  There we differ: the public code goes on behind an end token and adds what it finds to the score; here an ended
-hypothesis keeps its score, which then is the probability of the text, summed over all that might follow the end.
+off, but it counts: as in the public code, the score of a hypothesis is over all vectors that fired.  One that kept its
+score when it ends would win by leaving the rest of the utterance out, for instance behind the first of two sentences.
+There we differ: behind the end a hypothesis goes on with the best token alone, so that the n-best are different texts.
 """
 
 from dataclasses import dataclass, field
@@ -53,8 +54,8 @@ class CifGreedySearch:
             encoder_out: (N, T', C).
             encoder_out_lens: (N,).
         Returns:
-            N lists of one :class:`Hypothesis`: the score is the log-probability of its tokens and of the end, if there
-            is one; the timestamp of a token the frame that it took most of.
+            N lists of one :class:`Hypothesis`: the score is the log-probability of what is said to all vectors, the
+            end and what follows it included; the timestamp of a token the frame that it took most of.
         """
         model = self.model
         fired, counts, frames = _fire(model, encoder_out, encoder_out_lens, self.tail_threshold)
@@ -70,20 +71,22 @@ class CifGreedySearch:
         for i, count in enumerate(counts):
             string = [step[i] for step in tokens[:count]]
             length = string.index(model.sos_id) if model.sos_id in string else count
-            total = sum((step[i] for step in scores[: min(length + 1, count)]), 0.0)
+            total = sum((step[i] for step in scores[:count]), 0.0)
             found.append([Hypothesis(string[:length], total, frames[i][:length])])
         return found
 
 
 @dataclass
 class _Hyp:
-    """A hypothesis that goes on, or one that has ended."""
+    """A hypothesis whose text goes on, or has ended."""
 
     score: float
+    last: int
+    """Token that the decoder saw last."""
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
     states: Any = None
-    """Of the fusion, behind the last token."""
+    """Of the fusion, behind the last token of the text."""
     source: int = 0
     """Row of the decoder's cache that it continues."""
 
@@ -92,7 +95,7 @@ class CifBeamSearch:
     """Beam search of as many steps as vectors fired.
 
     In every step each open hypothesis offers its ``beam_size`` best tokens, to which a fusion adds what it thinks of
-    them; the best of all these and of the hypotheses that have ended are kept.
+    them, and one that has ended its best; the best of all these are kept.
 
     Args:
         model: CifModel in evaluation mode.
@@ -128,25 +131,21 @@ class CifBeamSearch:
             encoder_out_lens: (N,).
         Returns:
             N lists of up to ``nbest`` different :class:`Hypothesis`, best first, scored and timed as those of greedy
-            search, plus what the fusion adds to the tokens (nothing to the end).
+            search, plus what the fusion adds to the text (nothing to the end and behind it).
         """
         fired, counts, frames = _fire(self.model, encoder_out, encoder_out_lens, self.tail_threshold)
         states = self.fusion.start() if self.fusion is not None else None
-        beams = [[_Hyp(0.0, states=states, source=i)] for i in range(len(counts))]
-        rows = [(i, hyp) for i, beam in enumerate(beams) for hyp in beam]
+        beams = [[_Hyp(0.0, self.model.sos_id, states=states, source=i)] for i in range(len(counts))]
         cache, before = self.model.decoder.start(len(counts)), torch.zeros_like(fired.c[:, 0])
         for u in range(max(counts, default=0)):
-            rows = [(i, hyp) for i, hyp in rows if u < counts[i]]
-            if not rows:  # all have ended
-                break
+            rows = [(i, hyp) for i, beam in enumerate(beams) for hyp in beam if u < counts[i]]
             owner = torch.tensor([i for i, _ in rows], device=before.device)
             cache.reorder(torch.tensor([hyp.source for _, hyp in rows], device=before.device))
-            last = torch.tensor([(hyp.tokens or [self.model.sos_id])[-1] for _, hyp in rows], device=before.device)
+            last = torch.tensor([hyp.last for _, hyp in rows], device=before.device)
             now = fired.c[:, u]
             log_probs = _log_probs(self.model, self.model.decoder.step(last, before[owner], now[owner], cache))
             self._grow(beams, rows, log_probs)
             before = now
-            rows = [(i, hyp) for i in dict.fromkeys(i for i, _ in rows) for hyp in beams[i] if not hyp.ended]
         return [self._result(beam, times) for beam, times in zip(beams, frames, strict=True)]
 
     def _grow(self, beams: list[list[_Hyp]], rows: list[tuple[int, _Hyp]], log_probs: Tensor) -> None:
@@ -158,16 +157,16 @@ class CifBeamSearch:
             log_probs: (R, V).
         """
         values, tokens = log_probs.topk(min(self.beam_size, log_probs.shape[1]), dim=1)
-        grown: dict[int, list[_Hyp]] = {i: [hyp for hyp in beams[i] if hyp.ended] for i, _ in rows}
+        grown: dict[int, list[_Hyp]] = {i: [] for i, _ in rows}
         spoken: list[tuple[_Hyp, int]] = []
         for row, ((i, hyp), scores, symbols) in enumerate(zip(rows, values.tolist(), tokens.tolist(), strict=True)):
-            for score, symbol in zip(scores, symbols, strict=True):
+            for score, symbol in zip(scores[: 1 if hyp.ended else None], symbols, strict=False):
                 if score == -torch.inf:  # fewer tokens than the beam is wide
                     continue
-                if symbol == self.model.sos_id:
-                    new = _Hyp(hyp.score + score, hyp.tokens, True, hyp.states)
+                if hyp.ended or symbol == self.model.sos_id:
+                    new = _Hyp(hyp.score + score, symbol, hyp.tokens, True, hyp.states, row)
                 else:
-                    new = _Hyp(hyp.score + score, [*hyp.tokens, symbol], False, hyp.states, row)
+                    new = _Hyp(hyp.score + score, symbol, [*hyp.tokens, symbol], False, hyp.states, row)
                     spoken.append((new, symbol))
                 grown[i].append(new)
         if self.fusion is not None:
