@@ -124,3 +124,34 @@ def test_what_is_said_of_the_real_recordings_of_nar():
     assert f"digits: {both[0]} with it, {both[1]} without; Mandarin words: {both[2]} and {both[3]}" in text
     teacher = ("teacher", "joint_beam_search"), ("transfer", beam + tuned)
     assert f"{rate('digits', *teacher, 'before')} against {rate('digits', *teacher, 'after')}" in text
+
+
+def test_what_is_said_of_the_real_recordings_of_hkd():
+    text = " ".join((REPO / "RESULTS.md").read_text(encoding="utf-8").split())
+    found = {
+        (bed, *c["from"], *c["to"]): c
+        for bed in ("barista", "mandarin_demo")
+        for c in result(f"real_hkd/hkd_{bed}_comparisons")
+    }
+
+    def change(bed, before, after):
+        """Return what greedy and beam search gain, and whether the interval leaves zero out."""
+        ones = [found[bed, before, s, after, s] for s in ("cif_greedy_search", "cif_beam_search")]
+        ends = [[float(x) for x in one["difference"].split("[")[1].rstrip("]").split(",")] for one in ones]
+        return [one["relative"] for one in ones], [high < 0 for _, high in ends]
+
+    for bed, before, after, sentence, certain in (
+        ("barista", "cif", "both", "together bring {} greedy and {} in beam search on barista", [True, True]),
+        ("barista", "cif", "acd", "ACD alone brings {} and {} (the second just", [True, False]),
+        ("barista", "acd", "both", "on top of ACD {} and {}, within chance", [False, False]),
+        ("mandarin_demo", "cif", "lrd", "LRD that helps: {} greedy, {} in beam search", [False, True]),
+        ("mandarin_demo", "cif", "both", "both together ({} and {}) are within chance", [False, False]),
+    ):
+        gains, outside = change(bed, before, after)
+        assert sentence.format(*gains) in text and outside == certain, (bed, after, gains, outside)
+    assert not any(change("barista", "cif", "lrd")[1] + change("mandarin_demo", "cif", "acd")[1])
+    both = found["barista", "cif", "cif_greedy_search", "both", "cif_greedy_search"]
+    rates, points = [both[k].split()[0] for k in ("before", "after")], both["difference"].replace(" [", ", [")
+    low, high = points.split("[")[1].rstrip("]").split(", ")
+    said = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
+    assert f"from {rates[0]} % to {rates[1]} %: {points.split(',')[0]} points, 95 % interval {low} to {high}." in said
