@@ -233,7 +233,7 @@ def decode_parts(
     record = {
         "parameters": sum(p.numel() for p in system.parameters()),
         **latency(chunks),
-        **getattr(system, "decoded_as", {}),
+        **system.decoded_as,
         **_provenance(config, tokenizer, files_used, next(system.parameters()).device),
     }
     results = {}

@@ -189,8 +189,10 @@ def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int) -> dict[str, f
     Returns:
         Figures for the log (sparsity, its range over layers, churn, iou); nothing when the masks stay as they are.
     """
+    if step % cfg.mask_interval or (cfg.mask_freeze_step is not None and step > cfg.mask_freeze_step):
+        return {}
     layers = prunable_layers(encoder)
-    if not layers or step % cfg.mask_interval or (cfg.mask_freeze_step is not None and step > cfg.mask_freeze_step):
+    if not layers:
         return {}
     before = {name: layer.mask for name, layer in layers.items()}
     if step == 0 and not all(bool(mask.all()) for mask in before.values()):

@@ -1,7 +1,8 @@
 """What every distillation system offers to the training loop and to the decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class System(nn.Module):
     without a gradient.  ``forward`` is ``losses``, so that DistributedDataParallel can wrap the system.
     """
 
+    decoded_as: Mapping[str, object] = MappingProxyType({})
+    """What stands in the results besides, of :meth:`set_up_decoding`."""
     norm_mode = "full"
     """Whose norms a model of one mode takes of a training of both (--init-from): "full" or "streaming"."""
 

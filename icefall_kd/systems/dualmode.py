@@ -53,7 +53,6 @@ class DualModeSystem(TransducerSystem):
         self.cfg = config.dual
         make_dual(self.model.encoder, self.cfg)
         self.norm_mode = "streaming" if self.cfg.modes == "streaming" else "full"
-        self.decoded_as: dict[str, object] = {}
         self._teacher: Tensor | None = None
         log_parameter_counts(self.model)
 

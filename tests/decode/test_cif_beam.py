@@ -96,6 +96,7 @@ def test_a_beam_of_one_is_greedy_search_and_an_utterance_alone_is_the_same():
                 assert [h.timestamps for h in alone] == [h.timestamps for h in hyps]
                 assert [h.score for h in alone] == pytest.approx([h.score for h in hyps], abs=1e-5)
                 assert [h.score for h in hyps] == sorted((h.score for h in hyps), reverse=True)
+                assert len({tuple(h.tokens) for h in hyps}) == len(hyps)
         for one, (other,) in zip(greedy, CifBeamSearch(model, 1).decode(x, lens), strict=True):
             assert (one[0].tokens, one[0].timestamps) == (other.tokens, other.timestamps)
             assert one[0].score == pytest.approx(other.score, abs=1e-6)

@@ -15,6 +15,7 @@ from icefall_kd.decode.runner import Decoded, decode_parts, score_decoded
 from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.scoring import read_recogs
+from icefall_kd.systems.base import System
 from icefall_kd.text.tokenizer import Tokenizer
 
 TEXTS = {"u3": "THE CAT SAT", "u1": "A DOG", "u2": "THE DOG RAN"}
@@ -22,7 +23,7 @@ TEXTS = {"u3": "THE CAT SAT", "u1": "A DOG", "u2": "THE DOG RAN"}
 HEARD = {"u3": "SO THE CAT", "u1": "A DOG", "u2": "THE CAT RAN"}
 
 
-class Parrot(torch.nn.Module):
+class Parrot(System):
     """A system whose encoder output is the logits of HEARD, a blank after each token."""
 
     def __init__(self, tokenizer):
