@@ -46,7 +46,8 @@ is_311 "$venv/bin/python" || {
   exit 2
 }
 
-pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+# Nobody installs these two gigabytes twice: no cache holds them.
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-cache-dir install --quiet)
 log "installing torch 1.13.1 and what the tests need"
 "${pip[@]}" -r tests/with_k2/requirements.txt
 log "installing k2"

@@ -68,7 +68,7 @@ if [[ -z $config ]]; then
   config=conf/hkd.yaml
   [[ ! -f conf/hkd_$corpus.yaml ]] || config=conf/hkd_$corpus.yaml
 fi
-[[ $short == false ]] || train_args="$train_args --num-epochs 3"
+[[ $short == false ]] || train_args="--num-epochs 3 $train_args"
 [[ $recipe != *librispeech || $corpus != librispeech ]] || : "${vocab_size:=1000}" # the public code's script makes so many
 if [[ $recipe == *librispeech && $token_kind == char ]]; then
   : "${text_alignment:=word}" # a word's characters would all get the state of one piece

@@ -58,7 +58,7 @@ if [[ -z $systems ]]; then
   [[ $corpus != demo ]] || systems="scratch transfer-both small small-both"
   [[ $short == false ]] || systems="scratch transfer-both small-both"
 fi
-[[ $short == false ]] || train_args="$train_args --num-epochs 3"
+[[ $short == false ]] || train_args="--num-epochs 3 $train_args"
 if [[ $corpus == demo ]]; then
   : "${mask_threshold:=0.5}" # minutes of speech teach CTC more than the masked decoder: it repairs what CTC doubts
 fi

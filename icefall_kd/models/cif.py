@@ -41,22 +41,25 @@ class CifOutput:
     """(N, U, T') float32: how much of each frame a token took, c = weights @ encoder_out; rows add up to 1."""
 
 
-def cif_weights(alpha: Tensor, num_tokens: int) -> Tensor:
+def cif_weights(alpha: Tensor, num_tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weight of every frame in every token, the overlap matrix.
 
     min(C_t, u + 1) - max(C_{t-1}, u), not below 0, is how full token u is after frame t less how full it was before.
 
+    Sums are in float64; split into their whole and their rest they lose nothing by the format of the result, which all
+    that is as large as U times T' is calculated in.
+
     Args:
         alpha: (N, T') weights, scaled or not, 0 at padding.
         num_tokens: U.
+        dtype: of the result.
     Returns:
-        (N, U, T') float32, or float64 for float64 weights; sums are in float64 in any case.
+        (N, U, T') of that type.
     """
     total = alpha.double().cumsum(dim=1).unsqueeze(1)  # (N, 1, T')
-    token = torch.arange(num_tokens, device=alpha.device, dtype=torch.float64).unsqueeze(1)
-    filled = (total - token).clamp(0.0, 1.0)
-    if alpha.dtype != torch.float64:
-        filled = filled.float()
+    whole = total.detach().floor()
+    token = torch.arange(num_tokens, device=alpha.device, dtype=dtype).unsqueeze(1)
+    filled = (whole.to(dtype) - token).add_((total - whole).to(dtype)).clamp(0.0, 1.0)
     return filled - F.pad(filled[..., :-1], (1, 0))  # not torch.diff, which ONNX lacks
 
 
@@ -101,10 +104,10 @@ def integrate_and_fire(
                 lens = torch.minimum(lens, torch.floor(quantity.detach() * factor.detach() + _ROUNDING).long())
             # The sums of scaled weights stay in float64: rounded ones would add up to a little more or less.
             scaled = alpha.double() * factor.unsqueeze(1)
-            weights = cif_weights(scaled, max(int(target_lens.max()), 1)).to(alpha.dtype)
+            weights = cif_weights(scaled, max(int(target_lens.max()), 1), alpha.dtype)
         else:
             lens = fired_tokens(quantity, tail_threshold)
-            weights = cif_weights(alpha, max(int(lens.max()), 1) if num_tokens is None else num_tokens)
+            weights = cif_weights(alpha, max(int(lens.max()), 1) if num_tokens is None else num_tokens, alpha.dtype)
             token = torch.arange(weights.shape[1], device=alpha.device)
             tail = token >= torch.floor(quantity + _ROUNDING).unsqueeze(1)  # (N, U)
             mass = weights.sum(dim=2).clamp(min=_ROUNDING)

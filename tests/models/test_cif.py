@@ -76,7 +76,7 @@ def test_a_frame_may_fire_twice():
 
 def test_the_overlap_matrix_is_its_formula():
     alpha = 1.7 * torch.rand(5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = cif_weights(alpha, 18)
+    found = cif_weights(alpha, 18, torch.float64)
     for n in range(5):
         for u in range(18):
             begin = 0.0
