@@ -2,7 +2,7 @@
 # What run_mvq.sh, run_nar.sh and run_hkd.sh have in common; sourced behind parse_options, whose options it reads.
 #
 # Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's
-# exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs; and marker_dir, kind (of features),
+# exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs, train_jobs; and marker_dir, kind (of features),
 # train_cuts, test_cuts, cuts_list, launch (what starts train.py).
 
 [[ -n $recipe ]] || fail 2 "start egs/librispeech/${0##*/} or egs/aishell/${0##*/} instead"
@@ -26,10 +26,10 @@ case $recipe:$corpus in
   *) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev,test}" ;;
 esac
 if [[ $corpus == demo ]]; then
-  : "${extract_jobs:=$nj}"
+  : "${extract_jobs:=$nj}" "${train_jobs:=$nj}"
   [[ $recipe != *librispeech || -n $token_kind ]] || token_kind=char
 fi
-: "${extract_jobs:=1}"
+: "${extract_jobs:=1}" "${train_jobs:=1}"
 
 marker_dir=$exp_dir/.done
 kind=fbank
@@ -103,3 +103,23 @@ decode_step() { # decode_step NAME EXP_DIR METHOD OPTION ...: decode and score a
     --decoding-method "$method" "$@" $decode_args
   finish
 }
+
+side_by_side() { # side_by_side FUNCTION WORDS ...: the function with each of its words, --train-jobs at the same time
+  local function=$1 calls=("${@:2}") call
+  if ((train_jobs > 1 && ${#calls[@]} > 1)); then
+    run_cmd --array "0-$((${#calls[@]} - 1))" --max-jobs "$train_jobs" -- one_of_them JOB
+    return
+  fi
+  for call in "${calls[@]}"; do
+    # shellcheck disable=SC2086
+    "$function" $call
+  done
+}
+
+one_of_them() ( # one_of_them NUMBER: in a process group of its own, so that who ends this shell ends the training
+  set -m
+  # shellcheck disable=SC2086,SC2154
+  "$function" ${calls[$1]} > >(sed -u "s/^/[${calls[$1]}] /") 2> >(sed -u "s/^/[${calls[$1]}] /" >&2) &
+  trap 'kill -- -$!' TERM
+  wait $!
+)

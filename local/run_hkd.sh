@@ -29,6 +29,7 @@ config=                    # Options of all trainings in YAML, NAME.yaml; empty:
 prepare_args=              # More options of prepare.sh, in one string
 train_args=                # More options of train.py, in one string
 num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
+train_jobs=                # Trainings at the same time; empty: 1, or nj for the demo
 decoding_methods="cif_greedy_search cif_beam_search"  # Searches, with spaces
 beam_size=10               # Hypotheses of cif_beam_search
 decode_args="--avg 3"      # More options of decode.py, in one string
@@ -144,12 +145,13 @@ system_dir() { # system_dir SYSTEM SEED: the exp_dir of a training
 }
 
 stage_2_train() { # Train every system
-  local system seed
+  local system seed calls=()
   for seed in $seeds; do
     for system in $systems; do
-      train_one "$system" "$seed"
+      calls+=("$system $seed")
     done
   done
+  side_by_side train_one "${calls[@]}"
 }
 
 decode_one() { # decode_one SYSTEM SEED METHOD: all test parts
