@@ -129,13 +129,13 @@ side_by_side() { # side_by_side FUNCTION WORDS ...: the function with each of it
   done
 }
 
-one_of_them() ( # one_of_them NUMBER: in a process group of its own, so that who ends this shell ends the training
+one_of_them() { # one_of_them NUMBER: in a process group of its own, so that what ends run_cmd's task ends the training
   set -m
   # shellcheck disable=SC2086
   "$function" ${calls[$1]} &
   trap 'kill -- -$!' TERM
   wait $!
-)
+}
 
 cuts_of() { # cuts_of PARTS: sets cuts, the cut sets of parts that are names or paths
   local part
