@@ -36,7 +36,7 @@ ssl_args=                  # More options of pre-training, behind those
 dual_args="--dual-kd-scale 0.2 --dual-kd-warm-step 0.2"  # Options of trainings of both modes (not of pre-training)
 num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
 train_jobs=                # Trainings at the same time; empty: 1, or nj for the demo
-decoding_methods=greedy_search  # Searches, with spaces
+decoding_methods=          # Searches, with spaces; empty: greedy_search, or ctc_greedy_search for the demo
 decode_chunks=             # Chunks of the streaming mode in frames of 40 ms, with spaces; empty: 8 16 32, or 16 with --short
 diagnostics=false          # Decode the full mode without masked weights and the streaming mode with them, too
 decode_args=               # More options of decode.py, in one string; empty: --avg 3, or --avg 1 with --short
@@ -64,9 +64,10 @@ if [[ $short == true ]]; then
   train_args="$train_args --num-epochs 3"
 fi
 if [[ $corpus == demo ]]; then
-  : "${systems:=a1 a3 a5 c2}" "${train_jobs:=$nj}"
+  : "${systems:=a1 a3 a5 c2}" "${train_jobs:=$nj}" "${decoding_methods:=ctc_greedy_search}"
 fi
 : "${systems:=a1 a2 a3 a4 a5 b1 b2 b3 b4 c1 c2}" "${decode_chunks:=8 16 32}" "${decode_args:=--avg 3}" "${train_jobs:=1}"
+: "${decoding_methods:=greedy_search}"
 : "${ssl_parts:=$train_parts}" "${ssl_valid_parts:=$valid_parts}"
 
 # options_of SYSTEM: sets arm (its pre-training; empty: none), modes, sparse, and options of train.py.
