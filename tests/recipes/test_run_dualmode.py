@@ -29,14 +29,13 @@ def recipe(tmp_path) -> RecipeCopy:
     return RecipeCopy(tmp_path / "a copy", "run_dualmode.sh", "--decode-chunks", "16")
 
 
-def trainings(recipe: RecipeCopy) -> dict[str, TrainConfig]:
-    """Return the options of each training by the name of its exp_dir, in the order of their starts."""
+def trainings(recipe: RecipeCopy) -> dict[str, list[str]]:
+    """Return the words of each training by the name of its exp_dir, in the order of their starts."""
     found = {}
     for line in Path(f"{recipe.log}.words").read_text().splitlines():
         if "train.py" in line:
             words = [w.replace("--config=", f"--config={recipe.folder}/") for w in line.split("train.py ")[1].split()]
-            config = parse_config(TrainConfig, words)
-            found[config.loop.exp_dir.name] = config
+            found[words[words.index("--exp-dir") + 1].split("/")[-1]] = words
     return found
 
 
@@ -51,6 +50,7 @@ def test_every_experiment_gets_its_modes_masks_and_start(recipe):
     found = trainings(recipe)
     arms = ["ssl-full", "ssl-streaming", "ssl-dual"]
     assert list(found) == [*arms, *(f"{system}-seed{seed}" for seed in (1, 2) for system in EXPERIMENTS)]
+    found = {name: parse_config(TrainConfig, words) for name, words in found.items() if not name.endswith("-seed2")}
     for arm in arms:  # one for all seeds, of audio alone, of the recognisers' encoder
         config = found[arm]
         assert (config.loop.seed, config.dual.objective, config.augment.spec_aug) == (7, "ssl", False)
