@@ -67,6 +67,9 @@ class DualData:
     def train_batches(self, epoch, skip):
         return iter([self._share(10 * epoch + i) for i in range(4)][skip:])
 
+    def num_batches(self, epoch):
+        return 4
+
     def valid_batches(self):
         return iter([self._share(99)])
 

@@ -28,6 +28,7 @@ from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.dual import (
     current_sparsity,
     encoder_mode,
+    in_steps,
     make_dual,
     no_gradient_of_norms,
     refresh_masks,
@@ -43,6 +44,8 @@ from icefall_kd.systems.ssl import build_ssl
 
 # Weight of the third pass (our design).
 SANDWICH_SCALE = 0.5
+# Of a stored weight, in what results tell of a model's size: float32, in which it is run.
+WEIGHT_BYTES = 4
 
 
 class DualModeSystem(TransducerSystem):
@@ -138,6 +141,15 @@ class DualModeSystem(TransducerSystem):
         # A scale of 0, as at the beginning of a warm-up, would take the term out of the total.
         return {**terms, name: dataclasses.replace(term, value=term.value + zero, scale=term.scale or 1e-30)}
 
+    @property
+    def needs_plan(self) -> bool:
+        """Return whether a step of the schedules is told as a share."""
+        return self.cfg.in_shares
+
+    def plan(self, steps: int) -> None:
+        """Turn shares of ``steps`` into steps."""
+        self.cfg = in_steps(self.cfg, steps)
+
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""
         return refresh_masks(self.model.encoder, self.cfg, step)
@@ -170,9 +182,15 @@ class DualModeSystem(TransducerSystem):
         encoder.chunks = chunks
         set_mode(encoder, mode, sparse, chunks)
         encoder.pinned = None  # outside training, ``chunks`` say the same, and whoever measures may change them
-        self.decoded_as = {"encoder_mode": mode, "sparse": sparse}
-        if sparse:
-            self.decoded_as["nonzeros"] = sparse_size(self, self.cfg.prune_block).nonzeros
+        size = sparse_size(self, self.cfg.prune_block)
+        parameters = size.prunable + size.rest
+        self.decoded_as = {
+            "encoder_mode": mode,
+            "sparse": sparse,
+            "parameters": parameters,
+            "nonzeros": size.nonzeros + size.rest if sparse else parameters,
+            "model_bytes": round(size.sparse_bytes(WEIGHT_BYTES) if sparse else size.dense_bytes(WEIGHT_BYTES)),
+        }
 
 
 def _named(prefix: str, terms: dict[str, LossTerm], scale: float) -> dict[str, LossTerm]:

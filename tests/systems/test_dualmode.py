@@ -191,6 +191,27 @@ def test_averages_across_changes_of_masks_are_refused(tmp_path):
     assert load_trained(other)[2] == "epoch-2.pt"  # not averaged, with a warning
 
 
+def test_shares_of_a_training_are_steps_of_it(tmp_path, caplog):
+    # Two epochs of four batches, two a step: 4 steps are planned.
+    loop = {"accum_grad": 2, "num_epochs": 2}
+    ends = []
+    for name, of in (("steps", 1), ("shares", 4)):
+        times = {"prune_begin_step": 1, "prune_end_step": 2, "mask_interval": 1, "mask_freeze_step": 3}
+        dual = {"sparsity": 0.5, "dual_kd_scale": 0.1, "dual_kd_warm_step": 2 / of}
+        result, system = train_dual(tmp_path / name, dual=dual | {k: v / of for k, v in times.items()}, loop=loop)
+        ends.append(system)
+        assert result["steps"] == 4 and int(system.model.encoder.mask_step) in (2, 3)
+    assert same_weights(*ends)
+    # A shorter run of the same options plans its own steps, and says where the final sparsity has no time left.
+    caplog.clear()
+    train_dual(tmp_path / "short", dual=dual | {"prune_end_step": 0.5, "mask_freeze_step": 0.5, "mask_interval": 4},
+               loop=loop | {"max_steps": 3})  # fmt: skip
+    assert "no mask is drawn between --prune-end-step 2 and --mask-freeze-step 2" in caplog.text
+    assert DualConfig(prune_begin_step=0.1, mask_interval=0.001).in_steps(500).mask_interval == 1
+    with pytest.raises(ConfigError, match=r"--mask-freeze-step is 1\.5; give whole steps, or a share below 1"):
+        DualConfig(mask_freeze_step=1.5)
+
+
 def test_norms_of_one_mode_start_both_and_back(tmp_path):
     train_dual(tmp_path / "full", dual={"modes": "full"}, loop={"max_steps": 2})
     first = {"loop": {"max_steps": 1, "init_from": tmp_path / "full"}}
@@ -244,8 +265,15 @@ def test_decoding_chooses_mode_chunks_and_masks(student):
         assert encoder.chunks_of_batch() == encoder.chunks == chunks
         assert {layer.sparse for layer in prunable_layers(system).values()} == {sparse}
         assert {m.mode for m in system.modules() if isinstance(m, DualNorm)} == {mode}
-        kept = sum(int(layer.mask.sum()) for layer in prunable_layers(system).values())
-        assert system.decoded_as.get("nonzeros") == (kept if sparse else None)
+        norms = [m.streaming if mode == "full" else m.full for m in system.modules() if isinstance(m, DualNorm)]
+        idle = sum(p.numel() for norm in norms for p in norm.parameters())
+        parameters = sum(p.numel() for p in system.parameters()) - idle
+        masks = [layer.mask for layer in prunable_layers(system).values()]
+        masked, kept = (sum(int((mask == keep).sum()) for mask in masks) for keep in (False, True))
+        told = {name: system.decoded_as[name] for name in ("parameters", "nonzeros", "model_bytes")}
+        nonzeros = parameters - (masked if sparse else 0)
+        stored = 4 * nonzeros + (2 * kept // 8 if sparse else 0)  # an index for each block of 8 rows
+        assert told == {"parameters": parameters, "nonzeros": nonzeros, "model_bytes": stored}
 
 
 def test_a_stream_gives_the_hypotheses_of_the_mask(student):
