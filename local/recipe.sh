@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What run_mvq.sh, run_nar.sh, run_hkd.sh and run_dualmode.sh have in common; sourced behind parse_options, whose options it reads.
+# What the run_*.sh of the systems have in common; sourced behind parse_options, whose options it reads.
 #
 # Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's
 # exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs, train_jobs; and marker_dir, kind (of features),
@@ -116,10 +116,10 @@ side_by_side() { # side_by_side FUNCTION WORDS ...: the function with each of it
   done
 }
 
-one_of_them() ( # one_of_them NUMBER: in a process group of its own, so that who ends this shell ends the training
+one_of_them() { # one_of_them NUMBER: in a process group of its own, so that what ends run_cmd's task ends the training
   set -m
   # shellcheck disable=SC2086,SC2154
   "$function" ${calls[$1]} > >(sed -u "s/^/[${calls[$1]}] /") 2> >(sed -u "s/^/[${calls[$1]}] /" >&2) &
   trap 'kill -- -$!' TERM
   wait $!
-)
+}

@@ -61,12 +61,12 @@ if [[ -z $ssl_config ]]; then
 fi
 if [[ $short == true ]]; then
   : "${systems:=a5 c2}" "${decode_chunks:=16}" "${decode_args:=--avg 1}"
-  train_args="$train_args --num-epochs 3"
+  train_args="--num-epochs 3 $train_args"
 fi
 if [[ $corpus == demo ]]; then
-  : "${systems:=a1 a3 a5 c2}" "${train_jobs:=$nj}" "${decoding_methods:=ctc_greedy_search}"
+  : "${systems:=a1 a3 a5 c2}" "${decoding_methods:=ctc_greedy_search}"
 fi
-: "${systems:=a1 a2 a3 a4 a5 b1 b2 b3 b4 c1 c2}" "${decode_chunks:=8 16 32}" "${decode_args:=--avg 3}" "${train_jobs:=1}"
+: "${systems:=a1 a2 a3 a4 a5 b1 b2 b3 b4 c1 c2}" "${decode_chunks:=8 16 32}" "${decode_args:=--avg 3}"
 : "${decoding_methods:=greedy_search}"
 : "${ssl_parts:=$train_parts}" "${ssl_valid_parts:=$valid_parts}"
 
@@ -117,26 +117,6 @@ for system in $systems; do # a wrong word is told before anything runs
   [[ -z $arm || " ${arms[*]} " == *" $arm "* ]] || arms+=("$arm")
   [[ -z $arm || -z $ssl_dir || -d $ssl_dir/$arm ]] || fail 2 "--systems names $system, but --ssl-dir $ssl_dir has no $arm"
 done
-
-side_by_side() { # side_by_side FUNCTION WORDS ...: the function with each of its words, --train-jobs at the same time
-  local function=$1 calls=("${@:2}") call
-  if ((train_jobs > 1)); then
-    ((${#calls[@]} == 0)) || run_cmd --array "0-$((${#calls[@]} - 1))" --max-jobs "$train_jobs" -- one_of_them JOB
-    return
-  fi
-  for call in "${calls[@]}"; do
-    # shellcheck disable=SC2086
-    "$function" $call
-  done
-}
-
-one_of_them() { # one_of_them NUMBER: in a process group of its own, so that what ends run_cmd's task ends the training
-  set -m
-  # shellcheck disable=SC2086
-  "$function" ${calls[$1]} &
-  trap 'kill -- -$!' TERM
-  wait $!
-}
 
 cuts_of() { # cuts_of PARTS: sets cuts, the cut sets of parts that are names or paths
   local part
