@@ -61,7 +61,7 @@ if [[ -z $ssl_config ]]; then
 fi
 if [[ $short == true ]]; then
   : "${systems:=a5 c2}" "${decode_chunks:=16}" "${decode_args:=--avg 1}"
-  train_args="$train_args --num-epochs 3"
+  train_args="$train_args --num-epochs 3" ssl_args="--num-epochs 2 $ssl_args"
 fi
 if [[ $corpus == demo ]]; then
   : "${systems:=a1 a3 a5 c2}" "${train_jobs:=$nj}" "${decoding_methods:=ctc_greedy_search}"
