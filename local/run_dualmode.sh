@@ -139,9 +139,10 @@ one_of_them() { # one_of_them NUMBER: in a process group of its own, so that wha
 }
 
 cuts_of() { # cuts_of PARTS: sets cuts, the cut sets of parts that are names or paths
-  local part
+  local part parts
   cuts=()
-  for part in ${1//,/ }; do
+  IFS=, read -r -a parts <<< "$1"
+  for part in "${parts[@]}"; do
     [[ $part == *.jsonl || $part == *.gz ]] || part=$data_dir/$kind/cuts_$part.jsonl.gz
     cuts+=("$part")
   done
