@@ -181,22 +181,6 @@ def no_gradient_of_norms(encoder: nn.Module) -> Tensor | float:
     return zero_of(p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters())
 
 
-def in_steps(cfg: DualConfig, planned: int) -> DualConfig:
-    """Return options with whole steps in place of shares; warn of masks that never get their final sparsity."""
-    cfg = cfg.in_steps(planned)
-    freeze = cfg.mask_freeze_step
-    if cfg.sparsity > 0 and freeze is not None and freeze // cfg.mask_interval * cfg.mask_interval < cfg.prune_end_step:
-        logger.warning(
-            "no mask is drawn between --prune-end-step %d and --mask-freeze-step %d, --mask-interval being %d: the "
-            "sparsity stays below %g",
-            cfg.prune_end_step,
-            freeze,
-            cfg.mask_interval,
-            cfg.sparsity,
-        )
-    return cfg
-
-
 def current_sparsity(cfg: DualConfig, step: int) -> float:
     """Return the sparsity that the schedule wants after ``step`` steps."""
     return sparsity_at(step, cfg.sparsity, cfg.prune_begin_step, cfg.prune_end_step)

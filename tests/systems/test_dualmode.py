@@ -206,7 +206,7 @@ def test_shares_of_a_training_are_steps_of_it(tmp_path, caplog):
     caplog.clear()
     train_dual(tmp_path / "short", dual=dual | {"prune_end_step": 0.5, "mask_freeze_step": 0.5, "mask_interval": 4},
                loop=loop | {"max_steps": 3})  # fmt: skip
-    assert "no mask is drawn between --prune-end-step 2 and --mask-freeze-step 2" in caplog.text
+    assert "drawn for the last time at step 0 (--mask-interval 4, --mask-freeze-step 2)" in caplog.text
     assert DualConfig(prune_begin_step=0.1, mask_interval=0.001).in_steps(500).mask_interval == 1
     with pytest.raises(ConfigError, match=r"--mask-freeze-step is 1\.5; give whole steps, or a share below 1"):
         DualConfig(mask_freeze_step=1.5)
