@@ -61,7 +61,7 @@ if [[ -z $ssl_config ]]; then
 fi
 if [[ $short == true ]]; then
   : "${systems:=a5 c2}" "${decode_chunks:=16}" "${decode_args:=--avg 1}"
-  train_args="--num-epochs 3 $train_args"
+  train_args="--num-epochs 3 $train_args" ssl_args="--num-epochs 2 $ssl_args"
 fi
 if [[ $corpus == demo ]]; then
   : "${systems:=a1 a3 a5 c2}" "${decoding_methods:=ctc_greedy_search}"
@@ -119,9 +119,10 @@ for system in $systems; do # a wrong word is told before anything runs
 done
 
 cuts_of() { # cuts_of PARTS: sets cuts, the cut sets of parts that are names or paths
-  local part
+  local part parts
   cuts=()
-  for part in ${1//,/ }; do
+  IFS=, read -r -a parts <<< "$1"
+  for part in "${parts[@]}"; do
     [[ $part == *.jsonl || $part == *.gz ]] || part=$data_dir/$kind/cuts_$part.jsonl.gz
     cuts+=("$part")
   done
