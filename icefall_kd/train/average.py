@@ -340,7 +340,7 @@ def load_weights(path: Path, tokenizer_hash: str) -> tuple[dict[str, Tensor], di
         config, saved = about["config"], about["tokenizer_hash"]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path} is from neither local/average.py --out FILE.safetensors nor local/export.py --mode ({error!r})"
+            f"{path} is not from local/average.py --out FILE.safetensors or local/export.py --mode ({error!r})"
         ) from error
     digest = about.pop("sha256", None)  # files before this version have none
     if digest is not None and digest != _weights_sha256(about, state_dict):
