@@ -56,8 +56,7 @@ def check_mode(trained: Trained, config: ExportConfig) -> None:
 def mask_facts(trained: Trained, config: ExportConfig) -> dict:
     """Return sparsity, the step of the masks and whether they were frozen; warn of masks that were not."""
     model = trained.system.model
-    step, frozen_at = int(model.encoder.mask_step), trained.config.dual.mask_freeze_step
-    frozen = frozen_at is not None and _steps(config) >= frozen_at
+    step, frozen = int(model.encoder.mask_step), _are_frozen(trained, config)
     masks = {name: layer.mask for name, layer in prunable_layers(model).items()}
     each, kept = actual_sparsity(masks), sum(int(mask.sum()) for mask in masks.values())
     sparsity = 1 - kept / sum(mask.numel() for mask in masks.values())
@@ -71,12 +70,21 @@ def mask_facts(trained: Trained, config: ExportConfig) -> dict:
             "lowest": min(each.values()), "highest": max(each.values())}  # fmt: skip
 
 
-def _steps(config: ExportConfig) -> int:
-    """Return the steps of the last checkpoint that is exported."""
+def _are_frozen(trained: Trained, config: ExportConfig) -> bool:
+    """Return whether the last checkpoint that is exported has masks that stay."""
+    frozen_at, loop = trained.config.dual.mask_freeze_step, trained.config.loop
+    if frozen_at is None:
+        return False
     kind, end = ("checkpoint", config.iter) if config.iter is not None else ("epoch", config.epoch)
     if end is None and not list_checkpoints(config.exp_dir, "epoch"):
         kind = "checkpoint"
-    return load_checkpoint(last_n(config.exp_dir, 1, kind, end)[-1], mmap=True, verify=False)["train"]["step"]
+    train = load_checkpoint(last_n(config.exp_dir, 1, kind, end)[-1], mmap=True, verify=False)["train"]
+    if 0 < frozen_at < 1:  # a share of the planned steps: epochs as long as the first one
+        if not train["history"]:
+            return False
+        planned = loop.num_epochs * train["history"][0]["step"]
+        frozen_at *= planned if loop.max_steps is None else min(planned, loop.max_steps)
+    return train["step"] >= frozen_at
 
 
 def plain_state(model: nn.Module, sparse: bool) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from icefall_kd.config import AsrLossConfig, DualConfig, ExportConfig, LoopConfi
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.export.exporter import RECORD, export
+from icefall_kd.export.plain import mask_facts
 from icefall_kd.models.block_storage import pack_blocks, unpack_blocks
 from icefall_kd.models.dual import DualNorm
 from icefall_kd.models.pruning import PrunableLinear, block_mask, prunable_layers, sparse_size
@@ -33,7 +34,7 @@ CHUNKS = {"decode_chunk_size": 4, "left_context_frames": 8}
 
 def write_dual(exp_dir, dual=(), asr=(), mask_step=0):
     """Write an exp_dir of one checkpoint whose two norms differ and whose masks are drawn."""
-    model, loop = ModelConfig(**MODEL), LoopConfig(exp_dir=exp_dir)
+    model, loop = ModelConfig(**MODEL), LoopConfig(exp_dir=exp_dir, num_epochs=4)
     config = TrainConfig(
         system="dualmode", model=model, loop=loop, dual=DualConfig(**dict(dual)), asr=AsrLossConfig(**dict(asr))
     )
@@ -56,8 +57,9 @@ def write_dual(exp_dir, dual=(), asr=(), mask_step=0):
     write_config(exp_dir, config, 0)
     state = system.state_dict()
     average = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    train = {"step": 10, "average_period": 10, "history": [{"step": 5}]}
     about = {"config": config_to_dict(config), "tokenizer_hash": tokenizer.hash}
-    content = {"model": state, "model_avg": average, "train": {"step": 10, "average_period": 10}}
+    content = {"model": state, "model_avg": average, "train": train}
     save_checkpoint(exp_dir / "epoch-1.pt", about | content)
     return exp_dir
 
@@ -203,6 +205,13 @@ def test_masks_that_were_not_frozen_are_told_of(tmp_path, caplog):
     assert "drawn at step 0 and not frozen" in caplog.text
     assert not record["masks"]["frozen"] and 0.69 < record["masks"]["sparsity"] <= 0.7
     assert record["size"]["block"] == [1, 8]
+
+
+@pytest.mark.parametrize(("freeze", "frozen"), [(10, True), (11, False), (0.5, True), (0.6, False)])
+def test_when_masks_are_frozen(tmp_path, freeze, frozen):
+    # Two epochs of five steps are done of four; a share below 1 is one of these twenty steps.
+    exp_dir = write_dual(tmp_path / "exp", PRUNED | {"mask_freeze_step": freeze})
+    assert mask_facts(load(exp_dir), ExportConfig(exp_dir=exp_dir, out_dir=tmp_path))["frozen"] == frozen
 
 
 def test_what_a_training_does_not_offer_is_refused(dual, student, tmp_path):
