@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Export a trained transducer, Mask-CTC student or CIF recogniser for use without this project.
+"""Export a trained transducer, Mask-CTC student or CIF recogniser, or one mode of a dual-mode recogniser.
 
     local/export.py --exp-dir exp/mvq --epoch 30 --avg 9 --format sherpa-onnx --quantize int8 --out-dir exported
+    local/export.py --exp-dir exp/c2 --mode sparse --out-dir exported
 """
 
 from icefall_kd.cli import parse_config

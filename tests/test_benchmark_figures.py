@@ -60,6 +60,34 @@ def test_integrate_and_fire():
     assert f"{slices['ratio']:.0f} times the time and {slices['memory_ratio']:.1f} times the memory" in page
 
 
+def test_block_sparsity():
+    page = (REPO / "docs" / "dualmode.md").read_text(encoding="utf-8")
+    figures = result("sparse_cpu")
+    dense, *pruned = figures["sizes"]
+    assert [row["sparsity"] for row in pruned] == [0.7, 0.9] and figures["num_threads"] == 1
+    layers, dim, hidden = (figures[name] for name in ("layers", "dim", "feedforward"))
+    assert f"an encoder of {layers} layers, {dim} channels and {hidden} hidden units" in page
+    for what, name, unit in (
+        ("parameters that are not 0", "nonzeros", " M"),
+        ("MB with 32 bits a weight", "fp32_bytes", ""),
+        ("MB with 16 bits a weight", "fp16_bytes", ""),
+    ):
+        cells = " | ".join(f"{row[name] / 1e6:.1f}{unit}" for row in (dense, *pruned))
+        assert f"| {what} | {cells} |" in page
+    rows = {(r["what"], r["sparsity"]): r for r in figures["rows"]}
+    for what, form, first in (
+        ("chunks, W · M as any other matrix", "materialised", "1 "),
+        ("chunks, `torch.sparse`, CSR", "CSR", ""),
+        ("chunks, kept columns gathered for each row of blocks", "gathered", ""),
+        ("chunks, `benchmarks/block_sparse.cpp`", "kernel", ""),
+    ):
+        cells = " | ".join(f"{rows[form, s]['ratio']:.2f}" for s in (0.7, 0.9))
+        assert f"| {what} | {first}| {cells} |" in page
+        assert all(rows[form, s]["difference"] < 1e-3 for s in (0.7, 0.9))
+    assert f"| the utterance as a whole | {rows['dense, full', 0.7]['ratio']:.2f} | | |" in page
+    assert "non-square blocks" in rows["BSR", 0.7]["impossible"] and "non-square blocks" in page
+
+
 def test_exported_models():
     page = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
     files = sorted((REPO / "benchmarks/results/exported").glob("*.json"))

@@ -168,11 +168,16 @@ class ExportConfig:
     """exp_dir of the training."""
     out_dir: Path
     """Folder of the export; an earlier export there is replaced."""
-    format: Literal["torchscript", "onnx", "sherpa-onnx"] = "sherpa-onnx"
+    mode: Literal["auto", "dense", "streaming", "sparse"] = "auto"
+    """Models of --system dualmode, which of them: dense, of whole utterances; sparse, of chunks and without the masked
+    weights; streaming, of chunks, of a training without masks."""
+    format: Literal["auto", "torchscript", "onnx", "sherpa-onnx", "safetensors"] = "auto"
     """torchscript: three traced modules; onnx: the same three graphs; sherpa-onnx: those with the metadata and the
-    tokens.txt that sherpa-onnx reads."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: encoder and joiner once more with 8-bit weights (onnx and sherpa-onnx)."""
+    tokens.txt that sherpa-onnx reads; safetensors: the model of --mode for decode.py --weights, a sparse one by its
+    kept blocks.  auto: safetensors with --mode, else sherpa-onnx."""
+    quantize: Literal["none", "int8", "fp16"] = "none"
+    """int8: encoder and joiner once more with 8-bit weights (onnx and sherpa-onnx); fp16: the model once more with
+    16-bit floats (safetensors)."""
     epoch: int | None = None
     """Export epoch-N.pt; None (and no --iter): the newest."""
     iter: int | None = None
@@ -200,3 +205,26 @@ class ExportConfig:
                 f"--quantize {self.quantize} with --format torchscript: TorchScript is offered in float32 alone; "
                 "use --format onnx or sherpa-onnx"
             )
+        if self.quantize == ("int8" if self.resolved_format == "safetensors" else "fp16"):
+            raise ConfigError(
+                f"--quantize {self.quantize} with --format {self.resolved_format}: int8 is of onnx and sherpa-onnx, "
+                "fp16 of safetensors"
+            )
+        if self.resolved_format == "safetensors" and self.mode == "auto":
+            raise ConfigError(
+                "--format safetensors stores one --mode of a training of --system dualmode; for others use "
+                "local/average.py --out NAME.safetensors"
+            )
+        chunks = (self.decode_chunk_size, self.left_context_frames)
+        if chunks != (None, None) and (self.resolved_format == "safetensors" or self.mode == "dense"):
+            why = "--mode dense hears whole utterances" if self.mode == "dense" else "decode.py --weights chooses them"
+            raise ConfigError(
+                f"options of chunks with --mode {self.mode} and --format {self.resolved_format}: {why}; leave them out"
+            )
+
+    @property
+    def resolved_format(self) -> str:
+        """Return the format that "auto" stands for."""
+        if self.format != "auto":
+            return self.format
+        return "sherpa-onnx" if self.mode == "auto" else "safetensors"

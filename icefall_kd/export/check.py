@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icefall_kd.errors import NumericError
 from icefall_kd.export.graphs import Graph, log_mel_noise
@@ -82,6 +82,30 @@ def check_graph(graph: Graph, run: Run, cases: list[tuple[Tensor, ...]], int8: b
         for one, other in zip(*(_valid(graph, inputs, out) for out in (expected, run(*inputs))), strict=True):
             errors.add(one, other, where)
     return errors.verdict(int8)
+
+
+@torch.no_grad()
+def check_encoder(encoder: nn.Module, other: nn.Module, exact: bool) -> dict[str, float]:
+    """Compare two Conformers, without their front ends, on random input of the lengths of :data:`BATCHES`.
+
+    Args:
+        encoder: in the mode that counts.
+        other: what was stored of it.
+        exact: every bit must be equal; else what an int8 graph may differ by.
+    Returns and raises as :func:`check_graph`.
+    """
+    errors = _Errors("encoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for lens in BATCHES:
+            x, x_lens = torch.randn(len(lens), max(lens), encoder.dim), torch.tensor(lens)
+            expected, found = (model.forward_embedded(x, x_lens).encoder_out for model in (encoder, other))
+            errors.add(expected, found, f"input of {tuple(x.shape)}")
+            if exact and not torch.equal(expected, found):
+                raise NumericError(
+                    f"the stored encoder differs from the model by {errors.largest:.2e}; nothing was written"
+                )
+    return errors.verdict(int8=True)
 
 
 def _valid(graph: Graph, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,5 +1,6 @@
-"""Export a transducer, Mask-CTC student or CIF recogniser: trace, quantize, compare with the model, put into place."""
+"""Export a trained recogniser: trace or store, quantize, compare with the model, put into place."""
 
+import dataclasses
 import logging
 import warnings
 from pathlib import Path
@@ -22,13 +23,12 @@ from icefall_kd.export.cif import cif_graphs
 from icefall_kd.export.graphs import Graph, offline_graphs, streaming_graphs
 from icefall_kd.export.mask_ctc import mask_ctc_graphs
 from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx, write_onnx
+from icefall_kd.export.plain import check_mode, mask_facts, plain, write_plain
 from icefall_kd.frames import pooled_seconds
 from icefall_kd.models.cif import TAIL_THRESHOLD
 from icefall_kd.models.cif_model import CifModel
 from icefall_kd.models.ctc_attention import CtcAttentionModel
-from icefall_kd.models.dual import DualNorm
-from icefall_kd.models.pruning import PrunableLinear
-from icefall_kd.models.streaming import choose_chunks
+from icefall_kd.models.streaming import WHOLE_UTTERANCE, choose_chunks
 from icefall_kd.recipe import Trained, load_system
 from icefall_kd.runtime.env import environment, package_version
 from icefall_kd.runtime.files import atomic_folder, read_json, write_json, write_text
@@ -49,41 +49,51 @@ def export(config: ExportConfig) -> dict:
 
     Raises:
         ConfigError: the model has no transducer or is an autoregressive teacher, a package is missing, out-dir holds
-            something else, or the format does not offer what is asked for.
-        NumericError: an exported graph differs from the model.
+            something else, or the format or the training does not offer what is asked for.
+        NumericError: an exported graph or model differs from the model.
     """
-    if config.format != "torchscript":
+    config = dataclasses.replace(config, format=config.resolved_format)
+    if config.format in ("onnx", "sherpa-onnx"):
         require_onnx()
     _refuse_other_files(config.out_dir)
     with atomic_folder(config.out_dir, RECORD) as folder:
         parameters = {name: getattr(config, name) for name in PARAMETERS}
         which = {name: value for name, value in parameters.items() if name not in _CHUNKS}
         trained = load_system(DecodeConfig(exp_dir=config.exp_dir, device="cpu", **which))
-        model, tokenizer = trained.system.requires_grad_(False).model, trained.tokenizer
+        trained.system.requires_grad_(False)
+        check_mode(trained, config)
+        dual = trained
+        if config.mode != "auto":
+            trained = plain(dual, config.mode)
+        model, tokenizer = trained.system.model, trained.tokenizer
         _refuse_model(model, config)
         feature_dim = trained.config.model.feature_dim
         if config.format == "sherpa-onnx" and feature_dim != NUM_BINS:
             raise ConfigError(f"{config.exp_dir} hears {feature_dim} bins; sherpa-onnx is told of {NUM_BINS}")
-        # A seed of its own: the same model gives the same files and the same figures of the check.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            graphs, streaming = _graphs(trained, config, parameters)
-            files, checks = _write_graphs(graphs, config, folder, feature_dim)
-        tokenizer.save(folder)
+        if config.format == "safetensors":
+            written, streaming = write_plain(dual, trained, config, folder), config.mode != "dense"
+        else:
+            # A seed of its own: the same model gives the same files and the same figures of the check.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                graphs, streaming = _graphs(trained, config, parameters)
+                written = _write_graphs(graphs, config, folder, feature_dim)
+            tokenizer.save(folder)
         if config.format == "sherpa-onnx":
             write_text(folder / "tokens.txt", sherpa_tokens(tokenizer))
+        if config.mode == "sparse":
+            written["masks"] = mask_facts(dual, config)
         record = {
             "format": config.format,
+            "mode": config.mode,
             "streaming": streaming,
-            "files": files,
+            **written,
             "parameters": parameters,
             "files_used": trained.files_used,
             "tokenizer_hash": tokenizer.hash,
             "vocab_size": tokenizer.vocab_size,
             **_search_facts(model, config),
             "features": {"bins": feature_dim, "frame_shift": FRAME_SHIFT, "sampling_rate": 16000},
-            "graphs": {g.name: {"inputs": g.inputs, "outputs": g.outputs, "metadata": g.metadata} for g in graphs},
-            "checks": checks,
             "environment": environment() | {name: package_version(name) for name in ("onnx", "onnxruntime")},
         }
         write_json(folder / RECORD, record)
@@ -93,12 +103,10 @@ def export(config: ExportConfig) -> dict:
 
 def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
     """Raise a ConfigError for a model that is not exported, or not in this format."""
-    if any(isinstance(module, DualNorm | PrunableLinear) for module in model.modules()):
-        raise ConfigError(f"{config.exp_dir} is of --system dualmode, neither mode of which is exported yet")
     if config.tail_threshold != TAIL_THRESHOLD and not isinstance(model, CifModel):
         raise ConfigError(f"--tail-threshold is of --system hkd; leave it out for {config.exp_dir}")
     if not isinstance(model, CtcAttentionModel | CifModel):
-        if model.joiner is None:
+        if model.joiner is None and config.format != "safetensors":
             raise ConfigError(f"{config.exp_dir} has no transducer (--transducer-scale 0); nothing is exported")
         return
     if isinstance(model, CifModel):
@@ -127,9 +135,15 @@ def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[l
     if isinstance(model, CifModel):
         return cif_graphs(model, feature_dim, config.tail_threshold), False
     masked = isinstance(model, CtcAttentionModel)  # its decoder looks at whole utterances
+    if config.mode == "dense":
+        model.encoder.chunks = WHOLE_UTTERANCE
+        return offline_graphs(model, feature_dim), False
     streaming = trained.config.model.streaming and config.decode_chunk_size != -1 and not masked
+    options = trained.config.model
+    if config.mode != "auto":  # its streaming mode was never trained on whole utterances
+        options = dataclasses.replace(options, chunk_size=[size for size in options.chunk_size if size > 0])
     wanted = (parameters[name] for name in _CHUNKS)
-    chunks = choose_chunks(trained.config.model, *wanted, chunk_by_chunk=streaming)
+    chunks = choose_chunks(options, *wanted, chunk_by_chunk=streaming)
     model.encoder.chunks = chunks
     if masked:
         return mask_ctc_graphs(model, feature_dim), False
@@ -155,15 +169,15 @@ def _search_facts(model: torch.nn.Module, config: ExportConfig) -> dict:
     if isinstance(model, CtcAttentionModel):
         unk_id = Tokenizer.unk_id
         return {"blank_id": model.blank_id, "sos_id": model.sos_id, "unk_id": unk_id, "mask_id": model.mask_id}
-    return {"context_size": model.decoder.context_size}
+    return {"context_size": model.decoder.context_size} if model.decoder is not None else {}
 
 
 def _refuse_other_files(out_dir: Path) -> None:
     """Raise a ConfigError where an earlier export was joined by files of somebody else, which would be deleted."""
     if not (out_dir / RECORD).is_file():
         return
-    files = read_json(out_dir / RECORD).get("files", {})
-    ours = {RECORD, "tokens.txt", "tokenizer.json", "bpe.model"}.union(*(names.values() for names in files.values()))
+    files = read_json(out_dir / RECORD).get("files", {}).values()
+    ours = {RECORD, "tokens.txt", "tokenizer", "tokenizer.json", "bpe.model"}.union(*(f.values() for f in files))
     others = sorted(path.name for path in out_dir.iterdir() if path.name not in ours)
     if others:
         raise ConfigError(
@@ -172,8 +186,8 @@ def _refuse_other_files(out_dir: Path) -> None:
         )
 
 
-def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, feature_dim: int) -> tuple[dict, dict]:
-    """Write and check every graph; return the file of each by precision, and the outcomes of the checks by file."""
+def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, feature_dim: int) -> dict:
+    """Write and check every graph; return files by precision, graphs, and the outcomes of the checks by file."""
     suffix = ".pt" if config.format == "torchscript" else ".onnx"
     files: dict[str, dict[str, str]] = {"fp32": {}}
     checks = {}
@@ -193,7 +207,8 @@ def _write_graphs(graphs: list[Graph], config: ExportConfig, folder: Path, featu
             if path.name not in checks:
                 checks[path.name] = _check(graph, _open(path), feature_dim, int8=precision == "int8")
                 _report(path, checks[path.name])
-    return files, checks
+    facts = {g.name: {"inputs": g.inputs, "outputs": g.outputs, "metadata": g.metadata} for g in graphs}
+    return {"files": files, "graphs": facts, "checks": checks}
 
 
 def _check(graph: Graph, run: Run, feature_dim: int, int8: bool) -> dict[str, float]:

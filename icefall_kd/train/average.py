@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.models.block_storage import unpack_layers
+from icefall_kd.runtime.files import fingerprint
 from icefall_kd.runtime.tensors import read_tensors, write_tensors
-from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
+from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint, state_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -314,12 +316,19 @@ def averaged_checkpoint(source: str | Path, state_dict: dict[str, Tensor]) -> di
     return {**kept, "model": state_dict}
 
 
-def save_weights(path: Path, checkpoint: dict[str, Any]) -> None:
+def save_weights(path: Path, checkpoint: dict[str, Any], blocks: dict | None = None) -> None:
     """Write the model of an averaged checkpoint as safetensors, which every version of torch reads.
 
     torch 1.13, with which k2's last wheel on PyPI comes, reads no checkpoint of a later one without running its code.
+
+    Args:
+        path: the file.
+        checkpoint: model, config and tokenizer_hash.
+        blocks: the model is that of models/block_storage.py pack_layers, and this what it says about it.
     """
     about = {name: checkpoint[name] for name in ("config", "tokenizer_hash")}
+    about |= {"blocks": blocks} if blocks is not None else {}
+    about["sha256"] = _weights_sha256(about, checkpoint["model"])
     write_tensors(path, checkpoint["model"], {"checkpoint": json.dumps(about)})
 
 
@@ -330,6 +339,20 @@ def load_weights(path: Path, tokenizer_hash: str) -> tuple[dict[str, Tensor], di
         about = json.loads(metadata["checkpoint"])
         config, saved = about["config"], about["tokenizer_hash"]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is not from local/average.py --out FILE.safetensors ({error!r})") from error
+        raise DataError(
+            f"{path} is not from local/average.py --out FILE.safetensors or local/export.py --mode ({error!r})"
+        ) from error
+    digest = about.pop("sha256", None)  # files before this version have none
+    if digest is not None and digest != _weights_sha256(about, state_dict):
+        raise DataError(f"{path} is not as it was written (its checksum differs); copy or write it again")
+    if "blocks" in about:
+        try:
+            state_dict = unpack_layers(state_dict, about["blocks"])
+        except DataError as error:
+            raise DataError(f"{path} is damaged ({error}); copy or write it again") from error
     _check_hash(path, saved, tokenizer_hash)
     return state_dict, config, path.name
+
+
+def _weights_sha256(about: dict, tensors: dict[str, Tensor]) -> str:
+    return fingerprint([json.dumps(about, sort_keys=True), state_sha256(tensors)])
