@@ -173,6 +173,27 @@ def front_end_latency() -> float:
     return (4 + 1) * 0.01 + 0.0075
 
 
-def algorithmic_latency(chunk_size: int) -> float:
-    """Return the seconds that the first frame of a chunk waits until the encoder can see it, computation left out."""
-    return chunk_size * 0.04 + front_end_latency()
+def chunk_look_ahead(chunk_size: int, right_context: int, num_layers: int = 1) -> int:
+    """Return the encoder frames behind a chunk that its output depends on.
+
+    The last layer sees ``right_context`` frames, which lie in chunks whose own frames a layer below has to have seen
+    to their ends, and so on: each further layer adds the whole chunks that the right context reaches into.
+
+    Args:
+        chunk_size: frames, -1: the whole utterance, behind which there is nothing.
+        right_context: frames that one layer sees behind the chunk.
+        num_layers: layers that look ahead one upon the other; 1 for copies of the frames.
+    """
+    if chunk_size < 1 or not right_context:
+        return 0
+    return right_context + (num_layers - 1) * -(-right_context // chunk_size) * chunk_size
+
+
+def algorithmic_latency(chunk_size: int, look_ahead: int = 0) -> float:
+    """Return the seconds that the first frame of a chunk waits until the encoder can see it, computation left out.
+
+    Args:
+        chunk_size: encoder frames.
+        look_ahead: encoder frames behind the chunk that are waited for (:func:`chunk_look_ahead`).
+    """
+    return (chunk_size + look_ahead) * 0.04 + front_end_latency()

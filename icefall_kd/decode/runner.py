@@ -28,7 +28,7 @@ from icefall_kd.decode.fusion import build_fusion
 from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len, encoder_seconds
-from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
+from icefall_kd.models.streaming import WHOLE_UTTERANCE
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
 from icefall_kd.scoring import Score, per_utterance, score, summarize, write_errs, write_recogs, write_summary
@@ -225,14 +225,15 @@ def decode_parts(
     """
     system.eval()
     decoder = build_decoder(system, config, tokenizer)
-    chunks = getattr(getattr(getattr(system, "model", None), "encoder", None), "chunks", WHOLE_UTTERANCE)
+    encoder = getattr(getattr(system, "model", None), "encoder", None)
+    chunks = getattr(encoder, "chunks", WHOLE_UTTERANCE)
     if suffix is None:
         network = getattr(getattr(system, "model", None), "decoder", None)
         suffix = decode_suffix(config, files_used, getattr(network, "context_size", None), chunks)
     res_dir = Path(res_dir) if res_dir is not None else config.exp_dir / config.decoding_method
     record = {
         "parameters": sum(p.numel() for p in system.parameters()),
-        **latency(chunks),
+        **latency(encoder),
         **system.decoded_as,
         **_provenance(config, tokenizer, files_used, next(system.parameters()).device),
     }
@@ -258,10 +259,19 @@ def decode_parts(
     return results
 
 
-def latency(chunks: Chunks) -> dict:
-    """Return what the results say of how long a stream waits: chunk, left context and seconds, None without chunks."""
-    seconds = algorithmic_latency(chunks.chunk_size) if chunks.chunk_size > 0 else None
-    return {**chunks._asdict(), "algorithmic_latency": seconds}
+def latency(encoder) -> dict:
+    """Return what the results say of how long a stream waits.
+
+    Chunk, left context, right context if the encoder (or whatever stands in its place) has any, and seconds, which are
+    None without chunks.
+    """
+    chunks, seen, seconds = getattr(encoder, "chunks", WHOLE_UTTERANCE), {}, None
+    if chunks.chunk_size > 0:
+        ahead, cfg = encoder.look_ahead(chunks), encoder.cfg
+        seconds = algorithmic_latency(chunks.chunk_size, ahead)
+        if ahead:
+            seen = {"right_context": cfg.right_context, "right_context_kind": cfg.right_context_kind}
+    return {**chunks._asdict(), **seen, "algorithmic_latency": seconds}
 
 
 def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.device) -> dict:

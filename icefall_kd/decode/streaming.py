@@ -31,12 +31,13 @@ def encode_chunks(
     Yields:
         encoder_out (N, C, C') and encoder_out_lens (N,) of each chunk.
     """
-    window, hop = chunk_num_frames(chunks.chunk_size), 4 * chunks.chunk_size
+    size = chunks.chunk_size
+    window, hop = chunk_num_frames(size + encoder.look_ahead(chunks)), 4 * size
     states = encoder.init_states(len(features), chunks, features.device)
     for begin in range(0, max(int(x_lens.max()), 1), hop):
         piece = features[:, begin : begin + window]
         piece = F.pad(piece, (0, 0, 0, window - piece.shape[1]))
-        out, lens, states = encoder.forward_chunk(piece, (x_lens - begin).clamp(0, window), states)
+        out, lens, states = encoder.forward_chunk(piece, (x_lens - begin).clamp(0, window), states, size)
         yield out, lens
 
 
@@ -59,6 +60,7 @@ class Stream:
         if min(chunks) < 1:
             raise ConfigError(f"a stream needs a finite chunk and a finite left context, not {tuple(chunks)}")
         self.encoder, self.search, self.chunks = encoder, search, chunks
+        self.window = chunk_num_frames(chunks.chunk_size + encoder.look_ahead(chunks))
         self.device = next(encoder.parameters()).device
         self.fbank = OnlineFbank()
         self.features = torch.zeros(0, encoder.cfg.feature_dim)
@@ -81,18 +83,17 @@ class Stream:
 
     def _advance(self, features: Tensor) -> None:
         self.features = torch.cat([self.features, features])
-        while len(self.features) >= chunk_num_frames(self.chunks.chunk_size):
+        while len(self.features) >= self.window:
             self._chunk()
 
     @torch.no_grad()
     def _chunk(self) -> None:
-        window = chunk_num_frames(self.chunks.chunk_size)
-        piece = self.features[:window]
+        piece, size = self.features[: self.window], self.chunks.chunk_size
         lens = torch.tensor([len(piece)], device=self.device)
-        piece = F.pad(piece, (0, 0, 0, window - len(piece))).unsqueeze(0).to(self.device)
-        out, lens, self.encoder_state = self.encoder.forward_chunk(piece, lens, self.encoder_state)
+        piece = F.pad(piece, (0, 0, 0, self.window - len(piece))).unsqueeze(0).to(self.device)
+        out, lens, self.encoder_state = self.encoder.forward_chunk(piece, lens, self.encoder_state, size)
         self.search.advance(self.search_state, out, lens)
-        self.features = self.features[4 * self.chunks.chunk_size :]
+        self.features = self.features[4 * size :]
 
     @property
     def seconds(self) -> float:

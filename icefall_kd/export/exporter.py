@@ -131,6 +131,12 @@ def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[l
     wanted = (parameters[name] for name in _CHUNKS)
     chunks = choose_chunks(trained.config.model, *wanted, chunk_by_chunk=streaming)
     model.encoder.chunks = chunks
+    if model.encoder.look_ahead(chunks):
+        raise ConfigError(
+            f"{config.exp_dir} was trained with --right-context {trained.config.model.right_context}, which is not "
+            "exported; decode.py and local/stream_wav.py run it, --decode-chunk-size -1 exports whole utterances if it "
+            "was trained on them, too"
+        )
     if masked:
         return mask_ctc_graphs(model, feature_dim), False
     if not streaming:
