@@ -26,6 +26,7 @@ from icefall_kd.losses.dual_kd import ctc_mode_kd, lattice_mode_kd
 from icefall_kd.losses.rnnt import windows
 from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.dual import (
+    StartMasks,
     current_sparsity,
     encoder_mode,
     make_dual,
@@ -52,6 +53,7 @@ class DualModeSystem(TransducerSystem):
         super().__init__(config, vocab_size)
         self.cfg = config.dual
         make_dual(self.model.encoder, self.cfg)
+        self.start_masks = StartMasks(config.loop.exp_dir)
         self.norm_mode = "streaming" if self.cfg.modes == "streaming" else "full"
         self._teacher: Tensor | None = None
         log_parameter_counts(self.model)
@@ -140,7 +142,7 @@ class DualModeSystem(TransducerSystem):
 
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""
-        return refresh_masks(self.model.encoder, self.cfg, step)
+        return refresh_masks(self.model.encoder, self.cfg, step, self.start_masks)
 
     def set_up_decoding(self, config: DecodeConfig, model: ModelConfig) -> None:
         """Choose the mode, the chunks and dense or masked weights that the options name.

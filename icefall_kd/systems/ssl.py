@@ -24,7 +24,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import SSL_CONV, conv2d_subsampled_len
 from icefall_kd.models.conformer import log_parameter_counts
-from icefall_kd.models.dual import Mode, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
+from icefall_kd.models.dual import Mode, StartMasks, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.ssl import (
     Quantized,
@@ -101,6 +101,7 @@ class SslSystem(System):
         self.is_new = config.loop.init_from is None
         self.model = SslModel(config.model, config.ssl)
         make_dual(self.model.encoder, self.cfg)
+        self.start_masks = StartMasks(config.loop.exp_dir)
         self.norm_mode = "streaming" if self.cfg.modes == "streaming" else "full"
         # Between the passes of one step: what they share, and the detached copies that the first one was run on.
         self._shared: tuple[_Task, dict[str, Tensor]] | None = None
@@ -257,7 +258,7 @@ class SslSystem(System):
 
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""
-        return refresh_masks(self.model.encoder, self.cfg, step)
+        return refresh_masks(self.model.encoder, self.cfg, step, self.start_masks)
 
 
 def _term(each: Tensor, scale: float) -> LossTerm:
