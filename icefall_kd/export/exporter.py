@@ -29,6 +29,7 @@ from icefall_kd.models.ctc_attention import CtcAttentionModel
 from icefall_kd.models.dual import DualNorm
 from icefall_kd.models.pruning import PrunableLinear
 from icefall_kd.models.streaming import choose_chunks
+from icefall_kd.models.waveform import WaveformFrontEnd
 from icefall_kd.recipe import Trained, load_system
 from icefall_kd.runtime.env import environment, package_version
 from icefall_kd.runtime.files import atomic_folder, read_json, write_json, write_text
@@ -95,6 +96,8 @@ def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
     """Raise a ConfigError for a model that is not exported, or not in this format."""
     if any(isinstance(module, DualNorm | PrunableLinear) for module in model.modules()):
         raise ConfigError(f"{config.exp_dir} is of --system dualmode, neither mode of which is exported yet")
+    if isinstance(getattr(model.encoder, "subsampling", None), WaveformFrontEnd):
+        raise ConfigError(f"{config.exp_dir} hears samples (--front-end waveform), which is not exported")
     if config.tail_threshold != TAIL_THRESHOLD and not isinstance(model, CifModel):
         raise ConfigError(f"--tail-threshold is of --system hkd; leave it out for {config.exp_dir}")
     if not isinstance(model, CtcAttentionModel | CifModel):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from icefall_kd.config import ENCODER_SIZES, ModelConfig
 from icefall_kd.errors import ConfigError
-from icefall_kd.frames import chunk_look_ahead, conv2d_subsampled_len
+from icefall_kd.frames import chunk_look_ahead
 from icefall_kd.models.attention import RelativePositions, RelativeSelfAttention
 from icefall_kd.models.convolution import ConvolutionModule
 from icefall_kd.models.dropout import Dropout
@@ -193,16 +193,26 @@ class Conformer(nn.Module):
         """Return the number of layers."""
         return self.shape.num_layers
 
-    @staticmethod
-    def output_lens(x_lens):
-        """Return T' for T input frames, an int or an integer tensor."""
-        return conv2d_subsampled_len(x_lens)
+    def output_lens(self, x_lens):
+        """Return T' for T input frames (or samples, with the waveform front end), an int or an integer tensor."""
+        return self.subsampling.output_lens(x_lens)
+
+    def latency(self, chunks: Chunks) -> float | None:
+        """Return the seconds that the first frame of a chunk waits, computation left out; None for whole utterances."""
+        if chunks.chunk_size < 1:
+            return None
+        return self.subsampling.latency(chunks.chunk_size, self.look_ahead(chunks))
+
+    def window(self, chunks: Chunks) -> tuple[int, int]:
+        """Return the input frames (or samples) of a chunk with all that it waits for, and those to the next chunk."""
+        front, size = self.subsampling, chunks.chunk_size
+        return front.window(size + self.look_ahead(chunks)), front.hop * size
 
     def forward(self, features: Tensor, x_lens: Tensor, taps: Sequence[int] = ()) -> EncoderOutput:
         """Encode a batch; an utterance's valid frames do not depend on the others or on padding.
 
         Args:
-            features: (N, T, F) log-mel frames.
+            features: (N, T, F) log-mel frames, or what else the front end hears (models/waveform.py).
             x_lens: (N,) valid frames T.
             taps: 1-based layers whose outputs are returned.
         Returns:
@@ -285,7 +295,7 @@ class Conformer(nn.Module):
 
         Args:
             features: (N, 4 (C + A) + 5, F) log-mel frames from the chunk's first on, A of :meth:`look_ahead`, of which
-                the last 4 A + 5 come again as the first of the next chunk (frames.chunk_num_frames).
+                the last 4 A + 5 come again as the first of the next chunk; or samples, as many as :meth:`window` says.
             x_lens: (N,) those of them that belong to the utterance: less at its end, 0 behind it.
             states: of :meth:`init_states` or of the chunk before.
             chunk_size: C; None: A is 0, and C what these frames give.
@@ -297,7 +307,7 @@ class Conformer(nn.Module):
         cached_attn, cached_conv, processed_lens = states
         x = self.subsampling.forward_chunk(features, x_lens)
         window, left = x.shape[1], cached_attn.shape[1]
-        size, ahead = self._window(window, chunk_size)
+        size, ahead = self._size_and_ahead(window, chunk_size)
         lens = self.output_lens(x_lens)
         pad_mask = make_pad_mask(lens, window)
         begin = processed_lens.unsqueeze(1)
@@ -319,7 +329,7 @@ class Conformer(nn.Module):
         states = StreamingState(torch.stack(attn), torch.stack(conv), processed_lens + size)
         return (x[:, :size], lens.clamp(max=size), states) if ahead else (x, lens, states)
 
-    def _window(self, window: int, chunk_size: int | None) -> tuple[int, int]:
+    def _size_and_ahead(self, window: int, chunk_size: int | None) -> tuple[int, int]:
         """Return the frames C of a chunk and those behind it, of ``window`` frames given."""
         if not self.cfg.right_context:
             return window, 0

@@ -97,6 +97,7 @@ def test_batches_of_audio_alone_have_no_texts(speech):
         config.augment,
         None,
         with_audio=system.needs_audio,
+        own_audio=system.hears_samples,
         **system.alignment_losses,
     )
     batch = next(data.train_batches(1))
