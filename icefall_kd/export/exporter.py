@@ -94,10 +94,10 @@ def export(config: ExportConfig) -> dict:
 
 def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
     """Raise a ConfigError for a model that is not exported, or not in this format."""
-    if any(isinstance(module, DualNorm | PrunableLinear) for module in model.modules()):
-        raise ConfigError(f"{config.exp_dir} is of --system dualmode, neither mode of which is exported yet")
     if isinstance(getattr(model.encoder, "subsampling", None), WaveformFrontEnd):
         raise ConfigError(f"{config.exp_dir} hears samples (--front-end waveform), which is not exported")
+    if any(isinstance(module, DualNorm | PrunableLinear) for module in model.modules()):
+        raise ConfigError(f"{config.exp_dir} is of --system dualmode, neither mode of which is exported yet")
     if config.tail_threshold != TAIL_THRESHOLD and not isinstance(model, CifModel):
         raise ConfigError(f"--tail-threshold is of --system hkd; leave it out for {config.exp_dir}")
     if not isinstance(model, CtcAttentionModel | CifModel):
