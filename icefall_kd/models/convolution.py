@@ -54,15 +54,15 @@ class ConvolutionModule(nn.Module):
             (N, T, C), and the cache of the next chunk.
         """
         x = F.glu(self.gate(self.norm(x)), dim=-1).masked_fill(padding, 0.0)
-        in_chunks = self.kind == "chunk" and 0 < chunk_size < x.shape[1]
         if cache is not None:
+            several = ahead > 0 and self.kind == "chunk" and chunk_size < x.shape[1]
             x = torch.cat([cache, x], dim=1)
             end = x.shape[1] - ahead
             cache = x[:, end - self.left : end]
-            x = self._depthwise_chunks(x, chunk_size, 0) if in_chunks else self._depthwise(x, 0, self.right)
+            x = self._depthwise_chunks(x, chunk_size, 0) if several else self._depthwise(x, 0, self.right)
         elif copies is not None:
             x = self._depthwise_copies(x, copies)
-        elif in_chunks:
+        elif self.kind == "chunk" and 0 < chunk_size < x.shape[1]:
             x = self._depthwise_chunks(x, chunk_size, self.left)
         else:
             x = self._depthwise(x, self.left, self.right)
