@@ -165,14 +165,57 @@ def chunk_num_frames(chunk_size: int) -> int:
     return 4 * chunk_size + 5
 
 
-def front_end_latency() -> float:
+def chunk_num_samples(chunk_size: int) -> int:
+    """Return the samples that the waveform front end needs for a chunk of ``chunk_size`` frames of 20 ms.
+
+    Frame t sees samples 320 t ... 320 t + 399; the next chunk begins 320 * chunk_size samples later.
+    """
+    return SSL_CONV.hop * (chunk_size - 1) + SSL_CONV.receptive_field
+
+
+def waveform_frames(num_frames: int) -> int:
+    """Return the frames of 20 ms of an utterance of so many log-mel frames of 10 ms, at least."""
+    return SSL_CONV.num_frames(max(num_frames * 160 - 80, 0))
+
+
+def waveform_seconds(frame: int) -> float:
+    """Return where a frame (0-based) of the waveform front end begins, in seconds."""
+    return round(frame * SSL_CONV.hop / 16000, 6)
+
+
+def front_end_latency(waveform: bool = False) -> float:
     """Return the seconds of audio behind an encoder frame's own 40 ms that it hears.
 
     Its last Fbank frame, 4t + 8, ends 17.5 ms after the frame's beginning at (4t + 8) * 10 ms (25 ms centred on 10 ms).
+
+    Args:
+        waveform: of the front end that hears samples: the frame's own are 20 ms, and it hears 25.
     """
-    return (4 + 1) * 0.01 + 0.0075
+    return (SSL_CONV.receptive_field - SSL_CONV.hop) / 16000 if waveform else (4 + 1) * 0.01 + 0.0075
 
 
-def algorithmic_latency(chunk_size: int) -> float:
-    """Return the seconds that the first frame of a chunk waits until the encoder can see it, computation left out."""
-    return chunk_size * 0.04 + front_end_latency()
+def chunk_look_ahead(chunk_size: int, right_context: int, num_layers: int = 1) -> int:
+    """Return the encoder frames behind a chunk that its output depends on.
+
+    The last layer sees ``right_context`` frames, which lie in chunks whose own frames a layer below has to have seen
+    to their ends, and so on: each further layer adds the whole chunks that the right context reaches into.
+
+    Args:
+        chunk_size: frames, -1: the whole utterance, behind which there is nothing.
+        right_context: frames that one layer sees behind the chunk.
+        num_layers: layers that look ahead one upon the other; 1 for copies of the frames.
+    """
+    if chunk_size < 1 or not right_context:
+        return 0
+    return right_context + (num_layers - 1) * -(-right_context // chunk_size) * chunk_size
+
+
+def algorithmic_latency(chunk_size: int, look_ahead: int = 0, waveform: bool = False) -> float:
+    """Return the seconds that the first frame of a chunk waits until the encoder can see it, computation left out.
+
+    Args:
+        chunk_size: encoder frames.
+        look_ahead: encoder frames behind the chunk that are waited for (:func:`chunk_look_ahead`).
+        waveform: frames are those of the front end that hears samples, 20 ms.
+    """
+    return (chunk_size + look_ahead) * (0.02 if waveform else 0.04) + front_end_latency(waveform)

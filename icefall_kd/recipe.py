@@ -51,6 +51,7 @@ def train_main(argv: list[str] | None = None) -> int:
             min_coverage=config.kd.min_coverage,
             text_alignment=config.text_kd.text_alignment,
             with_audio=system.needs_audio,
+            own_audio=system.hears_samples,
             **system.alignment_losses,
             crop_duration=config.ssl.crop_duration if config.self_supervised else None,
             seed=config.loop.seed,
@@ -142,7 +143,9 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
     trained = load_system(config)
     system, tokenizer, used = trained.system, trained.tokenizer, trained.files_used
     batches = {
-        name: part_batches(config.manifest_dir, part, tokenizer, config.max_duration, config.tail_padding)
+        name: part_batches(
+            config.manifest_dir, part, tokenizer, config.max_duration, config.tail_padding, system.hears_samples
+        )
         for name, part in parts_by_name(config.test_parts).items()
     }
     return decode_parts(system, tokenizer, batches, config, files_used=used)
@@ -156,11 +159,21 @@ def part_cuts(manifest_dir: Path, part: str) -> CutSet:
 
 
 def part_batches(
-    manifest_dir: Path, part: str, tokenizer: Tokenizer, max_duration: float, tail_padding: float = 0.0
+    manifest_dir: Path,
+    part: str,
+    tokenizer: Tokenizer,
+    max_duration: float,
+    tail_padding: float = 0.0,
+    with_audio: bool = False,
 ) -> Iterable[Batch]:
     """Return the batches of a part to decode, with stored features where all of its cuts have them."""
     cuts = part_cuts(manifest_dir, part)
     features = "precomputed" if all(c.has_features for c in cuts) else "on_the_fly"
     return decoding_batches(
-        cuts, tokenizer, max_duration=max_duration, features=features, tail_padding=tail_padding
+        cuts,
+        tokenizer,
+        max_duration=max_duration,
+        features=features,
+        tail_padding=tail_padding,
+        with_audio=with_audio,
     )

@@ -83,11 +83,14 @@ def _aligned(config: DelayConfig, tokenizer: Tokenizer) -> dict[str, list[Timed]
     return {name: times for name, times in found.items() if times is not None}
 
 
-def _refuse_cif(exp_dir: Path) -> None:
-    """Raise a ConfigError for a CIF recogniser: it hears whole utterances, in frames of another length."""
+def _refuse_other_frames(exp_dir: Path) -> None:
+    """Raise a ConfigError for a CIF recogniser, which hears whole utterances, and for frames of another length."""
     file = exp_dir / "config.json"
-    if file.exists() and read_json(file)["config"].get("system") == "hkd":
+    options = read_json(file)["config"] if file.exists() else {}
+    if options.get("system") == "hkd":
         raise ConfigError(f"{exp_dir} is of --system hkd, which emits when an utterance is over; there is no delay")
+    if options.get("system") == "dualmode" and options.get("front_end") == "waveform":
+        raise ConfigError(f"{exp_dir} has frames of 20 ms (--front-end waveform); delays are measured in 40 ms alone")
 
 
 def main() -> None:
@@ -96,7 +99,7 @@ def main() -> None:
     setup_logging()
     for exp_dir in (config.exp_dir, config.align_exp_dir):
         if exp_dir is not None:
-            _refuse_cif(exp_dir)
+            _refuse_other_frames(exp_dir)
     tokenizer = Tokenizer.load(config.exp_dir / "tokenizer")
     if config.ctm is not None:
         reference = read_ctm(config.ctm)

@@ -8,6 +8,7 @@ import torch
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import DecodeConfig, TrainConfig
 from icefall_kd.data.features import FbankExtractor
+from icefall_kd.models.waveform import WaveformFrontEnd
 from icefall_kd.recipe import load_system
 from icefall_kd.systems import build_system
 from icefall_kd.text.tokenizer import Tokenizer
@@ -50,8 +51,10 @@ def enliven(model) -> None:
 
     What comes out of a random encoder hardly changes over time; the joiner sees the changes alone.
     """
-    features = FbankExtractor(backend="lhotse").extract(torch.from_numpy(babble(80000, 9))).unsqueeze(0)
-    frames = model.encoder(features, torch.tensor([features.shape[1]])).encoder_out[0]
+    heard = torch.from_numpy(babble(80000, 9))
+    if not isinstance(getattr(model.encoder, "subsampling", None), WaveformFrontEnd):
+        heard = FbankExtractor(backend="lhotse").extract(heard)
+    frames = model.encoder(heard.unsqueeze(0), torch.tensor([len(heard)])).encoder_out[0]
     joiner = model.joiner
     weight = torch.randn_like(joiner.encoder_proj.weight) / frames.std(dim=0) / len(frames[0]) ** 0.5
     joiner.encoder_proj.weight.copy_(weight)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from icefall_kd.config.checks import at_least
 from icefall_kd.errors import ConfigError
 
 # Named encoder sizes: layers, dim, heads, feed-forward dim, convolution kernel.
@@ -54,7 +55,17 @@ class ModelConfig:
     convolution: Literal["causal", "chunk"] = "causal"
     """Of a streaming student: causal (no later frame), or chunk (later frames of the same chunk, Li et al. 2023)."""
 
+    right_context: int = 0
+    """Encoder frames behind its chunk that a frame of a streaming student sees, whatever the chunk size."""
+    right_context_kind: Literal["copy", "mask"] = "copy"
+    """copy: each chunk has copies of these frames, so that layers do not look further ahead; mask: layers add up."""
+
     def __post_init__(self) -> None:
+        at_least(self, right_context=0)
+        if self.right_context and not self.streaming:
+            raise ConfigError(
+                f"--right-context {self.right_context} without --streaming true: a student of whole utterances sees all"
+            )
         for name in ("chunk_size", "left_context_frames"):
             values = getattr(self, name)
             if not values or any(value < 1 and value != -1 for value in values):

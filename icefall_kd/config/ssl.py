@@ -10,7 +10,10 @@ from icefall_kd.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SslConfig:
-    """Masked prediction of quantised speech, wav2vec 2.0 (--objective ssl); defaults are its BASE model's."""
+    """Masked prediction of quantised speech, wav2vec 2.0 (--objective ssl); defaults are its BASE model's.
+
+    A recogniser (--objective asr) has of these the front end that hears samples.
+    """
 
     front_end: Literal["fbank", "waveform"] = "fbank"
     """fbank: log-mel and the Conformer's own subsampling, 40 ms a frame; waveform: seven convolutions, 20 ms
@@ -47,7 +50,7 @@ class SslConfig:
     feature_penalty: float = 10.0
     """Weight of the mean square of the front end's output before its LayerNorm, a masked frame."""
     feature_grad_scale: float = 0.1
-    """Factor on the gradient of the front end."""
+    """Factor on the gradient of the front end; a recogniser's convolutions do not change with 0."""
     detach_targets: bool = False
     """The streaming mode's loss does not train the quantiser."""
     crop_duration: float = 15.0

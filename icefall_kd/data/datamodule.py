@@ -24,7 +24,7 @@ from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.data.features import FRAME_SHIFT, SILENCE, FbankExtractor
-from icefall_kd.data.filters import check_cuts, cut_into_pieces, filter_cuts
+from icefall_kd.data.filters import SAMPLE_RATE, check_cuts, cut_into_pieces, filter_cuts
 from icefall_kd.data.loader import Loader, audio_of, features_of
 from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.data.transcripts import pad_tokens, transcript
@@ -171,7 +171,8 @@ class CutBatches(Dataset):
             ids = [row[:n] for row, n in zip(y.tolist(), y_lens.tolist(), strict=True)]
         audio = audio_lens = None
         if self.with_audio:
-            waves = [audio_of(cut) for cut in clean]
+            silence = round(self.tail_padding * SAMPLE_RATE)
+            waves = [F.pad(audio_of(cut), (0, silence)) for cut in clean]
             audio_lens = torch.tensor([len(w) for w in waves])
             audio = pad_sequence(waves, batch_first=True)
         return Batch(
@@ -250,6 +251,7 @@ class DataModule:
         min_coverage: float = 1.0,
         text_alignment: Unit = "token",
         with_audio: bool = False,
+        own_audio: bool = False,
         transducer: bool = True,
         ctc: bool = True,
         end_token: bool = False,
@@ -264,7 +266,8 @@ class DataModule:
             config, augment: where the data is, and what the student hears of it.
             tokenizer: of the transcripts; None: there are none, batches hold audio and features alone.
             label_specs, min_coverage, text_alignment: teacher labels, and how they meet the utterances.
-            with_audio: whether batches hold audio.
+            with_audio: whether training batches hold audio.
+            own_audio: whether those of validation do, too: for a model that hears samples itself.
             transducer, ctc, end_token, num_encoder_frames, min_encoder_frames: of filters.filter_cuts.
             crop_duration: longer utterances are cut into equal pieces of at most so many seconds; None: not.
             seed: of shuffling and augmentation.
@@ -316,8 +319,6 @@ class DataModule:
             with_audio=with_audio,
             seed=seed,
         )
-        # A teacher hears training batches alone; a model that hears samples itself is validated on them, too.
-        own_audio = with_audio and tokenizer is None
         self.valid_data = CutBatches(tokenizer, features=config.features, with_audio=own_audio)
         hours = sum(cut.duration for cut in self.train_cuts) / 3600
         logger.info(
@@ -426,6 +427,7 @@ def decoding_batches(
     features: str,
     num_workers: int = 1,
     tail_padding: float = 0.0,
+    with_audio: bool = False,
 ) -> Iterable[Batch]:
     """Return batches of all ``cuts``, longest first, without augmentation, filters or labels; read when iterated.
 
@@ -435,5 +437,5 @@ def decoding_batches(
         DataError: a cut is not at 16 kHz, or lacks what its features are read from.
     """
     check_cuts(cuts, features, "the cuts to decode")
-    data = CutBatches(tokenizer, features=features, tail_padding=tail_padding)
+    data = CutBatches(tokenizer, features=features, tail_padding=tail_padding, with_audio=with_audio)
     return Loader(data, _fixed_batches(cuts, max_duration), num_workers)

@@ -48,3 +48,20 @@ class OnlineFbank:
         self.samples = self.samples[(keep - self._begin) * HOP :]
         self._begin = keep
         return frames
+
+
+class OnlineSamples:
+    """The samples of a stream as they are, for a front end that hears them."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        """Samples accepted so far."""
+
+    def accept(self, samples: Tensor) -> Tensor:
+        """Return the next samples (S,)."""
+        self.num_samples += len(samples)
+        return samples.float()
+
+    def finish(self) -> Tensor:
+        """Return what was kept back: nothing."""
+        return torch.zeros(0)

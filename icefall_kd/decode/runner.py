@@ -27,8 +27,8 @@ from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
 from icefall_kd.decode.fusion import build_fusion
 from icefall_kd.decode.suffix import decode_suffix
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import algorithmic_latency, conv2d_subsampled_len, encoder_seconds
-from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
+from icefall_kd.frames import SSL_CONV, conv2d_subsampled_len, encoder_seconds
+from icefall_kd.models.streaming import WHOLE_UTTERANCE
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import atomic_write, fingerprint, write_json
 from icefall_kd.scoring import Score, per_utterance, score, summarize, write_errs, write_recogs, write_summary
@@ -138,6 +138,9 @@ def decode_batches(
 
 def long_enough(batch: Batch) -> Batch:
     """Pad a batch of utterances that are all too short for an encoder frame; their lengths say so to the search."""
+    if batch.audio is not None and batch.audio.size(1) < SSL_CONV.receptive_field:
+        audio = torch.nn.functional.pad(batch.audio, (0, SSL_CONV.receptive_field - batch.audio.size(1)))
+        batch = dataclasses.replace(batch, audio=audio)
     missing = _SHORTEST - batch.features.size(1) if batch.features is not None else 0
     if missing <= 0:
         return batch
@@ -225,14 +228,15 @@ def decode_parts(
     """
     system.eval()
     decoder = build_decoder(system, config, tokenizer)
-    chunks = getattr(getattr(getattr(system, "model", None), "encoder", None), "chunks", WHOLE_UTTERANCE)
+    encoder = getattr(getattr(system, "model", None), "encoder", None)
+    chunks = getattr(encoder, "chunks", WHOLE_UTTERANCE)
     if suffix is None:
         network = getattr(getattr(system, "model", None), "decoder", None)
         suffix = decode_suffix(config, files_used, getattr(network, "context_size", None), chunks)
     res_dir = Path(res_dir) if res_dir is not None else config.exp_dir / config.decoding_method
     record = {
         "parameters": sum(p.numel() for p in system.parameters()),
-        **latency(chunks),
+        **latency(encoder),
         **system.decoded_as,
         **_provenance(config, tokenizer, files_used, next(system.parameters()).device),
     }
@@ -258,10 +262,21 @@ def decode_parts(
     return results
 
 
-def latency(chunks: Chunks) -> dict:
-    """Return what the results say of how long a stream waits: chunk, left context and seconds, None without chunks."""
-    seconds = algorithmic_latency(chunks.chunk_size) if chunks.chunk_size > 0 else None
-    return {**chunks._asdict(), "algorithmic_latency": seconds}
+def latency(encoder) -> dict:
+    """Return what the results say of how long a stream waits.
+
+    Chunk, left context, right context if the encoder (or whatever stands in its place) has any, and seconds, which are
+    None without chunks; and the seconds of an encoder frame where it has not the usual 40 ms.
+    """
+    chunks, seen = getattr(encoder, "chunks", WHOLE_UTTERANCE), {}
+    if chunks == WHOLE_UTTERANCE:
+        return {**chunks._asdict(), "algorithmic_latency": None}
+    if encoder.look_ahead(chunks):
+        names = ("right_context", "right_context_kind")
+        seen = {name: getattr(encoder.cfg, name) for name in names}
+    if (frame := encoder.subsampling.frame_seconds(1)) != encoder_seconds(1):
+        seen["frame_seconds"] = frame
+    return {**chunks._asdict(), **seen, "algorithmic_latency": encoder.latency(chunks)}
 
 
 def _provenance(config: DecodeConfig, tokenizer, files_used: str, device: torch.device) -> dict:
@@ -327,5 +342,6 @@ def _line(scored: Score, result: dict) -> str:
         line += f", RTF {result['rtf']:.4f} ({result['rtf_with_warm_up']:.4f} with warm-up)"
     if result["algorithmic_latency"] is None:
         return line + ", latency: the whole utterance"
-    chunk, seconds = 40 * result["chunk_size"], 1000 * result["algorithmic_latency"]
-    return line + f", algorithmic latency {seconds:.1f} ms (chunks of {chunk} ms)"
+    frame = 1000 * result.get("frame_seconds", encoder_seconds(1))
+    chunk, seconds = result["chunk_size"] * frame, 1000 * result["algorithmic_latency"]
+    return line + f", algorithmic latency {seconds:.1f} ms (chunks of {chunk:.0f} ms)"

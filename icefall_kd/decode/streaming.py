@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from lhotse import Recording
 from torch import Tensor
 
-from icefall_kd.data.online_fbank import OnlineFbank
+from icefall_kd.data.online_fbank import OnlineFbank, OnlineSamples
 from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import chunk_num_frames
 from icefall_kd.labels.audio import UNREADABLE
 from icefall_kd.models.conformer import Conformer
 from icefall_kd.models.streaming import Chunks
+from icefall_kd.models.waveform import WaveformFrontEnd
 
 
 def encode_chunks(
@@ -25,19 +25,24 @@ def encode_chunks(
 
     Args:
         encoder: a streaming one, in evaluation mode.
-        features: (N, T, F) log-mel frames.
-        x_lens: (N,) valid frames.
+        features: (N, T, F) log-mel frames, or (N, S) samples for the waveform front end.
+        x_lens: (N,) valid ones.
         chunks: finite chunk size and left context.
     Yields:
         encoder_out (N, C, C') and encoder_out_lens (N,) of each chunk.
     """
-    window, hop = chunk_num_frames(chunks.chunk_size), 4 * chunks.chunk_size
+    size, (window, hop) = chunks.chunk_size, encoder.window(chunks)
     states = encoder.init_states(len(features), chunks, features.device)
     for begin in range(0, max(int(x_lens.max()), 1), hop):
         piece = features[:, begin : begin + window]
-        piece = F.pad(piece, (0, 0, 0, window - piece.shape[1]))
-        out, lens, states = encoder.forward_chunk(piece, (x_lens - begin).clamp(0, window), states)
+        piece = _filled(piece, window)
+        out, lens, states = encoder.forward_chunk(piece, (x_lens - begin).clamp(0, window), states, size)
         yield out, lens
+
+
+def _filled(piece: Tensor, length: int) -> Tensor:
+    """Put zeros behind (N, T, ...) so that T becomes ``length``."""
+    return F.pad(piece, (0, 0) * (piece.dim() - 2) + (0, length - piece.shape[1]))
 
 
 class Stream:
@@ -59,45 +64,46 @@ class Stream:
         if min(chunks) < 1:
             raise ConfigError(f"a stream needs a finite chunk and a finite left context, not {tuple(chunks)}")
         self.encoder, self.search, self.chunks = encoder, search, chunks
+        self.window, self.hop = encoder.window(chunks)
         self.device = next(encoder.parameters()).device
-        self.fbank = OnlineFbank()
-        self.features = torch.zeros(0, encoder.cfg.feature_dim)
+        # What the encoder hears: features of the samples, or the samples.
+        self.heard = OnlineSamples() if isinstance(encoder.subsampling, WaveformFrontEnd) else OnlineFbank()
+        self.waiting = self.heard.finish()
         self.encoder_state = encoder.init_states(1, chunks, self.device)
         self.search_state = search.start(1)
 
     def accept(self, samples: Tensor) -> None:
         """Take the next samples (S,) in [-1, 1] and decode the chunks that they complete."""
-        self._advance(self.fbank.accept(samples))
+        self._advance(self.heard.accept(samples))
 
     def finish(self) -> None:
         """Decode what is left; nothing may be accepted afterwards."""
-        self._advance(self.fbank.finish())
-        while len(self.features):
+        self._advance(self.heard.finish())
+        while len(self.waiting):
             self._chunk()
 
     def hypothesis(self) -> Hypothesis:
         """Return the best hypothesis so far."""
         return self.search.result(self.search_state)[0][0]
 
-    def _advance(self, features: Tensor) -> None:
-        self.features = torch.cat([self.features, features])
-        while len(self.features) >= chunk_num_frames(self.chunks.chunk_size):
+    def _advance(self, heard: Tensor) -> None:
+        self.waiting = torch.cat([self.waiting, heard])
+        while len(self.waiting) >= self.window:
             self._chunk()
 
     @torch.no_grad()
     def _chunk(self) -> None:
-        window = chunk_num_frames(self.chunks.chunk_size)
-        piece = self.features[:window]
+        piece, size = self.waiting[: self.window], self.chunks.chunk_size
         lens = torch.tensor([len(piece)], device=self.device)
-        piece = F.pad(piece, (0, 0, 0, window - len(piece))).unsqueeze(0).to(self.device)
-        out, lens, self.encoder_state = self.encoder.forward_chunk(piece, lens, self.encoder_state)
+        piece = _filled(piece.unsqueeze(0), self.window).to(self.device)
+        out, lens, self.encoder_state = self.encoder.forward_chunk(piece, lens, self.encoder_state, size)
         self.search.advance(self.search_state, out, lens)
-        self.features = self.features[4 * self.chunks.chunk_size :]
+        self.waiting = self.waiting[self.hop :]
 
     @property
     def seconds(self) -> float:
         """Seconds of audio accepted so far."""
-        return self.fbank.num_samples / 16000
+        return self.heard.num_samples / 16000
 
 
 def read_pcm16(stream: BinaryIO, size: int) -> Iterator[Tensor]:

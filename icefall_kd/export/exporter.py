@@ -29,6 +29,7 @@ from icefall_kd.models.cif import TAIL_THRESHOLD
 from icefall_kd.models.cif_model import CifModel
 from icefall_kd.models.ctc_attention import CtcAttentionModel
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, choose_chunks
+from icefall_kd.models.waveform import WaveformFrontEnd
 from icefall_kd.recipe import Trained, load_system
 from icefall_kd.runtime.env import environment, package_version
 from icefall_kd.runtime.files import atomic_folder, read_json, write_json, write_text
@@ -103,6 +104,8 @@ def export(config: ExportConfig) -> dict:
 
 def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
     """Raise a ConfigError for a model that is not exported, or not in this format."""
+    if isinstance(getattr(model.encoder, "subsampling", None), WaveformFrontEnd):
+        raise ConfigError(f"{config.exp_dir} hears samples (--front-end waveform), which is not exported")
     if config.tail_threshold != TAIL_THRESHOLD and not isinstance(model, CifModel):
         raise ConfigError(f"--tail-threshold is of --system hkd; leave it out for {config.exp_dir}")
     if not isinstance(model, CtcAttentionModel | CifModel):
@@ -145,6 +148,12 @@ def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[l
     wanted = (parameters[name] for name in _CHUNKS)
     chunks = choose_chunks(options, *wanted, chunk_by_chunk=streaming)
     model.encoder.chunks = chunks
+    if model.encoder.look_ahead(chunks):
+        raise ConfigError(
+            f"{config.exp_dir} was trained with --right-context {trained.config.model.right_context}, which is not "
+            "exported; decode.py and local/stream_wav.py run it, --decode-chunk-size -1 exports whole utterances if it "
+            "was trained on them, too"
+        )
     if masked:
         return mask_ctc_graphs(model, feature_dim), False
     if not streaming:

@@ -91,7 +91,9 @@ class RelativeSelfAttention(nn.Module):
         self.content_bias = nn.Parameter(torch.zeros(num_heads, 1, dim // num_heads)) if content_bias else None
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, left: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor, left: int = 0, columns: Tensor | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -99,6 +101,7 @@ class RelativeSelfAttention(nn.Module):
             positions: (K+T-1, C) of :class:`RelativePositions`, T = K - left.
             mask: bool that broadcasts to (N, H, T, K), True where attention is forbidden.
             left: cached frames in front.
+            columns: (T, K) int64, the row of ``positions`` for each query and key; None: frames follow each other.
         Returns:
             (N, T, C).
         """
@@ -108,7 +111,12 @@ class RelativeSelfAttention(nn.Module):
         q = q[:, :, left:] * (q.shape[-1] ** -0.5)
         p = self.position(positions).view(positions.shape[0], heads, -1)  # (K+T-1, H, D)
         p = p.permute(1, 2, 0)  # (K+T-1, H, D) -> (H, D, K+T-1)
-        bias = relative_shift((q + self.position_bias.to(q.dtype)) @ p).masked_fill(mask, MASKED_SCORE)
+        bias = (q + self.position_bias.to(q.dtype)) @ p  # (N, H, T, distances)
+        if columns is None:
+            bias = relative_shift(bias)
+        else:
+            bias = bias.gather(3, columns.expand(*bias.shape[:2], *columns.shape))
+        bias = bias.masked_fill(mask, MASKED_SCORE)
         if self.content_bias is not None:
             q = q + self.content_bias.to(q.dtype)
         y = _attend(q, k, v, bias)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from icefall_kd.config import ENCODER_SIZES, ModelConfig
 from icefall_kd.errors import ConfigError
-from icefall_kd.frames import conv2d_subsampled_len
+from icefall_kd.frames import chunk_look_ahead
 from icefall_kd.models.attention import RelativePositions, RelativeSelfAttention
+from icefall_kd.models.convolution import ConvolutionModule
 from icefall_kd.models.dropout import Dropout
 from icefall_kd.models.masks import chunk_mask, make_attention_mask, make_pad_mask
+from icefall_kd.models.right_context import Copies
 from icefall_kd.models.streaming import Chunks, StreamingState, default_chunks, draw_chunks
 from icefall_kd.models.subsampling import Conv2dSubsampling
 
@@ -96,74 +98,6 @@ class FeedForward(nn.Module):
         return self.dropout(self.contract(x))
 
 
-class ConvolutionModule(nn.Module):
-    """Gated depthwise convolution over time (Gulati et al. 2020, section 2.2).
-
-    LayerNorm stands where the paper has BatchNorm: statistics over a padded batch would make an
-    utterance depend on its neighbours, and a stream has no batch.
-
-    What a frame sees, by ``kind``: "full", kernel // 2 frames on both sides; "causal", kernel - 1 frames before it;
-    "chunk", kernel // 2 frames on both sides of which those behind its chunk count as zero (dynamic chunk
-    convolution, Li et al. 2023, arXiv 2304.09325), so that one kernel serves every chunk size.
-    """
-
-    def __init__(self, dim: int, kernel: int, dropout: float, kind: str = "full", bias: bool = True) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.gate = nn.Linear(dim, 2 * dim, bias=bias)
-        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=bias)
-        self.inner_norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, dim, bias=bias)
-        self.dropout = Dropout(dropout)
-        self.kind = kind
-        self.left = kernel - 1 if kind == "causal" else kernel // 2
-        self.right = kernel - 1 - self.left
-
-    def forward(
-        self, x: Tensor, padding: Tensor, chunk_size: int = -1, cache: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Convolve over the valid frames.
-
-        Args:
-            x: (N, T, C).
-            padding: (N, T, 1) bool, True at padding, which enters the convolution as zero.
-            chunk_size: frames of a chunk, -1: one chunk; only the kind "chunk" asks.
-            cache: (N, left, C) the last inputs of the depthwise convolution before x, which is one chunk; None: x
-                is a whole utterance.
-        Returns:
-            (N, T, C), and the cache of the next chunk.
-        """
-        x = F.glu(self.gate(self.norm(x)), dim=-1).masked_fill(padding, 0.0)
-        if cache is not None:
-            x = torch.cat([cache, x], dim=1)
-            cache = x[:, x.shape[1] - self.left :]
-            x = self._depthwise(x, 0, self.right)
-        elif self.kind == "chunk" and 0 < chunk_size < x.shape[1]:
-            x = self._depthwise_chunks(x, chunk_size)
-        else:
-            x = self._depthwise(x, self.left, self.right)
-        return self.dropout(self.out(F.silu(self.inner_norm(x)))), cache
-
-    def _depthwise(self, x: Tensor, left: int, right: int) -> Tensor:
-        """Convolve (N, T, C) with so many zeros on both sides."""
-        # A 2-D convolution of height one over (N, C, 1, T): the permuted view is channels-last memory, for
-        # which CPUs have a depthwise kernel that is an order of magnitude faster than conv1d's.
-        conv, both = self.depthwise, left if left == right else 0
-        if left != right:
-            x = F.pad(x, (0, 0, left, right))
-        x = x.transpose(1, 2).unsqueeze(2)  # (N, T, C) -> (N, C, 1, T)
-        x = F.conv2d(x, conv.weight.unsqueeze(2), conv.bias, padding=(0, both), groups=conv.groups)
-        return x.squeeze(2).transpose(1, 2)  # (N, C, 1, T) -> (N, T, C)
-
-    def _depthwise_chunks(self, x: Tensor, chunk_size: int) -> Tensor:
-        """Convolve every chunk of (N, T, C) with the frames before it and zeros behind it."""
-        n, num_frames, _ = x.shape
-        x = F.pad(x, (0, 0, self.left, -num_frames % chunk_size))
-        x = x.unfold(1, self.left + chunk_size, chunk_size).transpose(2, 3)  # (N, chunks, C, W) -> (N, chunks, W, C)
-        x = self._depthwise(F.pad(x, (0, 0, 0, self.right)).flatten(0, 1), 0, 0)  # (N * chunks, chunk_size, C)
-        return x.unflatten(0, (n, -1)).flatten(1, 2)[:, :num_frames]
-
-
 class ConformerLayer(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, LayerNorm (Gulati et al. 2020, eq. 1).
 
@@ -190,12 +124,16 @@ class ConformerLayer(nn.Module):
         padding: Tensor,
         chunk_size: int = -1,
         caches: tuple[Tensor, Tensor] | None = None,
+        copies: Copies | None = None,
+        ahead: int = 0,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Map (N, T, C) to (N, T, C); see the modules for masks and chunks.
 
         Args:
             caches: of x that is one chunk: (N, left, C) inputs of attention and (N, K, C) of the convolution before
                 it; None: x is a whole utterance.
+            copies: x is a whole utterance and the copies of frames behind its chunks.
+            ahead: frames at the end of such a chunk that the caches leave out, since they come again.
         Returns:
             (N, T, C), and the caches of the next chunk.
         """
@@ -205,9 +143,11 @@ class ConformerLayer(nn.Module):
         if attn_cache is not None:
             left = attn_cache.shape[1]
             seen = torch.cat([attn_cache, seen], dim=1)
-            attn_cache = seen[:, seen.shape[1] - left :]
-        x = x + self.dropout(self.attention(seen, positions, attention_mask, left))
-        y, conv_cache = self.convolution(x, padding, chunk_size, conv_cache)
+            end = seen.shape[1] - ahead
+            attn_cache = seen[:, end - left : end]
+        columns = None if copies is None else copies.columns
+        x = x + self.dropout(self.attention(seen, positions, attention_mask, left, columns))
+        y, conv_cache = self.convolution(x, padding, chunk_size, conv_cache, copies, ahead)
         x = x + y
         x = torch.add(x, self.feed_forward2(x), alpha=0.5)
         return self.norm(x), None if caches is None else (attn_cache, conv_cache)
@@ -253,16 +193,26 @@ class Conformer(nn.Module):
         """Return the number of layers."""
         return self.shape.num_layers
 
-    @staticmethod
-    def output_lens(x_lens):
-        """Return T' for T input frames, an int or an integer tensor."""
-        return conv2d_subsampled_len(x_lens)
+    def output_lens(self, x_lens):
+        """Return T' for T input frames (or samples, with the waveform front end), an int or an integer tensor."""
+        return self.subsampling.output_lens(x_lens)
+
+    def latency(self, chunks: Chunks) -> float | None:
+        """Return the seconds that the first frame of a chunk waits, computation left out; None for whole utterances."""
+        if chunks.chunk_size < 1:
+            return None
+        return self.subsampling.latency(chunks.chunk_size, self.look_ahead(chunks))
+
+    def window(self, chunks: Chunks) -> tuple[int, int]:
+        """Return the input frames (or samples) of a chunk with all that it waits for, and those to the next chunk."""
+        front, size = self.subsampling, chunks.chunk_size
+        return front.window(size + self.look_ahead(chunks)), front.hop * size
 
     def forward(self, features: Tensor, x_lens: Tensor, taps: Sequence[int] = ()) -> EncoderOutput:
         """Encode a batch; an utterance's valid frames do not depend on the others or on padding.
 
         Args:
-            features: (N, T, F) log-mel frames.
+            features: (N, T, F) log-mel frames, or what else the front end hears (models/waveform.py).
             x_lens: (N,) valid frames T.
             taps: 1-based layers whose outputs are returned.
         Returns:
@@ -307,20 +257,27 @@ class Conformer(nn.Module):
         """
         self.check_taps(taps)
         chunks = self.chunks_of_batch() if chunks is None else chunks
-        pad_mask = make_pad_mask(lens, x.shape[1])
-        allowed = None
-        if chunks.chunk_size > 0:
-            frames = torch.arange(x.shape[1], device=x.device)
-            allowed = chunk_mask(frames, frames, *chunks)
+        num_frames, positions, allowed, copies = x.shape[1], self.positions(x), None, None
+        pad_mask = make_pad_mask(lens, num_frames)
+        if chunks.chunk_size > 0 and self.cfg.right_context and self.cfg.right_context_kind == "copy":
+            copies = Copies(num_frames, chunks, self.cfg.right_context, x.device)
+            x, pad_mask, allowed = x[:, copies.source], copies.padding(lens), copies.allowed()
+        elif chunks.chunk_size > 0:
+            frames = torch.arange(num_frames, device=x.device)
+            allowed = chunk_mask(frames, frames, *chunks, self.cfg.right_context)
         attention_mask, padding = make_attention_mask(pad_mask, allowed), pad_mask.unsqueeze(-1)
-        positions = self.positions(x)
         tapped = {}
         for number, layer in enumerate(self.layers, start=1):
-            y, _ = layer(x, positions, attention_mask, padding, chunks.chunk_size)
+            y, _ = layer(x, positions, attention_mask, padding, chunks.chunk_size, copies=copies)
             x = maybe_bypass(x, y, self.layer_dropout if self.training else 0.0)
             if number in taps:
-                tapped[number] = x
-        return EncoderOutput(x, lens, tapped)
+                tapped[number] = x if copies is None else x[:, :num_frames]
+        return EncoderOutput(x if copies is None else x[:, :num_frames], lens, tapped)
+
+    def look_ahead(self, chunks: Chunks) -> int:
+        """Return the encoder frames behind a chunk that its output depends on; 0 for whole utterances."""
+        kind, layers = self.cfg.right_context_kind, len(self.layers)
+        return chunk_look_ahead(chunks.chunk_size, self.cfg.right_context, layers if kind == "mask" else 1)
 
     def init_states(self, batch_size: int, chunks: Chunks, device: torch.device | str = "cpu") -> StreamingState:
         """Return the state of N streams that have not begun; the caches have the size of ``chunks``."""
@@ -332,36 +289,57 @@ class Conformer(nn.Module):
         )
 
     def forward_chunk(
-        self, features: Tensor, x_lens: Tensor, states: StreamingState
+        self, features: Tensor, x_lens: Tensor, states: StreamingState, chunk_size: int | None = None
     ) -> tuple[Tensor, Tensor, StreamingState]:
         """Encode the next chunk of N streams, of a streaming encoder.
 
         Args:
-            features: (N, 4C + 5, F) log-mel frames from the chunk's first on, of which the last 5 come again as the
-                first of the next chunk (frames.chunk_num_frames).
-            x_lens: (N,) those of them that belong to the utterance: less than 4C + 5 at its end, 0 behind it.
+            features: (N, 4 (C + A) + 5, F) log-mel frames from the chunk's first on, A of :meth:`look_ahead`, of which
+                the last 4 A + 5 come again as the first of the next chunk; or samples, as many as :meth:`window` says.
+            x_lens: (N,) those of them that belong to the utterance: less at its end, 0 behind it.
             states: of :meth:`init_states` or of the chunk before.
+            chunk_size: C; None: A is 0, and C what these frames give.
         Returns:
             encoder_out (N, C, C'), encoder_out_lens (N,) valid frames of it, and the states of the next chunk.
+        Raises:
+            ConfigError: C is not given, or not that of ``features``, for an encoder with right context.
         """
         cached_attn, cached_conv, processed_lens = states
         x = self.subsampling.forward_chunk(features, x_lens)
-        size, left = x.shape[1], cached_attn.shape[1]
+        window, left = x.shape[1], cached_attn.shape[1]
+        size, ahead = self._size_and_ahead(window, chunk_size)
         lens = self.output_lens(x_lens)
-        pad_mask = make_pad_mask(lens, size)
+        pad_mask = make_pad_mask(lens, window)
         begin = processed_lens.unsqueeze(1)
-        queries = begin + torch.arange(size, device=x.device)
-        keys = begin + torch.arange(-left, size, device=x.device)
+        queries = begin + torch.arange(window, device=x.device)
+        keys = begin + torch.arange(-left, window, device=x.device)
+        together = size
+        if ahead and self.cfg.right_context_kind == "copy":  # what lies ahead is part of the chunk
+            queries, together = begin.expand_as(queries), window
         behind = torch.cat([pad_mask.new_zeros(pad_mask.shape[0], left), pad_mask], dim=1)
-        attention_mask = make_attention_mask(behind, chunk_mask(queries, keys, size, left))
+        allowed = chunk_mask(queries, keys, size, left, self.cfg.right_context)
+        attention_mask = make_attention_mask(behind, allowed)
         positions, padding = self.positions(x, left), pad_mask.unsqueeze(-1)
         attn, conv = [], []
         for i, layer in enumerate(self.layers):
             caches = cached_attn[i].transpose(0, 1), cached_conv[i].transpose(0, 1)  # (L, N, C) -> (N, L, C)
-            x, caches = layer(x, positions, attention_mask, padding, size, caches)
+            x, caches = layer(x, positions, attention_mask, padding, together, caches, ahead=ahead)
             attn.append(caches[0].transpose(0, 1))
             conv.append(caches[1].transpose(0, 1))
-        return x, lens, StreamingState(torch.stack(attn), torch.stack(conv), processed_lens + size)
+        states = StreamingState(torch.stack(attn), torch.stack(conv), processed_lens + size)
+        return (x[:, :size], lens.clamp(max=size), states) if ahead else (x, lens, states)
+
+    def _size_and_ahead(self, window: int, chunk_size: int | None) -> tuple[int, int]:
+        """Return the frames C of a chunk and those behind it, of ``window`` frames given."""
+        if not self.cfg.right_context:
+            return window, 0
+        ahead = 0 if chunk_size is None else self.look_ahead(Chunks(chunk_size, -1))
+        if chunk_size is None or window != chunk_size + ahead:
+            raise ConfigError(
+                f"a chunk of {chunk_size} frames with --right-context {self.cfg.right_context} needs {ahead} frames "
+                f"behind it, {window} frames were given in all"
+            )
+        return chunk_size, ahead
 
     def check_taps(self, taps: Sequence[int]) -> None:
         """Raise a ConfigError for a tap that is not one of the layers 1..num_layers."""

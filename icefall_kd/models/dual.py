@@ -8,8 +8,9 @@ design: all of a layer but positions, depthwise kernels, biases and norms.
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from icefall_kd.models.pruning import (
 )
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks, draw_chunks
 from icefall_kd.runtime import dist
+from icefall_kd.runtime.tensors import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +207,41 @@ def _warn_of_a_ramp_cut_short(cfg: DualConfig) -> None:
         )
 
 
-def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int) -> dict[str, float]:
+class StartMasks:
+    """The masks that a training began with, those of --init-from: kept in its folder, not in its checkpoints.
+
+    Args:
+        exp_dir: folder of the training.
+    """
+
+    def __init__(self, exp_dir: Path) -> None:
+        self.file = exp_dir / "start_masks.safetensors"
+        self._masks: dict[str, Tensor] | None = None
+
+    def begin(self, masks: Mapping[str, Tensor]) -> None:
+        """Keep the masks of a training that begins now; there may be none."""
+        self._masks = {name: mask.clone() for name, mask in masks.items()}
+        if dist.get_rank() == 0:
+            if masks:
+                write_tensors(self.file, self._masks, {"content": "masks of the first step"})
+            else:
+                self.file.unlink(missing_ok=True)
+
+    def iou(self, now: Mapping[str, Tensor]) -> float | None:
+        """Return the overlap with the masks of the beginning; None where there were none.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if self._masks is None:  # a training that was resumed
+            self._masks = read_tensors(self.file)[1] if self.file.exists() else {}
+        if self._masks.keys() != now.keys():
+            return None
+        self._masks = {name: mask.to(now[name].device) for name, mask in self._masks.items()}
+        return compare_masks(self._masks, now).iou
+
+
+def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int, start: StartMasks | None = None) -> dict[str, float]:
     """Draw the masks anew from the weights if it is time to: rank 0 decides, and all ranks get the same.
 
     Args:
@@ -213,8 +249,10 @@ def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int) -> dict[str, f
         cfg: schedule, interval, and the step after which masks stay.
         step: steps done; 0, before the first: masks are drawn only if the schedule begins sparse and there are none
             (from another training).
+        start: keeps these, to be compared with; None: nothing is.
     Returns:
-        Figures for the log (sparsity, its range over layers, churn, iou); nothing when the masks stay as they are.
+        Figures for the log (sparsity, its range over layers, churn, iou, and iou_start where there is a start); nothing
+        when the masks stay as they are.
     """
     if step % cfg.mask_interval or (cfg.mask_freeze_step is not None and step > cfg.mask_freeze_step):
         return {}
@@ -222,10 +260,13 @@ def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int) -> dict[str, f
     if not layers:
         return {}
     before = {name: layer.mask for name, layer in layers.items()}
+    inherited = step == 0 and not all(bool(mask.all()) for mask in before.values())
     if step == 0:
         _warn_of_a_ramp_cut_short(cfg)
-        if not all(bool(mask.all()) for mask in before.values()):
-            return {}
+        if start is not None:
+            start.begin(before if inherited else {})
+    if inherited:
+        return {}
     now = make_masks(layers, current_sparsity(cfg, step), cfg.prune_block, cfg.prune_ranking)
     # Equal weights give equal masks but for sorts of different devices: the first rank's hold.
     flat = torch.cat([mask.flatten() for mask in now.values()])
@@ -237,10 +278,12 @@ def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int) -> dict[str, f
         encoder.mask_step.fill_(step)
         for name, layer in layers.items():
             layer.mask.copy_(now[name])
+    overlap = start.iou(now) if start is not None else None
     return {
         "sparsity": 1 - float(flat.float().mean()),
         "lowest": min(sparsities.values()),
         "highest": max(sparsities.values()),
         "churn": change.churn,
         "iou": change.iou,
+        **({} if overlap is None else {"iou_start": overlap}),
     }

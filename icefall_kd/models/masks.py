@@ -18,8 +18,10 @@ def make_pad_mask(lens: Tensor, max_len: int | None = None) -> Tensor:
     return torch.arange(max_len, device=lens.device) >= lens.unsqueeze(-1)
 
 
-def chunk_mask(queries: Tensor, keys: Tensor, chunk_size: int, left_context_frames: int) -> Tensor:
-    """Return which frames see which: those of their own chunk, and some before it.
+def chunk_mask(
+    queries: Tensor, keys: Tensor, chunk_size: int, left_context_frames: int, right_context: int = 0
+) -> Tensor:
+    """Return which frames see which: those of their own chunk, and some before and behind it.
 
     The one chunk mask of training, of decoding whole utterances, and of chunk-by-chunk decoding with caches.  Our
     design; with a left context of whole chunks it is that of icefall's streaming Zipformer.
@@ -29,6 +31,7 @@ def chunk_mask(queries: Tensor, keys: Tensor, chunk_size: int, left_context_fram
         keys: (Tk,) or (N, Tk) positions; those below 0 do not exist and are never seen.
         chunk_size: frames, -1: the whole utterance is one chunk.
         left_context_frames: frames before the chunk's first one that are seen, -1: all.
+        right_context: frames behind the chunk that are seen.
     Returns:
         (Tq, Tk) or (N, Tq, Tk) bool, True where the query may see the key.
     """
@@ -37,7 +40,7 @@ def chunk_mask(queries: Tensor, keys: Tensor, chunk_size: int, left_context_fram
     if chunk_size < 0:
         return allowed.expand(torch.broadcast_shapes(queries.shape, keys.shape))
     begin = queries // chunk_size * chunk_size
-    allowed = allowed & (keys < begin + chunk_size)
+    allowed = allowed & (keys < begin + (chunk_size + right_context))
     return allowed if left_context_frames < 0 else allowed & (keys >= begin - left_context_frames)
 
 

@@ -189,11 +189,6 @@ def contrastive_kd(teacher: Tensor, student: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q).masked_fill(left_out, 0.0)).sum(dim=-1)
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return x, whose gradient will be scaled."""
-    return x if scale == 1.0 else x.detach() + (x - x.detach()) * scale
-
-
 class SslModel(nn.Module):
     """An encoder, and around it the modules that self-supervised training alone needs.
 
@@ -220,5 +215,5 @@ def set_front_end(encoder: Conformer, cfg: SslConfig) -> None:
     """Give an encoder the front end that the options name, in place."""
     if cfg.front_end == "waveform":
         encoder.subsampling = WaveformFrontEnd(
-            encoder.dim, cfg.extractor_channels, cfg.extractor_norm, encoder.cfg.dropout
+            encoder.dim, cfg.extractor_channels, cfg.extractor_norm, encoder.cfg.dropout, cfg.feature_grad_scale
         )

@@ -121,5 +121,5 @@ def _within(flag: str, value: int, trained: list[int], trained_flag: str) -> Non
         return
     raise ConfigError(
         f"{flag} is {value}, but this model was trained with {trained_flag} {','.join(map(str, trained))} "
-        "(frames of 40 ms, -1: no limit): choose a value in that range, or train with another one"
+        "(encoder frames, -1: no limit): choose a value in that range, or train with another one"
     )

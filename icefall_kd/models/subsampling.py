@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import conv2d_subsampled_len
+from icefall_kd.frames import algorithmic_latency, chunk_num_frames, conv2d_subsampled_len, encoder_seconds
 from icefall_kd.models.dropout import Dropout
 from icefall_kd.models.masks import make_pad_mask
 
@@ -65,6 +65,13 @@ class Conv2dSubsampling(nn.Module):
     def channels(self) -> int:
         """Return the channels of :meth:`project`, which are the encoder's."""
         return self.out.out_features
+
+    # Frame arithmetic of this front end; its input is counted in frames.
+    hop = 4
+    window = staticmethod(chunk_num_frames)
+    output_lens = staticmethod(conv2d_subsampled_len)
+    frame_seconds = staticmethod(encoder_seconds)
+    latency = staticmethod(algorithmic_latency)
 
     def finish(self, z: Tensor) -> Tensor:
         """Map normalised vectors (N, T', C) to the encoder's input (N, T', C)."""

@@ -1,15 +1,22 @@
 """The convolutional front end of wav2vec 2.0: samples to vectors of 20 ms (Baevski et al. 2020, arXiv 2006.11477)."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icefall_kd.errors import DataError
-from icefall_kd.frames import SSL_CONV, FrameFormula
+from icefall_kd.frames import SSL_CONV, FrameFormula, algorithmic_latency, chunk_num_samples, waveform_seconds
 from icefall_kd.models.dropout import Dropout
 from icefall_kd.models.masks import make_pad_mask
 
 FIRST_CONV = FrameFormula(kernels=SSL_CONV.kernels[:1], strides=SSL_CONV.strides[:1])
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Return x, whose gradient will be scaled."""
+    return x if scale == 1.0 else x.detach() + (x - x.detach()) * scale
 
 
 class WaveformFrontEnd(nn.Module):
@@ -25,11 +32,19 @@ class WaveformFrontEnd(nn.Module):
         channels: of the convolutions.
         norm: see above.
         dropout: behind the projection.
+        grad_scale: factor on the gradient that :meth:`forward` hands to the convolutions.
     """
 
-    def __init__(self, dim: int, channels: int = 512, norm: str = "layer_norm", dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        channels: int = 512,
+        norm: str = "layer_norm",
+        dropout: float = 0.1,
+        grad_scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.kind = norm
+        self.kind, self.grad_scale = norm, grad_scale
         sizes = zip(SSL_CONV.kernels, SSL_CONV.strides, strict=True)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=False)
@@ -43,6 +58,17 @@ class WaveformFrontEnd(nn.Module):
         self.out = nn.Linear(channels, dim)
         self.dropout = Dropout(dropout)
 
+    # Frame arithmetic of this front end; its input is counted in samples.
+    hop = SSL_CONV.hop
+    window = staticmethod(chunk_num_samples)
+    frame_seconds = staticmethod(waveform_seconds)
+    latency = staticmethod(functools.partial(algorithmic_latency, waveform=True))
+
+    @staticmethod
+    def output_lens(num_samples):
+        """Return T' for S samples, an int or an integer tensor (N,)."""
+        return SSL_CONV.num_frames(num_samples) if isinstance(num_samples, int) else _lens(SSL_CONV, num_samples)
+
     @property
     def channels(self) -> int:
         """Return the channels of :meth:`project`."""
@@ -51,7 +77,21 @@ class WaveformFrontEnd(nn.Module):
     def forward(self, audio: Tensor, audio_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Map samples (N, S) of which (N,) are valid to (N, T', C) vectors and (N,) their lengths."""
         z, lens = self.project(audio, audio_lens)
-        return self.finish(self.norm(z)), lens
+        return self.finish(self.norm(scale_gradient(z, self.grad_scale))), lens
+
+    def forward_chunk(self, audio: Tensor, audio_lens: Tensor) -> Tensor:
+        """Map the samples of one chunk to its frames (N, C, C'), equal to those of :meth:`forward` for the utterance.
+
+        Args:
+            audio: (N, 320 (C - 1) + 400) samples from 320 p on, for a chunk that begins at frame p.
+            audio_lens: (N,) those of them that belong to the utterance.
+        """
+        return self.finish(self.norm(self.project(audio, audio_lens)[0]))
+
+    def freeze(self) -> None:
+        """Keep the convolutions as they are from now on; the last LayerNorm and the projection learn on."""
+        for module in (self.convolutions, self.inner_norms):
+            module.requires_grad_(False)
 
     def finish(self, z: Tensor) -> Tensor:
         """Map normalised features (N, T', channels) to the encoder's input (N, T', C)."""

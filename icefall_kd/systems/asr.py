@@ -49,14 +49,18 @@ class TransducerSystem(System):
         """Return which losses are active."""
         return {"transducer": self.asr.transducer_scale > 0, "ctc": self.asr.ctc_scale > 0}
 
+    def heard(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the encoder's front end hears, and how much of it is valid (N,)."""
+        return batch.features, batch.x_lens
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return encoder_out (N, T', C) and encoder_out_lens (N,)."""
-        out = self.model.encoder(batch.features, batch.x_lens)
+        out = self.model.encoder(*self.heard(batch))
         return out.encoder_out, out.encoder_out_lens
 
     def encode_chunks(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield encoder_out (N, C, C') and encoder_out_lens (N,) of each chunk of the encoder's ``chunks``."""
-        return encode_chunks(self.model.encoder, batch.features, batch.x_lens, self.model.encoder.chunks)
+        return encode_chunks(self.model.encoder, *self.heard(batch), self.model.encoder.chunks)
 
     def recognise(self, batch: Batch, encoder_out: Tensor, lens: Tensor, step: int) -> Recognition:
         """Return the simple, the pruned and the CTC loss of encoder_out (N, T', C) with lengths (N,)."""

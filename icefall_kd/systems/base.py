@@ -88,6 +88,11 @@ class System(nn.Module):
         return False
 
     @property
+    def hears_samples(self) -> bool:
+        """Return whether the model itself hears samples, so that all batches must hold audio."""
+        return False
+
+    @property
     def online_sources(self) -> dict[str, str]:
         """Return hashes of what makes labels in training, by name: a resumed training must find the same."""
         return {}

@@ -22,10 +22,12 @@ from icefall_kd.config import DecodeConfig, ModelConfig, TrainConfig
 from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
+from icefall_kd.frames import waveform_frames
 from icefall_kd.losses.dual_kd import ctc_mode_kd, lattice_mode_kd
 from icefall_kd.losses.rnnt import windows
 from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.dual import (
+    StartMasks,
     current_sparsity,
     encoder_mode,
     make_dual,
@@ -36,10 +38,11 @@ from icefall_kd.models.dual import (
     zero_of,
 )
 from icefall_kd.models.pruning import sparse_size
+from icefall_kd.models.ssl import set_front_end
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, choose_chunks
 from icefall_kd.systems.asr import Recognition, TransducerSystem
 from icefall_kd.systems.base import LossTerm, LossTerms, System, by_row
-from icefall_kd.systems.ssl import build_ssl
+from icefall_kd.systems.ssl import build_ssl, refuse_front_end
 
 # Weight of the third pass (our design).
 SANDWICH_SCALE = 0.5
@@ -53,10 +56,35 @@ class DualModeSystem(TransducerSystem):
     def __init__(self, config: TrainConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)
         self.cfg = config.dual
+        self.ssl = config.ssl
+        set_front_end(self.model.encoder, self.ssl)
+        if self.hears_samples and self.ssl.feature_grad_scale == 0:
+            self.model.encoder.subsampling.freeze()
         make_dual(self.model.encoder, self.cfg)
+        self.start_masks = StartMasks(config.loop.exp_dir)
         self.norm_mode = "streaming" if self.cfg.modes == "streaming" else "full"
         self._teacher: Tensor | None = None
         log_parameter_counts(self.model)
+
+    @property
+    def needs_audio(self) -> bool:
+        """Return whether the front end hears samples."""
+        return self.ssl.front_end == "waveform"
+
+    hears_samples = needs_audio
+
+    @property
+    def alignment_losses(self) -> dict[str, object]:
+        """Return which losses are active, and how many frames an utterance has."""
+        return super().alignment_losses | ({"num_encoder_frames": waveform_frames} if self.hears_samples else {})
+
+    def heard(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the encoder's front end hears, and how much of it is valid (N,)."""
+        return (batch.audio, batch.audio_lens) if self.hears_samples else (batch.features, batch.x_lens)
+
+    def frame_seconds(self, frame: int) -> float:
+        """Return where a frame (0-based) of the encoder output begins, in seconds."""
+        return self.model.encoder.subsampling.frame_seconds(frame)
 
     def passes(self, batch: Batch, step: int) -> int:
         """Return the number of modes of a step in the memory-lean order, else 1."""
@@ -81,7 +109,7 @@ class DualModeSystem(TransducerSystem):
             terms |= self._full(batch, step) if kind == "full" else self._streamed(batch, step, kind == "sandwich")
         if self.training and chosen[-1] == kinds[-1]:
             terms, self._teacher = self._touch(terms, chosen), None
-        frames = 0 if part else int(self.model.encoder.output_lens(batch.x_lens).sum())
+        frames = 0 if part else int(self.model.encoder.output_lens(self.heard(batch)[1]).sum())
         return LossTerms(terms=terms, frames=frames)
 
     def _full(self, batch: Batch, step: int) -> dict[str, LossTerm]:
@@ -151,7 +179,7 @@ class DualModeSystem(TransducerSystem):
 
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""
-        return refresh_masks(self.model.encoder, self.cfg, step)
+        return refresh_masks(self.model.encoder, self.cfg, step, self.start_masks)
 
     def set_up_decoding(self, config: DecodeConfig, model: ModelConfig) -> None:
         """Choose the mode, the chunks and dense or masked weights that the options name.
@@ -197,6 +225,21 @@ def _named(prefix: str, terms: dict[str, LossTerm], scale: float) -> dict[str, L
     return {f"{prefix}_{name}": dataclasses.replace(term, scale=scale * term.scale) for name, term in terms.items()}
 
 
+def _refuse_ssl_options(config: TrainConfig) -> None:
+    """Raise a ConfigError for options of self-supervised training, but those of a front end that hears samples."""
+    waveform = config.ssl.front_end == "waveform"
+    besides = ("front_end", "extractor_norm", "extractor_channels", "feature_grad_scale") if waveform else ()
+    refuse_options(config.ssl, "dualmode --objective ssl", besides)
+    if not waveform:
+        return
+    refuse_front_end(config)
+    if config.augment.spec_aug:
+        raise ConfigError(
+            "--spec-aug true with --front-end waveform: it masks log-mel frames, which are not heard; give --spec-aug "
+            "false"
+        )
+
+
 def build_dualmode(config: TrainConfig, vocab_size: int, inference: bool = False) -> System:
     """Build the system of ``config.dual.objective``; it is the same at inference.
 
@@ -210,7 +253,7 @@ def build_dualmode(config: TrainConfig, vocab_size: int, inference: bool = False
         for group in (config.cif, config.text_kd):
             refuse_options(group, "hkd")
         if not config.self_supervised:
-            refuse_options(config.ssl, "dualmode --objective ssl")
+            _refuse_ssl_options(config)
     if config.self_supervised:
         return build_ssl(config)
     return DualModeSystem(config, vocab_size)

@@ -23,9 +23,9 @@ from icefall_kd.config import TrainConfig
 from icefall_kd.config.dual import is_share
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
-from icefall_kd.frames import SSL_CONV, conv2d_subsampled_len
+from icefall_kd.frames import conv2d_subsampled_len, waveform_frames
 from icefall_kd.models.conformer import log_parameter_counts
-from icefall_kd.models.dual import Mode, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
+from icefall_kd.models.dual import Mode, StartMasks, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.ssl import (
     Quantized,
@@ -36,8 +36,8 @@ from icefall_kd.models.ssl import (
     gumbel_temperature,
     sample_negatives,
     sample_spans,
-    scale_gradient,
 )
+from icefall_kd.models.waveform import scale_gradient
 from icefall_kd.systems.base import LossTerm, LossTerms, System
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 HEALTH_INTERVAL = 1000
 FIRST_LOSS_TOLERANCE = 0.5
 LEAST_CODE_PERPLEXITY = 20.0
-# Log-mel frames of 10 ms in samples at 16 kHz.
-_FBANK_HOP = 160
 _UNIT = "masked frame"
 
 
@@ -104,6 +102,7 @@ class SslSystem(System):
         self.is_new = config.loop.init_from is None
         self.model = SslModel(config.model, config.ssl)
         make_dual(self.model.encoder, self.cfg)
+        self.start_masks = StartMasks(config.loop.exp_dir)
         self.norm_mode = "streaming" if self.cfg.modes == "streaming" else "full"
         # Between the passes of one step: what they share, and the detached copies that the first one was run on.
         self._shared: tuple[_Task, dict[str, Tensor]] | None = None
@@ -113,6 +112,8 @@ class SslSystem(System):
     def needs_audio(self) -> bool:
         """Return whether the front end hears samples."""
         return self.ssl.front_end == "waveform"
+
+    hears_samples = needs_audio
 
     @property
     def alignment_losses(self) -> dict[str, object]:
@@ -270,18 +271,13 @@ class SslSystem(System):
 
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""
-        return refresh_masks(self.model.encoder, self.cfg, step)
+        return refresh_masks(self.model.encoder, self.cfg, step, self.start_masks)
 
 
 def _term(each: Tensor, scale: float) -> LossTerm:
     """Return the term of a loss (N, M) a masked frame."""
     rows = each.sum(dim=1)
     return LossTerm(rows.sum(), scale, each.numel(), _UNIT, rows.detach())
-
-
-def waveform_frames(num_frames: int) -> int:
-    """Return the frames of 20 ms of an utterance of so many log-mel frames of 10 ms, at least."""
-    return SSL_CONV.num_frames(max(num_frames * _FBANK_HOP - _FBANK_HOP // 2, 0))
 
 
 def warn_of_equal_modes(full: float, streaming: float, step: int) -> None:
@@ -295,6 +291,16 @@ def warn_of_equal_modes(full: float, streaming: float, step: int) -> None:
         )
 
 
+def refuse_front_end(config: TrainConfig) -> None:
+    """Raise a ConfigError for a front end that the modes cannot use."""
+    ssl, modes = config.ssl, config.dual.modes
+    if modes != "full" and ssl.front_end == "waveform" and ssl.extractor_norm == "default":
+        raise ConfigError(
+            f"--extractor-norm default with --modes {modes}: it normalises over the whole utterance, which no "
+            "stream has; use layer_norm"
+        )
+
+
 def build_ssl(config: TrainConfig) -> SslSystem:
     """Build the system of --objective ssl.
 
@@ -304,11 +310,7 @@ def build_ssl(config: TrainConfig) -> SslSystem:
     ssl, dual = config.ssl, config.dual
     if config.augment.spec_aug:
         raise ConfigError("--spec-aug true with --objective ssl: its mask is the augmentation; give --spec-aug false")
-    if dual.modes != "full" and ssl.front_end == "waveform" and ssl.extractor_norm == "default":
-        raise ConfigError(
-            f"--extractor-norm default with --modes {dual.modes}: it normalises over the whole utterance, which no "
-            "stream has; use layer_norm"
-        )
+    refuse_front_end(config)
     if ssl.detach_targets and dual.modes != "dual":
         raise ConfigError(f"--detach-targets true with --modes {dual.modes}: nothing would train the quantiser")
     return SslSystem(config)

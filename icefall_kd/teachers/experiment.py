@@ -83,7 +83,10 @@ class ExperimentTeacher(PretrainedTeacher):
 
     def provenance(self) -> dict:
         """Return plain data that identifies the labels of this teacher, the feature extractor included."""
-        seen = {} if self.encoder.chunks == WHOLE_UTTERANCE else self.encoder.chunks._asdict()
+        encoder = self.encoder
+        seen = {} if encoder.chunks == WHOLE_UTTERANCE else encoder.chunks._asdict()
+        if encoder.look_ahead(encoder.chunks):
+            seen |= {"right_context": encoder.cfg.right_context, "right_context_kind": encoder.cfg.right_context_kind}
         return {**super().provenance(), "feature_extractor": self.extractor.info(), **seen}
 
     @property

@@ -97,6 +97,7 @@ def test_batches_of_audio_alone_have_no_texts(speech):
         config.augment,
         None,
         with_audio=system.needs_audio,
+        own_audio=system.hears_samples,
         **system.alignment_losses,
     )
     batch = next(data.train_batches(1))
@@ -137,3 +138,25 @@ def test_fine_tuning_starts_from_it(speech, tmp_path, modes):
     assert train_main(arguments(start)) == 0
     recorded = json.loads((exp_dir / "config.json").read_text())["init"]
     assert recorded["weights_sha256"] == record["weights_sha256"] and recorded["loaded"] == len(encoder)
+
+
+def test_a_recogniser_that_hears_samples_starts_from_it(speech, tmp_path):
+    front_end = {"front_end": "waveform", "extractor_channels": 8}
+    run(speech, tmp_path / "ssl", max_steps=1, ssl=front_end, dual={"modes": "full"})
+    folder = write_corpus(tmp_path / "corpus")
+    start = ssl_config(
+        dual={"objective": "asr", "modes": "dual"},
+        data={"manifest_dir": folder / "fbank", "lang_dir": folder / "lang_char"},
+        exp_dir=tmp_path / "asr",
+        init_from=tmp_path / "ssl",
+        max_steps=2,
+    )
+    frozen = SslConfig(**front_end, feature_grad_scale=0.0)
+    start = dataclasses.replace(start, ssl=frozen, asr=AsrLossConfig(transducer_scale=0.0, ctc_scale=1.0))
+    assert train_main(arguments(start)) == 0
+    before, after = load_trained(tmp_path / "ssl")[0], newest(tmp_path / "asr")["model"]
+    front = [name for name in before if name.startswith("model.encoder.subsampling.")]
+    kept = {name for name in front if torch.equal(before[name], after[name])}
+    assert kept == {name for name in front if "convolutions" in name or "inner_norms" in name}
+    valid = read_metrics(tmp_path / "asr" / "log" / "metrics.jsonl", "valid")
+    assert valid and {"full_ctc_loss", "streaming_ctc_loss"} <= valid[-1].keys()
