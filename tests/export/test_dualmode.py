@@ -208,10 +208,12 @@ def test_masks_that_were_not_frozen_are_told_of(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("freeze", "frozen"), [(10, True), (11, False), (0.5, True), (0.6, False)])
-def test_when_masks_are_frozen(tmp_path, freeze, frozen):
-    # Two epochs of five steps are done of four; a share below 1 is one of these twenty steps.
-    exp_dir = write_dual(tmp_path / "exp", PRUNED | {"mask_freeze_step": freeze})
-    assert mask_facts(load(exp_dir), ExportConfig(exp_dir=exp_dir, out_dir=tmp_path))["frozen"] == frozen
+def test_when_masks_are_frozen(dual, tmp_path, freeze, frozen):
+    # Ten steps are done, two epochs of four; below 1 it is a share of the twenty.
+    trained = load(dual)
+    options = dataclasses.replace(trained.config.dual, mask_freeze_step=freeze)
+    trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, dual=options))
+    assert mask_facts(trained, ExportConfig(exp_dir=dual, out_dir=tmp_path))["frozen"] == frozen
 
 
 def test_what_a_training_does_not_offer_is_refused(dual, student, tmp_path):
