@@ -62,12 +62,12 @@ def export(config: ExportConfig) -> dict:
         which = {name: value for name, value in parameters.items() if name not in _CHUNKS}
         trained = load_system(DecodeConfig(exp_dir=config.exp_dir, device="cpu", **which))
         trained.system.requires_grad_(False)
+        _refuse_model(trained.system.model, config)
         check_mode(trained, config)
         dual = trained
         if config.mode != "auto":
             trained = plain(dual, config.mode)
         model, tokenizer = trained.system.model, trained.tokenizer
-        _refuse_model(model, config)
         feature_dim = trained.config.model.feature_dim
         if config.format == "sherpa-onnx" and feature_dim != NUM_BINS:
             raise ConfigError(f"{config.exp_dir} hears {feature_dim} bins; sherpa-onnx is told of {NUM_BINS}")
