@@ -32,9 +32,9 @@ PRUNED = {"sparsity": 0.7, "prune_end_step": 0, "mask_freeze_step": 0}
 CHUNKS = {"decode_chunk_size": 4, "left_context_frames": 8}
 
 
-def write_dual(exp_dir, dual=(), asr=(), mask_step=0):
+def write_dual(exp_dir, dual=(), asr=(), mask_step=0, **model):
     """Write an exp_dir of one checkpoint whose two norms differ and whose masks are drawn."""
-    model, loop = ModelConfig(**MODEL), LoopConfig(exp_dir=exp_dir, num_epochs=4)
+    model, loop = ModelConfig(**MODEL | model), LoopConfig(exp_dir=exp_dir, num_epochs=4)
     config = TrainConfig(
         system="dualmode", model=model, loop=loop, dual=DualConfig(**dict(dual)), asr=AsrLossConfig(**dict(asr))
     )
@@ -168,9 +168,24 @@ def test_16_bit_floats_are_the_weights_rounded(dual, exported, mode):
 
 @pytest.mark.parametrize("chunk", [2, 4, 8])
 def test_the_stored_sparse_model_streams_as_it_hears_under_the_mask(exported, chunk):
-    folder, record = exported("sparse")
+    folder, _ = exported("sparse")
+    streams_as_it_hears(folder, chunk)
+
+
+@pytest.mark.parametrize("kind", ["copy", "mask"])
+def test_a_stored_model_with_right_context_streams_the_same_way(tmp_path, kind):
+    source = write_dual(tmp_path / "exp", PRUNED, right_context=2, right_context_kind=kind)
+    record = export(ExportConfig(exp_dir=source, out_dir=tmp_path / "out", mode="sparse"))
+    assert record["checks"]["model.safetensors"]["largest_difference"] == 0
+    streams_as_it_hears(tmp_path / "out", chunk=4)
+    with pytest.raises(ConfigError, match="--right-context 2, which is not exported"):
+        export(ExportConfig(exp_dir=source, out_dir=tmp_path / "graphs", mode="sparse", format="torchscript"))
+
+
+def streams_as_it_hears(folder, chunk):
+    """Compare the outputs of a stored model with caches and under the mask."""
     options = {"decode_chunk_size": chunk, "left_context_frames": 8, "chunk_by_chunk": True}
-    system = load(folder, weights=folder / record["files"]["fp32"]["model"], **options).system
+    system = load(folder, weights=folder / "model.safetensors", **options).system
     features, lens = utterances()[-1]
     with torch.no_grad():
         expected, out_lens = system.encode(as_batch(features, lens))
