@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What run_mvq.sh, run_nar.sh and run_hkd.sh have in common; sourced behind parse_options, whose options it reads.
+# What run_mvq.sh, run_nar.sh, run_hkd.sh and run_dualmode.sh have in common; sourced behind parse_options, whose options it reads.
 #
 # Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's
 # exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs; and marker_dir, kind (of features),

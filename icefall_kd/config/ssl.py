@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from icefall_kd.config.checks import at_least
+from icefall_kd.config.dual import is_share
 from icefall_kd.errors import ConfigError
 
 
@@ -39,6 +40,8 @@ class SslConfig:
     """Its floor."""
     gumbel_decay: float = 0.999995
     """Its factor a step; 0.25^(1 / (0.7 steps)) reaches a floor of a quarter at 70 % of a shorter training."""
+    gumbel_end_step: float | None = None
+    """Step at which it reaches its floor, in place of that factor; below 1: a share of the planned steps."""
     diversity_scale: float = 0.1
     """Weight of the diversity loss, a masked frame."""
     feature_penalty: float = 10.0
@@ -52,6 +55,8 @@ class SslConfig:
 
     def __post_init__(self) -> None:
         at_least(self, extractor_channels=1, mask_span=1, num_negatives=1, codebook_groups=1, codebook_entries=2)
+        if self.gumbel_end_step is not None and not self.gumbel_end_step > 0:
+            raise ConfigError(f"--gumbel-end-step is {self.gumbel_end_step}; it must be above 0")
         at_least(self, diversity_scale=0, feature_penalty=0, feature_grad_scale=0, crop_duration=0.5)
         if not 0 < self.mask_prob <= 1:
             raise ConfigError(f"--mask-prob is {self.mask_prob}; it must be above 0 and at most 1")
@@ -71,3 +76,10 @@ class SslConfig:
     def span(self) -> int:
         """Return the frames of a masked span."""
         return self.mask_span or (5 if self.front_end == "fbank" else 10)
+
+    def decay(self, planned: int | None = None) -> float:
+        """Return the factor on the temperature a step, given the planned steps where it is told by a share of them."""
+        if self.gumbel_end_step is None:
+            return self.gumbel_decay
+        steps = self.gumbel_end_step * planned if is_share(self.gumbel_end_step) else self.gumbel_end_step
+        return (self.gumbel_end / self.gumbel_start) ** (1 / max(steps, 1))

@@ -347,6 +347,13 @@ class DataModule:
 
         Skipped batches are drawn from the sampler but never read.
         """
+        return iter(Loader(self.train_data, _Plans(self._sampler(epoch), epoch, skip), self.config.num_workers))
+
+    def num_batches(self, epoch: int) -> int:
+        """Return how many batches an epoch has for each rank, by drawing them without reading any."""
+        return sum(1 for _ in self._sampler(epoch))
+
+    def _sampler(self, epoch: int) -> DynamicBucketingSampler:
         with warnings.catch_warnings():
             # Lazy cuts save memory alone; ours are filtered, counted and joined with labels before the first batch.
             warnings.filterwarnings("ignore", "You are using DynamicBucketingSampler with an eagerly read CutSet")
@@ -361,7 +368,7 @@ class DataModule:
                 world_size=get_world_size(),
             )
         sampler.set_epoch(epoch)
-        return iter(Loader(self.train_data, _Plans(sampler, epoch, skip), self.config.num_workers))
+        return sampler
 
     def valid_batches(self) -> Iterator[Batch]:
         """Return the validation batches of this rank, longest first, without augmentation or labels."""

@@ -7,6 +7,7 @@ design: all of a layer but positions, depthwise kernels, biases and norms.
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -27,6 +28,8 @@ from icefall_kd.models.pruning import (
 )
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks, draw_chunks
 from icefall_kd.runtime import dist
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["full", "streaming"]
 
@@ -171,6 +174,22 @@ def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor | float:
 def no_gradient_of_norms(encoder: nn.Module) -> Tensor | float:
     """Return :func:`zero_of` the norms of both modes, of which a pass uses one mode's."""
     return zero_of(p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters())
+
+
+def in_steps(cfg: DualConfig, planned: int) -> DualConfig:
+    """Return options with whole steps in place of shares; warn of masks that never get their final sparsity."""
+    cfg = cfg.in_steps(planned)
+    freeze = cfg.mask_freeze_step
+    if cfg.sparsity > 0 and freeze is not None and freeze // cfg.mask_interval * cfg.mask_interval < cfg.prune_end_step:
+        logger.warning(
+            "no mask is drawn between --prune-end-step %d and --mask-freeze-step %d, --mask-interval being %d: the "
+            "sparsity stays below %g",
+            cfg.prune_end_step,
+            freeze,
+            cfg.mask_interval,
+            cfg.sparsity,
+        )
+    return cfg
 
 
 def current_sparsity(cfg: DualConfig, step: int) -> float:

@@ -112,6 +112,14 @@ class System(nn.Module):
         """
         return 1
 
+    @property
+    def needs_plan(self) -> bool:
+        """Return whether schedules are shares of the planned steps, which :meth:`plan` tells before the first."""
+        return False
+
+    def plan(self, steps: int) -> None:
+        """Learn how many steps the training will have."""
+
     def after_step(self, step: int) -> dict[str, float]:
         """Do what comes between steps; return figures for the log, if there are new ones.
 

@@ -28,6 +28,7 @@ from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.dual import (
     current_sparsity,
     encoder_mode,
+    in_steps,
     make_dual,
     no_gradient_of_norms,
     refresh_masks,
@@ -137,6 +138,15 @@ class DualModeSystem(TransducerSystem):
         name, term = next((n, t) for n, t in terms.items() if t.scale != 0 or chosen == ["sandwich"])
         # A scale of 0, as at the beginning of a warm-up, would take the term out of the total.
         return {**terms, name: dataclasses.replace(term, value=term.value + zero, scale=term.scale or 1e-30)}
+
+    @property
+    def needs_plan(self) -> bool:
+        """Return whether a step of the schedules is told as a share."""
+        return self.cfg.in_shares
+
+    def plan(self, steps: int) -> None:
+        """Turn shares of ``steps`` into steps."""
+        self.cfg = in_steps(self.cfg, steps)
 
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""

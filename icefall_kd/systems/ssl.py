@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from icefall_kd.config import TrainConfig
+from icefall_kd.config.dual import is_share
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import SSL_CONV, conv2d_subsampled_len
 from icefall_kd.models.conformer import log_parameter_counts
-from icefall_kd.models.dual import Mode, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
+from icefall_kd.models.dual import Mode, encoder_mode, in_steps, make_dual, no_gradient_of_norms, refresh_masks
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.ssl import (
     Quantized,
@@ -98,6 +99,8 @@ class SslSystem(System):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.cfg, self.ssl = config.dual, config.ssl
+        # A share of the planned steps is told later: until then, of one step.
+        self.gumbel_decay = self.ssl.decay(1)
         self.is_new = config.loop.init_from is None
         self.model = SslModel(config.model, config.ssl)
         make_dual(self.model.encoder, self.cfg)
@@ -175,7 +178,7 @@ class SslSystem(System):
         n, num_masked = len(mask), int(mask[0].sum())
         negatives = sample_negatives(n, num_masked, ssl.num_negatives, generator).to(z.device)
         mask = mask.to(z.device)
-        temperature = gumbel_temperature(step, ssl.gumbel_start, ssl.gumbel_end, ssl.gumbel_decay)
+        temperature = gumbel_temperature(step, ssl.gumbel_start, ssl.gumbel_end, self.gumbel_decay)
         quantized = model.quantizer(z[mask].view(n, num_masked, -1), temperature)
         x = front.finish(z)
         return _Task(
@@ -254,6 +257,16 @@ class SslSystem(System):
                 self.ssl.codebook_groups * self.ssl.codebook_entries,
                 step,
             )
+
+    @property
+    def needs_plan(self) -> bool:
+        """Return whether a step of the schedules is told as a share."""
+        return self.cfg.in_shares or is_share(self.ssl.gumbel_end_step)
+
+    def plan(self, steps: int) -> None:
+        """Turn shares of ``steps`` into steps."""
+        self.cfg = in_steps(self.cfg, steps)
+        self.gumbel_decay = self.ssl.decay(steps)
 
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""

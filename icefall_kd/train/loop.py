@@ -46,6 +46,9 @@ class TrainData(Protocol):
     def valid_batches(self) -> Iterator[Batch]:
         """Return this rank's share of the validation data."""
 
+    def num_batches(self, epoch: int) -> int:
+        """Return how many batches an epoch has for each rank; for systems that need a plan."""
+
     def worst_batches(self) -> list[Batch]:
         """Return the batches that need most memory."""
 
@@ -150,6 +153,8 @@ class _Trainer:
                 signal.signal(number, handler)
 
     def run(self, on_start: Callable[[], None] | None) -> dict[str, Any]:
+        if self.system.needs_plan:
+            self.system.plan(self._planned_steps())
         self._resume()
         # A kill may have come between a save and what follows it.
         self._link_best()
@@ -175,6 +180,12 @@ class _Trainer:
     def _finished(self) -> bool:
         steps = self.loop.max_steps
         return self.state.epoch > self.loop.num_epochs or (steps is not None and self.state.step >= steps)
+
+    def _planned_steps(self) -> int:
+        """Return the steps of the whole training if all epochs have as many batches as the first."""
+        steps = self.loop.num_epochs * math.ceil(self.data.num_batches(1) / self.loop.accum_grad)
+        logger.info("%d steps are planned", steps)
+        return steps if self.loop.max_steps is None else min(steps, self.loop.max_steps)
 
     def _resume(self) -> None:
         found = ckpt.load_newest(self.exp_dir)
