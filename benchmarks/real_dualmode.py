@@ -18,7 +18,7 @@ from pathlib import Path
 
 import chains
 from real_recordings import BEDS as MVQ_BEDS
-from real_recordings import REPO, SOURCES, run_command, without_machine_paths, write_result
+from real_recordings import REPO, SOURCES, run_command, without_machine_paths
 
 from icefall_kd.cli import parse_config
 from icefall_kd.config.checks import at_least
@@ -129,7 +129,13 @@ def recipe_line(config: RealDualmodeConfig, bed: str, corpus: Path, *options: ob
     """Return the command line of run_dualmode.sh for a bed."""
     line = run_line(config, BEDS[bed].home, (config.exp_root / bed).resolve(), corpus)
     line += ["--config", REPO / f"benchmarks/conf/{bed}.yaml", "--ssl-dir", ssl_dir(config)]
-    return [*line, "--decode-chunks", " ".join(map(str, CHUNKS)), *options]
+    line += ["--decoding-methods", "ctc_greedy_search", "--decode-chunks", " ".join(map(str, CHUNKS))]
+    return [*line, *options]
+
+
+def prepare_line(config: RealDualmodeConfig, bed: str, corpus: Path, *options: object) -> list:
+    """Return the command line that makes the data of a bed."""
+    return recipe_line(config, bed, corpus, "--systems", "a1", *options)  # which needs no arm that is not there yet
 
 
 def pretrain(config: RealDualmodeConfig) -> None:
@@ -152,9 +158,10 @@ def pretrain_arm(config: RealDualmodeConfig, arm: str, corpus: Path) -> None:
     for home, (_, train, valid) in HEARD.items():
         parts["train"].append(data_dir(home, config) / f"fbank/cuts_{train}.jsonl.gz")
         parts["valid"] += [data_dir(home, config) / f"fbank/cuts_{valid}.jsonl.gz"] if valid else []
-    words = [f"--{kind}-parts {','.join(map(str, files))}" for kind, files in parts.items()]
-    options = ["--systems", SSL_SYSTEM[arm], "--ssl-seed", SSL_SEED, "--ssl-args", " ".join(words)]
-    options += ["--ssl-config", REPO / "benchmarks/conf/dualmode_ssl.yaml", "--stage", 1, "--stop-stage", 1]
+    heard, checked = (",".join(map(str, files)) for files in parts.values())
+    options = ["--systems", SSL_SYSTEM[arm], "--ssl-seed", SSL_SEED, "--ssl-parts", heard, "--ssl-valid-parts", checked]
+    conf = REPO / "benchmarks/conf/dualmode_ssl.yaml"
+    options += ["--config", conf, "--ssl-config", conf, "--stage", 1, "--stop-stage", 1]
     run_command(run_line(config, "dualmode_digits", ssl_dir(config), corpus, *options))
     result = without_machine_paths(collect_arm(ssl_dir(config) / f"ssl-{arm}", arm), config)
     chains.keep(arm_file(config, arm), result, config.commit)
@@ -240,6 +247,7 @@ def _cells(bed: str, system: str, mode: str, results: dict[int, dict], compared:
     some = found[0]
     base = "b1" if mode == FULL else "a3"
     helped = compared.get(((base, mode), (system, mode)), {})
+    note = f" (seeds {helped['seeds']})" if helped and len(helped["seeds"]) < len(results) else ""
     return [
         bed,
         system.upper(),
@@ -252,7 +260,7 @@ def _cells(bed: str, system: str, mode: str, results: dict[int, dict], compared:
         f"{some['model_bytes'] / 1e6:.2f}",
         f"{1000 * some['algorithmic_latency']:.1f}" if some.get("algorithmic_latency") else "utterance",
         chains.rate_text(found),
-        helped.get("difference", "-") + (f" (seeds {helped['seeds']})" if helped and len(helped["seeds"]) < len(results) else ""),
+        helped.get("difference", "-") + note,
         f"{min(r['rtf'] for r in found):.4f}",  # as with the training below
         f"{min(r['training']['seconds'] for r in results.values()):,.0f}",  # what else ran only adds to it
     ]
@@ -264,7 +272,7 @@ def main() -> None:
     config = parse_config(RealDualmodeConfig, description=__doc__)
     if not config.compare:
         pretrain(config)
-        chains.run_missing(config, BEDS, source_dir, recipe_line, run_chain)
+        chains.run_missing(config, BEDS, source_dir, prepare_line, run_chain)
     for bed in config.beds:
         compare(config, bed)
     chains.publish(table(config), config.report, "real_dualmode")

@@ -85,7 +85,7 @@ def started(driver, config, monkeypatch):
         exp, system = Path(line["--exp-dir"]), line.get("--systems")
         if line.get("--stop-stage") == "1":
             write_arm(exp / f"ssl-{driver.ARM_OF[system]}")
-        elif system:
+        elif line.get("--stage") == "2":
             write_recogniser(exp / f"{system}-seed{line['--seeds']}", system)
 
     for module in (driver, driver.chains):
@@ -95,7 +95,7 @@ def started(driver, config, monkeypatch):
 
 def run_all(driver, config) -> None:
     driver.pretrain(config)
-    driver.chains.run_missing(config, driver.BEDS, driver.source_dir, driver.recipe_line, driver.run_chain)
+    driver.chains.run_missing(config, driver.BEDS, driver.source_dir, driver.prepare_line, driver.run_chain)
 
 
 def test_each_arm_is_trained_once_on_the_training_parts_alone(driver, config, started):
@@ -103,7 +103,7 @@ def test_each_arm_is_trained_once_on_the_training_parts_alone(driver, config, st
     arms = [line for line in started if line.get("--stop-stage") == "1"]
     assert sorted(line["--systems"] for line in arms) == ["b1", "c2"]  # full and dual; no system needs streaming
     for line in arms:
-        heard, of_valid = (line["--ssl-args"].split(flag)[1].split()[0] for flag in ("--train-parts", "--valid-parts"))
+        heard, of_valid = line["--ssl-parts"], line["--ssl-valid-parts"]
         assert len(heard.split(",")) == 3 and "dev" not in heard and "train" not in of_valid
     results = read_json(driver.arm_file(config, "full"))
     assert results["first"]["full_contrastive_loss"] == 4.6 and results["last"]["churn"] == 0.01
