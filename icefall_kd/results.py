@@ -17,23 +17,13 @@ from icefall_kd.bootstrap import Interval, PairedResult, confidence_interval, pa
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import INFO_NAME, RECOGNISER_ROWS, TEXT_KIND, LabelSetInfo
 from icefall_kd.labels.shard import Shard
+from icefall_kd.results_names import distils, hkd_losses, system_name
 from icefall_kd.runtime.files import read_json, write_json
 
-SYSTEM_NAMES = {
-    ("mvq", "none"): "student without KD",
-    ("mvq", "l1"): "student with L1 embedding KD",
-    ("mvq", "l2"): "student with L2 embedding KD",
-    ("mvq", "mvq"): "student with MVQ-KD",
-}
 # Options in which repetitions of one experiment may differ.
 _NOT_THE_EXPERIMENT = ("seed", "exp_dir", "device", "num_threads", "num_workers", "log_interval", "oom_scan")
 # Paths of what a repetition takes from the teacher of its own seed.
 _OF_THE_SEED = ("init_from", "label_dir", "teacher")
-# Terms of --system nar that make its two levels of distillation.
-NAR_LEVELS = {
-    "frame": ("ctc_kd_scale", "token_kd_scale", "encoder_kd_scale"),
-    "sequence": ("nbest_ctc_scale", "nbest_token_scale"),
-}
 _STORAGE_FILE = "label_storage.json"
 
 
@@ -171,42 +161,6 @@ def _kind_text(storage: LabelStorage) -> str:
     if storage.kind in RECOGNISER_ROWS:
         return storage.kind.replace("_", " ").replace("nbest", "n-best")
     return f"{storage.width} {'codebooks' if storage.kind == 'codebook_indexes' else storage.kind}"
-
-
-def distils(config: dict) -> bool:
-    """Return whether a training has a distillation loss."""
-    return config.get("kd", "none") != "none" or bool(nar_levels(config)) or bool(hkd_losses(config))
-
-
-def nar_levels(config: dict) -> list[str]:
-    """Return the levels of distillation of a training of --system nar."""
-    return [level for level, terms in NAR_LEVELS.items() if any(config.get(term, 0) > 0 for term in terms)]
-
-
-def hkd_losses(config: dict) -> list[str]:
-    """Return the distillation losses of a training of --system hkd: acd, lrd."""
-    return [name for name in config.get("text_kd") or () if config.get(f"{name}_scale", 0) > 0]
-
-
-def system_name(config: dict, labels: Sequence[LabelStorage] = ()) -> str:
-    """Return what a training is called in tables.
-
-    Args:
-        config: its options.
-        labels: its label sets; of a language model's states they tell which it was, and whether it has learnt anything.
-    """
-    if config.get("system") == "hkd":
-        name = " + ".join(["CIF", *(loss.upper() for loss in hkd_losses(config))])
-        of = [f"{s.teacher}, RANDOM weights" if s.random else s.teacher for s in labels if s.kind == TEXT_KIND]
-        return f"{name} ({of[0]})" if of else name
-    if config.get("system") == "nar":
-        if config.get("attention_decoder") == "ar":
-            return "AR"
-        parts = ["NAR", *(["transfer"] if config.get("init_from") else [])]
-        levels = nar_levels(config)
-        return " + ".join([*parts, *([" and ".join(levels) + " KD"] if levels else [])])
-    key = (config.get("system", "?"), config.get("kd", "none"))
-    return ("streaming " if config.get("streaming") else "") + SYSTEM_NAMES.get(key, " ".join(key))
 
 
 def read_run(exp_dir: Path, decoding_method: str | None = None, suffix: str | None = None) -> Run:

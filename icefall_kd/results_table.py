@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from icefall_kd.errors import DataError
-from icefall_kd.results import Row, Run, part_order
+from icefall_kd.results import Row, Run, compare, part_order
 from icefall_kd.scoring import RATE_NAMES
 
 
@@ -73,6 +73,62 @@ def hkd_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         cells.append([*line, row.label_texts()[1], row.text_coverage(), _seconds(row)])
     _tell_decodings(rows, header, cells)
     return header, cells
+
+
+def dual_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the table of recognisers of two modes, a row for each mode that was decoded.
+
+    MB are 10^6 bytes of float32 weights, sparse ones as blocks with an index of two bytes each.  The difference is that
+    of the error rate, in points with its paired interval, to the first row of the same mode, chunk, weights and search.
+    """
+    parts = part_order(rows)
+    header = ["system", "mode", "weights", "seeds", "parameters", "non-zeros", "MB float32", "latency"]
+    for part in parts:
+        header += [f"{rate_name(rows, part)} {part}", f"difference {part}"]
+    header += ["RTF", "seconds"]
+    cells = []
+    for row in rows:
+        told = next((r for results in row.results.values() for r in results), {})
+        base = next(r for r in rows if _conditions(r) == _conditions(row))
+        line = [row.system, _mode(told), "sparse" if told.get("sparse") else "dense"]
+        line.append(", ".join(str(run.seed) for run in row.runs))
+        line += [_count(row.parameters), _count(told.get("nonzeros"))]
+        line.append(f"{told['model_bytes'] / 1e6:.2f}" if "model_bytes" in told else "-")
+        seconds = told.get("algorithmic_latency")
+        line.append("utterance" if seconds is None else f"{1000 * seconds:.1f} ms")
+        for part in parts:
+            line += [_rate(row, part), _difference(base, row, part)]
+        cells.append([*line, "-" if row.rtf is None else f"{row.rtf:.4f}", _seconds(row)])
+    if len({row.how[0].partition(",")[0] for row in rows}) > 1:
+        header.insert(1, "search")
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(1, row.how[0].partition(",")[0])
+    return header, cells
+
+
+def _mode(told: dict) -> str:
+    chunk = told.get("chunk_size", -1)
+    return told.get("encoder_mode", "-") + (f", {40 * chunk} ms" if chunk > 0 else "")
+
+
+def _conditions(row: Row) -> tuple:
+    """Return what two rows of the table of modes must share to be compared."""
+    told = next((r for results in row.results.values() for r in results), {})
+    return row.how[0], row.how[1], _mode(told), told.get("sparse")
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _difference(base: Row, row: Row, part: str) -> str:
+    """Return the difference of error rates in points with its interval, behind the first word of the baseline."""
+    if base is row or row.rate(part) is None or base.rate(part) is None:
+        return "-"
+    both = [base.results[part], row.results[part]]
+    names = [f"{r.system}, seed {run.seed}" for r in (base, row) for run in r.runs]
+    found = compare(*both, names, num_samples=1000).difference
+    return f"{base.system.split()[0]} {found.value:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
 def _tell_decodings(rows: Sequence[Row], header: list[str], cells: list[list[str]]) -> None:

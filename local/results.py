@@ -15,6 +15,7 @@ from icefall_kd.results import Row, build_rows, part_order, read_run
 from icefall_kd.results_table import (
     demo_table,
     details,
+    dual_table,
     full_table,
     hkd_table,
     markdown_table,
@@ -24,7 +25,7 @@ from icefall_kd.results_table import (
 )
 from icefall_kd.runtime.files import write_json, write_text
 
-TABLES = {"demo": demo_table, "full": full_table, "nar": nar_table, "hkd": hkd_table}
+TABLES = {"demo": demo_table, "full": full_table, "nar": nar_table, "hkd": hkd_table, "dualmode": dual_table}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,11 @@ class ResultsConfig:
 
     exp_dirs: list[Path]
     """Folders of trainings; those that differ in their seed alone become one row."""
-    table: Literal["demo", "full", "nar", "hkd"] = "full"
+    table: Literal["demo", "full", "nar", "hkd", "dualmode"] = "full"
     """demo: system, size, labels, error rates, seconds; full: also decoding, seeds, commands and git states; nar:
     systems of --system nar by search, with masked tokens, speed and the change against scratch of the same size; hkd:
-    those of --system hkd, with the change against CIF alone."""
+    those of --system hkd, with the change against CIF alone; dualmode: each mode of those of --system dualmode, with
+    weights that are not zero, size, latency and the difference to the first of the same mode."""
     name: str | None = None
     """Name in the markers <!-- results:NAME begin/end -->; None: the name of the table."""
     out: Path | None = None

@@ -55,6 +55,11 @@ class DualNorm(nn.Module):
         return self.full if self.mode == "full" else self.streaming
 
     @property
+    def idle(self) -> nn.LayerNorm:
+        """Return the norm of the other mode, which a model of one mode does without."""
+        return self.streaming if self.mode == "full" else self.full
+
+    @property
     def weight(self) -> Tensor:
         """Return the gain (C,) of the present mode."""
         return self.active.weight

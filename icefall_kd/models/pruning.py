@@ -213,7 +213,7 @@ class SparseSize:
     blocks: int
     """Blocks that hold them; each needs an index."""
     rest: int
-    """All other parameters."""
+    """All other parameters of one mode: of the norms of two modes, those of one."""
 
     def sparse_bytes(self, weight_bytes: float = 1, index_bytes: float = 2) -> float:
         """Return the bytes of kept weights, their blocks' indexes and the rest."""
@@ -225,8 +225,9 @@ class SparseSize:
 
 
 def sparse_size(model: nn.Module, block: tuple[int, int] = (8, 1)) -> SparseSize:
-    """Count the parameters of a model by where they are stored."""
+    """Count the parameters of one mode of a model by where they are stored."""
     layers = prunable_layers(model)
+    idle = sum(p.numel() for m in model.modules() if hasattr(m, "idle") for p in m.idle.parameters())
     prunable = sum(layer.weight.numel() for layer in layers.values())
     blocks = 0
     for layer in layers.values():
@@ -236,5 +237,5 @@ def sparse_size(model: nn.Module, block: tuple[int, int] = (8, 1)) -> SparseSize
         prunable=prunable,
         nonzeros=sum(int(layer.mask.sum()) for layer in layers.values()),
         blocks=blocks,
-        rest=sum(p.numel() for p in model.parameters()) - prunable,
+        rest=sum(p.numel() for p in model.parameters()) - prunable - idle,
     )

@@ -9,7 +9,8 @@ from icefall_kd.report.mvq import mvq_sections
 from icefall_kd.report.nar import nar_sections
 from icefall_kd.report.page import code, page
 from icefall_kd.report.training import losses_section, options_section, read_log, results_section, trained_section
-from icefall_kd.results import read_run, system_name
+from icefall_kd.results import read_run
+from icefall_kd.results_names import system_name
 from icefall_kd.runtime.files import write_text
 
 

@@ -13,7 +13,8 @@ from icefall_kd.errors import DataError
 from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
 from icefall_kd.report.page import Section, code, details, figure, figures, paragraph, table, text
 from icefall_kd.report.plots import Curve, draw_curve
-from icefall_kd.results import Row, Run, build_rows, distils, find_folder, part_order, system_name
+from icefall_kd.results import Row, Run, build_rows, find_folder, part_order
+from icefall_kd.results_names import distils, system_name
 from icefall_kd.results_table import rate_name
 from icefall_kd.runtime.log import format_seconds
 from icefall_kd.train.metrics import read_metrics

@@ -44,6 +44,8 @@ from icefall_kd.systems.ssl import build_ssl
 
 # Weight of the third pass (our design).
 SANDWICH_SCALE = 0.5
+# Of a stored weight, in what results tell of a model's size: float32, in which it is run.
+WEIGHT_BYTES = 4
 
 
 class DualModeSystem(TransducerSystem):
@@ -180,9 +182,15 @@ class DualModeSystem(TransducerSystem):
         encoder.chunks = chunks
         set_mode(encoder, mode, sparse, chunks)
         encoder.pinned = None  # outside training, ``chunks`` say the same, and whoever measures may change them
-        self.decoded_as = {"encoder_mode": mode, "sparse": sparse}
-        if sparse:
-            self.decoded_as["nonzeros"] = sparse_size(self, self.cfg.prune_block).nonzeros
+        size = sparse_size(self, self.cfg.prune_block)
+        parameters = size.prunable + size.rest
+        self.decoded_as = {
+            "encoder_mode": mode,
+            "sparse": sparse,
+            "parameters": parameters,
+            "nonzeros": size.nonzeros + size.rest if sparse else parameters,
+            "model_bytes": round(size.sparse_bytes(WEIGHT_BYTES) if sparse else size.dense_bytes(WEIGHT_BYTES)),
+        }
 
 
 def _named(prefix: str, terms: dict[str, LossTerm], scale: float) -> dict[str, LossTerm]:

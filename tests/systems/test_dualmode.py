@@ -244,8 +244,15 @@ def test_decoding_chooses_mode_chunks_and_masks(student):
         assert encoder.chunks_of_batch() == encoder.chunks == chunks
         assert {layer.sparse for layer in prunable_layers(system).values()} == {sparse}
         assert {m.mode for m in system.modules() if isinstance(m, DualNorm)} == {mode}
-        kept = sum(int(layer.mask.sum()) for layer in prunable_layers(system).values())
-        assert system.decoded_as.get("nonzeros") == (kept if sparse else None)
+        norms = [m.streaming if mode == "full" else m.full for m in system.modules() if isinstance(m, DualNorm)]
+        idle = sum(p.numel() for norm in norms for p in norm.parameters())
+        parameters = sum(p.numel() for p in system.parameters()) - idle
+        masks = [layer.mask for layer in prunable_layers(system).values()]
+        masked, kept = (sum(int((mask == keep).sum()) for mask in masks) for keep in (False, True))
+        told = {name: system.decoded_as[name] for name in ("parameters", "nonzeros", "model_bytes")}
+        nonzeros = parameters - (masked if sparse else 0)
+        stored = 4 * nonzeros + (2 * kept // 8 if sparse else 0)  # an index for each block of 8 rows
+        assert told == {"parameters": parameters, "nonzeros": nonzeros, "model_bytes": stored}
 
 
 def test_a_stream_gives_the_hypotheses_of_the_mask(student):
