@@ -103,8 +103,9 @@ def test_each_arm_is_trained_once_on_the_training_parts_alone(driver, config, st
     arms = [line for line in started if line.get("--stop-stage") == "1"]
     assert sorted(line["--systems"] for line in arms) == ["b1", "c2"]  # full and dual; no system needs streaming
     for line in arms:
-        heard, of_valid = line["--ssl-parts"], line["--ssl-valid-parts"]
-        assert len(heard.split(",")) == 3 and "dev" not in heard and "train" not in of_valid
+        heard, checked = ([Path(f).name for f in line[o].split(",")] for o in ("--ssl-parts", "--ssl-valid-parts"))
+        assert heard == ["cuts_train.jsonl.gz"] * 2 + ["cuts_train-clean-100.jsonl.gz"]
+        assert checked == ["cuts_dev.jsonl.gz"] * 2
     results = read_json(driver.arm_file(config, "full"))
     assert results["first"]["full_contrastive_loss"] == 4.6 and results["last"]["churn"] == 0.01
     assert results["last"]["full_acc"] == 0.3 and "lr" not in results["last"]
