@@ -7,7 +7,7 @@
 
 DIR is that of real_recordings.py.  Each arm of pre-training runs once, on the audio of the training parts of the
 digits, of barista and of the LibriSpeech slice; all seeds of both beds start from it.  Every number is one of a small
-bed, reported on dev.  The table of all result files goes into RESULTS.md.
+bed, reported on dev.  The tables of all result files go into RESULTS.md.
 """
 
 import json
@@ -229,7 +229,7 @@ def compare(config: RealDualmodeConfig, bed: str) -> list[dict]:
 
 def table(config: RealDualmodeConfig) -> str:
     """Return the table of all result files, in Markdown: error rates pooled over seeds, and the paired differences."""
-    header = ["bed", "system", "pre-training", "seeds", "mode", "weights", "parameters", "non-zero", "MB (fp16)"]
+    header = ["bed", "system", "pre-training", "seeds", "mode", "weights", "parameters", "non-zero", "MB float32"]
     header += ["latency in ms", "error rate", "against A3 (streams), B1 (full)", "RTF", "fastest training in s"]
     cells = []
     for bed in BEDS:
@@ -266,6 +266,33 @@ def _cells(bed: str, system: str, mode: str, results: dict[int, dict], compared:
     ]
 
 
+def arms_table(config: RealDualmodeConfig) -> str:
+    """Return the table of the arms of pre-training: how healthy they were, by validation where nothing else is said."""
+    header = ["pre-training", "steps", "first loss", "loss", "accuracy", "perplexity of codes", "last churn", "seconds"]
+    cells = []
+    for arm in ("full", "streaming", "dual"):
+        if not arm_file(config, arm).exists():
+            continue
+        result = read_json(arm_file(config, arm))
+        modes = ["full", "streaming"] if arm == "dual" else [arm]
+        end, last = result["validations"][-1], result["last"]
+
+        def of_modes(record: dict, name: str, form: str, modes: list[str] = modes) -> str:
+            return " / ".join(format(record[f"{mode}_{name}"], form) for mode in modes)
+
+        cells.append([
+            " / ".join(modes),
+            f"{result['training']['steps']:,}",
+            of_modes(result["first"], "contrastive_loss", ".3f"),
+            of_modes(end, "contrastive_loss", ".3f"),
+            of_modes(end, "acc", ".1%"),
+            f"{end['code_perplexity']:.0f}",
+            f"{last['churn']:.1%}" if "churn" in last else "-",
+            f"{result['training']['seconds']:,.0f}",
+        ])  # fmt: skip
+    return markdown_table(header, cells)
+
+
 def main() -> None:
     """Run what is missing, then compare."""
     setup_logging()
@@ -275,7 +302,7 @@ def main() -> None:
         chains.run_missing(config, BEDS, source_dir, prepare_line, run_chain)
     for bed in config.beds:
         compare(config, bed)
-    chains.publish(table(config), config.report, "real_dualmode")
+    chains.publish(f"{arms_table(config)}\n\n{table(config)}", config.report, "real_dualmode")
 
 
 if __name__ == "__main__":

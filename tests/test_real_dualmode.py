@@ -50,6 +50,7 @@ def write_recogniser(folder: Path, system: str) -> None:
 def write_arm(folder: Path) -> None:
     """Write a pre-training."""
     figures = {"full_contrastive_loss": 4.6, "full_acc": 0.01, "code_perplexity": 300.0, "lr": 1}
+    figures |= {"streaming_contrastive_loss": 4.1, "streaming_acc": 0.02}
     records = [
         {"kind": "train", "step": 1, "epoch": 1, **figures},
         {"kind": "valid", "step": 9, "epoch": 1, **figures, "full_contrastive_loss": 4.0},
@@ -110,6 +111,10 @@ def test_each_arm_is_trained_once_on_the_training_parts_alone(driver, config, st
     assert results["first"]["full_contrastive_loss"] == 4.6 and results["last"]["churn"] == 0.01
     assert results["last"]["full_acc"] == 0.3 and "lr" not in results["last"]
     assert [v["full_contrastive_loss"] for v in results["validations"]] == [4.0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in driver.arms_table(config).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["full", "full / streaming"]
+    assert rows[0][1:] == ["1", "4.600", "4.000", "1.0%", "300", "1.0%", "60"]
+    assert rows[1][3:5] == ["4.000 / 4.100", "1.0% / 2.0%"]
 
 
 def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started):
