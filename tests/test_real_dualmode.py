@@ -137,6 +137,23 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
     assert len(rows) == 2 + 3 + 1 + 3 + 3 and [row[1] for row in rows[:2]] == ["A3", "A3"]
     (c2,) = [row for row in rows if row[1] == "C2" and row[4] == "full"]
     assert c2[2] == "dual" and c2[5:9] == ["dense", "1,000", "1,000", "2.00"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in driver.criteria_table(config).splitlines()[2:]]
+    assert len(rows) == 5 and {row[-1] for row in rows} == {"yes"}  # one of B1, two each of A3 and A5
+    assert rows[0][1:3] == ["less than 3 % worse than B1", "full"] and rows[0][-2] == "+0.0 %"
+
+
+@pytest.mark.parametrize(
+    ("hope", "relative", "difference", "met"),
+    [
+        ("less than 3 % worse than B1", "+2.9 %", "0.12 [-0.10, 0.30]", "yes"),
+        ("less than 3 % worse than B1", "+3.1 %", "0.13 [-0.10, 0.30]", "no"),
+        ("clearly better than A3", "-9.0 %", "-1.00 [-2.00, -0.10]", "yes"),
+        ("clearly better than A3", "-9.0 %", "-1.00 [-2.00, 0.10]", "no"),
+        ("not worse than B4", "+0.1 %", "0.01 [-1.00, 1.00]", "no"),
+    ],
+)
+def test_a_hope_is_met_by_value_or_clearly_by_the_interval(driver, hope, relative, difference, met):
+    assert driver.is_met(hope, {"relative": relative, "difference": difference}) == met
 
 
 def test_every_bed_names_its_options(driver, repo):
