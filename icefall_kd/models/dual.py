@@ -8,7 +8,7 @@ design: all of a layer but positions, depthwise kernels, biases and norms.
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -168,19 +168,9 @@ def trial_sparsity(encoder: Conformer, cfg: DualConfig, sparsity: float) -> Iter
             layer.trial = None
 
 
-def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor | float:
-    """Return a scalar 0 that depends on parameters.
-
-    Added to a loss it gives them a gradient of 0 where it has none of them: an optimizer then has the same parameters
-    in each step, and ranks have all of them to exchange.
-    """
-    sums = [p.sum() for p in parameters]
-    return 0.0 * torch.stack(sums).sum() if sums else 0.0
-
-
 def no_gradient_of_norms(encoder: nn.Module) -> Tensor | float:
     """Return :func:`zero_of` the norms of both modes, of which a pass uses one mode's."""
-    return zero_of(p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters())
+    return dist.zero_of(p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters())
 
 
 def current_sparsity(cfg: DualConfig, step: int) -> float:

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, KdError
 
@@ -254,3 +255,13 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def zero_of(parameters: Iterable[nn.Parameter]) -> Tensor | float:
+    """Return a scalar 0 that depends on parameters.
+
+    Added to a loss it gives them a gradient of 0 where it has none of them: an optimizer then has the same parameters
+    in each step, and ranks have all of them to exchange.
+    """
+    sums = [p.sum() for p in parameters]
+    return 0.0 * torch.stack(sums).sum() if sums else 0.0

@@ -35,11 +35,11 @@ from icefall_kd.models.dual import (
     refresh_masks,
     set_mode,
     trial_sparsity,
-    zero_of,
 )
 from icefall_kd.models.pruning import sparse_size
 from icefall_kd.models.ssl import set_front_end
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, choose_chunks
+from icefall_kd.runtime import dist
 from icefall_kd.systems.asr import Recognition, TransducerSystem
 from icefall_kd.systems.base import LossTerm, LossTerms, System, by_row
 from icefall_kd.systems.ssl import build_ssl, refuse_front_end
@@ -163,7 +163,7 @@ class DualModeSystem(TransducerSystem):
         """Give what the last backward pass of a step would miss a gradient of 0."""
         if {"full", "streaming"} <= set(chosen):
             return terms
-        zero = zero_of(self.parameters()) if chosen == ["sandwich"] else no_gradient_of_norms(self.model.encoder)
+        zero = dist.zero_of(self.parameters()) if chosen == ["sandwich"] else no_gradient_of_norms(self.model.encoder)
         name, term = next((n, t) for n, t in terms.items() if t.scale != 0 or chosen == ["sandwich"])
         # A scale of 0, as at the beginning of a warm-up, would take the term out of the total.
         return {**terms, name: dataclasses.replace(term, value=term.value + zero, scale=term.scale or 1e-30)}

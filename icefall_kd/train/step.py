@@ -140,6 +140,10 @@ class Stepper:
                 if 0 < lasts < self.world_size:
                     raise DataError(f"epoch {epoch} ends at step {step} on some ranks alone: they differ in batches")
                 if bad:
+                    if synchronise and self.model is not self.system:
+                        # DDP's forward pass waits for gradients: the next backward pass, even one that is not to be
+                        # exchanged, would be taken for this one's.
+                        dist.zero_of(p for p in self.system.parameters() if p.requires_grad).backward()
                     self._skip(step, terms, [batch], locally=not finite)
                     return StepOutcome(None, shared)
                 with self.memory_guard(batch, step):

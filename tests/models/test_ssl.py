@@ -14,8 +14,8 @@ from icefall_kd.models.ssl import (
     gumbel_temperature,
     sample_negatives,
     sample_spans,
-    scale_gradient,
 )
+from icefall_kd.models.waveform import scale_gradient
 
 
 def generator(seed=0):
