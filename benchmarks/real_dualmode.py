@@ -237,7 +237,8 @@ def compare(config: RealDualmodeConfig, bed: str) -> list[dict]:
 def table(config: RealDualmodeConfig) -> str:
     """Return the table of all result files, in Markdown: error rates pooled over seeds, and the paired differences."""
     header = ["bed", "system", "pre-training", "seeds", "mode", "weights", "parameters", "non-zero", "MB float32"]
-    header += ["latency in ms", "error rate", "against A3 (streams), B1 (full)", "RTF", "fastest training in s"]
+    header += ["latency in ms", "error rate", "of each seed", "against A3 (streams), B1 (full)", "RTF"]
+    header += ["fastest training in s"]
     cells = []
     for bed in BEDS:
         compared = chains.compared(config, bed)
@@ -267,6 +268,7 @@ def _cells(bed: str, system: str, mode: str, results: dict[int, dict], compared:
         f"{some['model_bytes'] / 1e6:.2f}",
         f"{1000 * some['algorithmic_latency']:.1f}" if some.get("algorithmic_latency") else "utterance",
         chains.rate_text(found),
+        ", ".join(f"{r['error_rate']:.1f}" for r in found),
         helped.get("difference", "-") + note,
         f"{min(r['rtf'] for r in found):.4f}",  # as with the training below
         f"{min(r['training']['seconds'] for r in results.values()):,.0f}",  # what else ran only adds to it

@@ -1,6 +1,7 @@
 """The figures that the pages give are those of the result files."""
 
 import json
+import math
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -155,3 +156,44 @@ def test_what_is_said_of_the_real_recordings_of_hkd():
     low, high = points.split("[")[1].rstrip("]").split(", ")
     said = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
     assert f"from {rates[0]} % to {rates[1]} %: {points.split(',')[0]} points, 95 % interval {low} to {high}." in said
+
+
+def test_what_is_said_of_the_real_recordings_of_dualmode():
+    text = " ".join((REPO / "RESULTS.md").read_text(encoding="utf-8").split())
+    found = {(c["from"][0], c["to"][0], c["to"][1]): c for c in result("real_dualmode/dualmode_digits_comparisons")}
+    full, *streams = "full", "streaming, 320 ms", "streaming, 640 ms"
+
+    def change(before, after, mode):
+        return f"{round(float(found[before, after, mode]['relative'].split()[0])):+} %"
+
+    def points(before, after, mode):
+        return found[before, after, mode]["difference"]
+
+    def outside(before, after, mode):
+        low, high = points(before, after, mode).split("[")[1].rstrip("]").split(",")
+        return float(low) > 0 or float(high) < 0
+
+    helped = [change("a5", "c2", mode) for mode in (full, *streams)]
+    assert "{} on whole utterances, {} in streams of 320 ms and {} in those of 640 ms".format(*helped) in text
+    shared = [change("a3", "a5", mode) for mode in streams]
+    assert "A5 against A3, {} and {}".format(*shared) in text and all(s.startswith("+") for s in shared)
+    both = [points("b3", "c2", mode) for mode in (*streams, full)]
+    assert "C2 against B3 {} and {} points in streams, {} on whole utterances".format(*both) in text
+    assert all(outside(a, b, m) for a, b in (("a5", "c2"), ("a3", "a5")) for m in streams)
+
+    dual, arm = result("real_dualmode/dualmode_ssl_dual"), result("real_dualmode/dualmode_ssl_full")
+    firsts = [dual["first"][f"{mode}_contrastive_loss"] for mode in ("full", "streaming")]
+    assert all(abs(loss - math.log(101)) < 0.02 for loss in firsts) and "4.615 within 0.02" in text
+    end = dual["validations"][-1]
+    gap = end["streaming_contrastive_loss"] - end["full_contrastive_loss"]
+    assert f"streams have {gap:.2f} nats more than whole utterances" in text
+    assert f"Their masks still changed by {dual['last']['churn']:.1%} at the last refresh".replace("%", " %") in text
+    assert dual["training"]["steps"] == arm["training"]["steps"]
+    collapsed = [row for row in result("real_dualmode/dualmode_ssl_trials")["rows"] if row["diversity_scale"] == 0.1]
+    worst = [f"{row['last']['code_perplexity']:.0f}" for row in collapsed]
+    assert "to a perplexity of {} at a rate of 0.001 and of {} at 0.003".format(*worst) in text
+
+    folder = REPO / "benchmarks/results/real_dualmode"
+    runs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("dualmode_*.json"))]
+    seconds = sum(run["training"]["seconds"] for run in runs if isinstance(run, dict) and "training" in run)
+    assert f"Trainings took {seconds / 60:.0f} minutes of one core in sum" in text
