@@ -192,7 +192,13 @@ def test_what_is_said_of_the_real_recordings_of_dualmode():
     assert "C2 against B3 {} and {} points in streams, {} on whole utterances".format(*both) in text
     by_seed = [f"{c2 - b3:+.1f}" for b3, c2 in zip(rates["b3"], rates["c2"], strict=True)]
     assert "By seed it is {}, {} and {} points in streams of 320 ms".format(*by_seed) in text
+    of_a5 = [c2 - a5 for a5, c2 in zip(each("a5", streams[1]), each("c2", streams[1]), strict=True)]
+    assert [f"{d:.1f}" for d in of_a5[1:]] == ["-0.2", "-0.2"] and "by 0.2 points alone with two seeds of A5" in text
     assert f"C2 is {change('b1', 'c2', full)[1:]} worse than B1" in text
+    assert "[-" in found["b1", "c2", full]["difference"]  # within chance
+    for c in result("real_dualmode/dualmode_barista_comparisons"):
+        high = float(c["difference"].split(",")[1].rstrip("]"))
+        assert c["seeds"] == [1] and float(c["difference"].split()[0]) < 0 <= high  # fewer errors, within chance
 
     dual, arm = result("real_dualmode/dualmode_ssl_dual"), result("real_dualmode/dualmode_ssl_full")
     firsts = [dual["first"][f"{mode}_contrastive_loss"] for mode in ("full", "streaming")]
