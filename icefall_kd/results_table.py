@@ -81,6 +81,8 @@ def dual_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     MB are 10^6 bytes of float32 weights, sparse ones as blocks with an index of two bytes each.  The difference is that
     of the error rate, in points with its paired interval, to the first row of the same mode, chunk, weights and search.
     """
+    systems = [row.system for row in rows]
+    rows = sorted(rows, key=lambda row: (systems.index(row.system), _search(row), _told(row, "chunk_size", 0)))
     parts = part_order(rows)
     header = ["system", "mode", "weights", "seeds", "parameters", "non-zeros", "MB float32", "latency"]
     for part in parts:
@@ -88,33 +90,40 @@ def dual_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     header += ["RTF", "seconds"]
     cells = []
     for row in rows:
-        told = next((r for results in row.results.values() for r in results), {})
         base = next(r for r in rows if _conditions(r) == _conditions(row))
-        line = [row.system, _mode(told), "sparse" if told.get("sparse") else "dense"]
+        seconds, stored = _told(row, "algorithmic_latency"), _told(row, "model_bytes")
+        line = [row.system, _mode(row), "sparse" if _told(row, "sparse") else "dense"]
         line.append(", ".join(str(run.seed) for run in row.runs))
-        line += [_count(row.parameters), _count(told.get("nonzeros"))]
-        line.append(f"{told['model_bytes'] / 1e6:.2f}" if "model_bytes" in told else "-")
-        seconds = told.get("algorithmic_latency")
+        line += [_count(row.parameters), _count(_told(row, "nonzeros"))]
+        line.append("-" if stored is None else f"{stored / 1e6:.2f}")
         line.append("utterance" if seconds is None else f"{1000 * seconds:.1f} ms")
         for part in parts:
             line += [_rate(row, part), _difference(base, row, part)]
         cells.append([*line, "-" if row.rtf is None else f"{row.rtf:.4f}", _seconds(row)])
-    if len({row.how[0].partition(",")[0] for row in rows}) > 1:
+    if len({_search(row) for row in rows}) > 1:
         header.insert(1, "search")
         for row, line in zip(rows, cells, strict=True):
-            line.insert(1, row.how[0].partition(",")[0])
+            line.insert(1, _search(row))
     return header, cells
 
 
-def _mode(told: dict) -> str:
-    chunk = told.get("chunk_size", -1)
-    return told.get("encoder_mode", "-") + (f", {40 * chunk} ms" if chunk > 0 else "")
+def _told(row: Row, name: str, default=None):
+    """Return what the results of a row say, equal in all of them, or the default where they say nothing."""
+    return next((r[name] for results in row.results.values() for r in results if r.get(name) is not None), default)
+
+
+def _search(row: Row) -> str:
+    return _told(row, "decoding_method", "-")
+
+
+def _mode(row: Row) -> str:
+    chunk = _told(row, "chunk_size", -1)
+    return _told(row, "encoder_mode", "-") + (f", {40 * chunk} ms" if chunk > 0 else "")
 
 
 def _conditions(row: Row) -> tuple:
     """Return what two rows of the table of modes must share to be compared."""
-    told = next((r for results in row.results.values() for r in results), {})
-    return row.how[0], row.how[1], _mode(told), told.get("sparse")
+    return row.how[0], row.how[1], _mode(row), _told(row, "sparse")
 
 
 def _count(number: int | None) -> str:

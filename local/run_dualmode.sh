@@ -36,7 +36,7 @@ ssl_args=                  # More options of pre-training, behind those
 dual_args="--dual-kd-scale 0.2 --dual-kd-warm-step 0.2"  # Options of trainings of both modes (not of pre-training)
 num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
 train_jobs=                # Trainings at the same time; empty: 1, or nj for the demo
-decoding_methods=greedy_search  # Searches, with spaces
+decoding_methods=          # Searches, with spaces; empty: greedy_search, or ctc_greedy_search for the demo
 decode_chunks=             # Chunks of the streaming mode in frames of 40 ms, with spaces; empty: 8 16 32, or 16 with --short
 diagnostics=false          # Decode the full mode without masked weights and the streaming mode with them, too
 decode_args=               # More options of decode.py, in one string; empty: --avg 3, or --avg 1 with --short
@@ -61,12 +61,13 @@ if [[ -z $ssl_config ]]; then
 fi
 if [[ $short == true ]]; then
   : "${systems:=a5 c2}" "${decode_chunks:=16}" "${decode_args:=--avg 1}"
-  train_args="$train_args --num-epochs 3"
+  train_args="$train_args --num-epochs 3" ssl_args="--num-epochs 2 $ssl_args"
 fi
 if [[ $corpus == demo ]]; then
-  : "${systems:=a1 a3 a5 c2}" "${train_jobs:=$nj}"
+  : "${systems:=a1 a3 a5 c2}" "${train_jobs:=$nj}" "${decoding_methods:=ctc_greedy_search}"
 fi
 : "${systems:=a1 a2 a3 a4 a5 b1 b2 b3 b4 c1 c2}" "${decode_chunks:=8 16 32}" "${decode_args:=--avg 3}" "${train_jobs:=1}"
+: "${decoding_methods:=greedy_search}"
 : "${ssl_parts:=$train_parts}" "${ssl_valid_parts:=$valid_parts}"
 
 # options_of SYSTEM: sets arm (its pre-training; empty: none), modes, sparse, and options of train.py.
@@ -129,18 +130,19 @@ side_by_side() { # side_by_side FUNCTION WORDS ...: the function with each of it
   done
 }
 
-one_of_them() ( # one_of_them NUMBER: in a process group of its own, so that who ends this shell ends the training
+one_of_them() { # one_of_them NUMBER: in a process group of its own, so that what ends run_cmd's task ends the training
   set -m
   # shellcheck disable=SC2086
   "$function" ${calls[$1]} &
   trap 'kill -- -$!' TERM
   wait $!
-)
+}
 
 cuts_of() { # cuts_of PARTS: sets cuts, the cut sets of parts that are names or paths
-  local part
+  local part parts
   cuts=()
-  for part in ${1//,/ }; do
+  IFS=, read -r -a parts <<< "$1"
+  for part in "${parts[@]}"; do
     [[ $part == *.jsonl || $part == *.gz ]] || part=$data_dir/$kind/cuts_$part.jsonl.gz
     cuts+=("$part")
   done

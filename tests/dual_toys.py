@@ -67,6 +67,9 @@ class DualData:
     def train_batches(self, epoch, skip):
         return iter([self._share(10 * epoch + i) for i in range(4)][skip:])
 
+    def num_batches(self, epoch):
+        return 4
+
     def valid_batches(self):
         return iter([self._share(99)])
 
@@ -77,12 +80,22 @@ class DualData:
         return {"train": "toy"}
 
 
-def train_dual(exp_dir: Path, seed=7, dual=(), loop=(), **config) -> tuple[dict, DualModeSystem]:
-    """Train a tiny system for two epochs of four steps."""
+def train_dual(exp_dir: Path, seed=7, dual=(), loop=(), inf_at=None, **config) -> tuple[dict, DualModeSystem]:
+    """Train a tiny system for two epochs of four steps; ``inf_at``: step, rank and pass of a loss that is infinite."""
     options = {"num_epochs": 2, "log_interval": 1, "average_period": 1, "device": "cpu", "num_threads": 1}
     full = dual_config(dual, loop=LoopConfig(exp_dir=exp_dir, **{**options, **dict(loop)}), **config)
     torch.manual_seed(seed)
     system = build_dualmode(full, VOCAB)
+    losses = system.losses
+
+    def planted(batch, step, part=None):
+        found = losses(batch, step, part)
+        if [step, dist.get_rank(), part] != inf_at:
+            return found
+        terms = {n: dataclasses.replace(t, value=t.value * torch.inf) for n, t in found.terms.items()}
+        return dataclasses.replace(found, terms=terms)
+
+    system.losses = planted
     return train(system, DualData(), full), system
 
 
@@ -92,7 +105,8 @@ def main() -> int:
     options = json.loads(sys.argv[2])
     dist.init(timeout=120)
     try:
-        result, system = train_dual(Path(sys.argv[1]), dual=options["dual"], **options["config"])
+        planted = {"inf_at": options.get("inf_at")}
+        result, system = train_dual(Path(sys.argv[1]), dual=options["dual"], **planted, **options["config"])
         masks = {name: layer.mask for name, layer in prunable_layers(system).items()}
         result["equal_masks"] = len(set(dist.gather_objects(state_sha256(masks)))) == 1
     finally:

@@ -17,6 +17,7 @@ from icefall_kd.results import build_rows, compare, measure_labels, read_run, st
 from icefall_kd.results_table import (
     demo_table,
     details,
+    dual_table,
     full_table,
     hkd_table,
     markdown_table,
@@ -225,6 +226,43 @@ def test_rows_of_hkd_name_the_language_model_and_are_compared_with_cif(tmp_path)
 def test_a_scale_of_nothing_is_no_distillation(tmp_path):
     folder = hkd_dir(tmp_path, "acd", 1, [3, 3], text_kd=["acd"], acd_scale=0.0)
     assert {row.system for row in build_rows([read_run(folder)])} == {"CIF"}
+
+
+def test_modes_of_one_checkpoint_are_rows_that_are_compared_with_their_own_kind(tmp_path):
+    def mode(wrong, name, chunk=-1, sparse=False):
+        told = {"encoder_mode": name, "sparse": sparse, "chunk_size": chunk, "parameters": 1000}
+        told |= {"nonzeros": 400 if sparse else 1000, "model_bytes": 1_700_000 if sparse else 4_000_000}
+        told["algorithmic_latency"] = None if chunk < 0 else 0.04 * chunk + 0.0575
+        return result("dev", wrong, suffix=f"epoch-2_avg-1_chunk-{chunk}_sparse-{sparse}") | told
+
+    def folder(name, wrong, **options):
+        chunks = [mode(n, "streaming", chunk, True) for chunk, n in ((16, wrong[1]), (8, wrong[2])) if n is not None]
+        whole = [mode(wrong[0], "full")] if wrong[0] is not None else []
+        options = {"streaming": True, "convolution": "chunk", "system": "dualmode"} | options
+        return exp_dir(tmp_path / name, [*chunks, *whole], **options)
+
+    ssl = {"init_from": "exp/ssl-dual", "sparsity": 0.7}
+    folders = [
+        folder("a1", [8, None, None], modes="full"),
+        folder("a3", [None, 20, 24], modes="streaming", sparsity=0.7),
+        folder("c2", [12, 16, 16], **ssl),
+    ]
+    header, cells = dual_table(build_rows([read_run(f) for f in folders]))
+    lines = [dict(zip(header, line, strict=True)) for line in cells]
+    assert [(x["system"].split()[0], x["mode"], x["weights"], x["latency"]) for x in lines] == [
+        ("A1", "full", "dense", "utterance"),
+        ("A3", "streaming, 320 ms", "sparse", "377.5 ms"),
+        ("A3", "streaming, 640 ms", "sparse", "697.5 ms"),
+        ("C2", "full", "dense", "utterance"),
+        ("C2", "streaming, 320 ms", "sparse", "377.5 ms"),
+        ("C2", "streaming, 640 ms", "sparse", "697.5 ms"),
+    ]
+    # Of 160 words: from 8 to 12 errors, from 24 to 16, from 20 to 16; the first of a kind is compared with nothing.
+    assert [x["difference dev"].split(" (")[0] for x in lines] == ["-", "-", "-", "A1 +2.50", "A3 -5.00", "A3 -2.50"]
+    assert (lines[5]["non-zeros"], lines[5]["MB float32"], lines[3]["MB float32"]) == ("400", "1.70", "4.00")
+    other = folder("free", [8, None, None], modes="dual", init_from="elsewhere/some-run")
+    (row,) = build_rows([read_run(other)])
+    assert row.system == "both modes, some-run pre-training"  # no experiment of the list
 
 
 def test_seeds_that_share_one_teacher_are_one_experiment(tmp_path):

@@ -21,10 +21,7 @@ def is_share(value: float | None) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class DualConfig:
-    """The two modes of an encoder (--system dualmode): which are trained, how, and how sparse streams are.
-
-    Options in steps that are above 0 and below 1 are shares of the planned steps: epochs by batches of the first.
-    """
+    """The two modes of an encoder (--system dualmode): which are trained, how, and how sparse streams are."""
 
     objective: Literal["asr", "ssl"] = "asr"
     """asr: transducer and CTC losses of transcripts; ssl: the contrastive loss of wav2vec 2.0, without transcripts."""
@@ -53,7 +50,9 @@ class DualConfig:
     prune_ranking: Literal["uniform", "global"] = "uniform"
     """uniform: every matrix has that sparsity; global: all of them together, at most 95 % each."""
     prune_begin_step: float = 0
-    """Step at which the sparsity begins to grow, by a cubic law; better not before the learning rate's warm-up ends."""
+    """Step at which the sparsity begins to grow, by a cubic law; better not before the learning rate's warm-up ends.
+    Any option of this group that counts steps can be below 1: a share of the planned ones, epochs by batches of the
+    first epoch."""
     prune_end_step: float = 10000
     """Step from which it has its final value; 0: from the beginning, as for the masks of --init-from."""
     mask_interval: float = 500

@@ -77,8 +77,8 @@ class SslConfig:
         """Return the frames of a masked span."""
         return self.mask_span or (5 if self.front_end == "fbank" else 10)
 
-    def decay(self, planned: int | None = None) -> float:
-        """Return the factor on the temperature a step, given the planned steps where it is told by a share of them."""
+    def decay(self, planned: int) -> float:
+        """Return the factor on the temperature a step, in a training of so many planned steps."""
         if self.gumbel_end_step is None:
             return self.gumbel_decay
         steps = self.gumbel_end_step * planned if is_share(self.gumbel_end_step) else self.gumbel_end_step

@@ -181,25 +181,28 @@ def no_gradient_of_norms(encoder: nn.Module) -> Tensor | float:
     return zero_of(p for m in encoder.modules() if isinstance(m, DualNorm) for p in m.parameters())
 
 
-def in_steps(cfg: DualConfig, planned: int) -> DualConfig:
-    """Return options with whole steps in place of shares; warn of masks that never get their final sparsity."""
-    cfg = cfg.in_steps(planned)
-    freeze = cfg.mask_freeze_step
-    if cfg.sparsity > 0 and freeze is not None and freeze // cfg.mask_interval * cfg.mask_interval < cfg.prune_end_step:
-        logger.warning(
-            "no mask is drawn between --prune-end-step %d and --mask-freeze-step %d, --mask-interval being %d: the "
-            "sparsity stays below %g",
-            cfg.prune_end_step,
-            freeze,
-            cfg.mask_interval,
-            cfg.sparsity,
-        )
-    return cfg
-
-
 def current_sparsity(cfg: DualConfig, step: int) -> float:
     """Return the sparsity that the schedule wants after ``step`` steps."""
     return sparsity_at(step, cfg.sparsity, cfg.prune_begin_step, cfg.prune_end_step)
+
+
+def _warn_of_a_ramp_cut_short(cfg: DualConfig) -> None:
+    """Warn where the masks stay before the schedule has come to its sparsity."""
+    if cfg.mask_freeze_step is None:
+        return
+    last = cfg.mask_freeze_step // cfg.mask_interval * cfg.mask_interval
+    reached = current_sparsity(cfg, last)
+    if reached < cfg.sparsity:
+        logger.warning(
+            "the masks are drawn for the last time at step %d (--mask-interval %d, --mask-freeze-step %d) and stay at "
+            "a sparsity of %.3f, not --sparsity %g, which the schedule has from --prune-end-step %d on; freeze later",
+            last,
+            cfg.mask_interval,
+            cfg.mask_freeze_step,
+            reached,
+            cfg.sparsity,
+            cfg.prune_end_step,
+        )
 
 
 def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int) -> dict[str, float]:
@@ -219,8 +222,10 @@ def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int) -> dict[str, f
     if not layers:
         return {}
     before = {name: layer.mask for name, layer in layers.items()}
-    if step == 0 and not all(bool(mask.all()) for mask in before.values()):
-        return {}
+    if step == 0:
+        _warn_of_a_ramp_cut_short(cfg)
+        if not all(bool(mask.all()) for mask in before.values()):
+            return {}
     now = make_masks(layers, current_sparsity(cfg, step), cfg.prune_block, cfg.prune_ranking)
     # Equal weights give equal masks but for sorts of different devices: the first rank's hold.
     flat = torch.cat([mask.flatten() for mask in now.values()])

@@ -167,7 +167,7 @@ def make_masks(
         ranking: "uniform" (every matrix) or "global" (all together).
     """
     matrices = {name: layer.weight.chunk(layer.matrices) for name, layer in layers.items()}
-    if ranking == "global":
+    if ranking == "global" and matrices:
         flat = iter(global_masks([w for parts in matrices.values() for w in parts], sparsity, block))
         return {name: torch.cat([next(flat) for _ in parts]) for name, parts in matrices.items()}
     return {name: torch.cat([block_mask(w, sparsity, block) for w in parts]) for name, parts in matrices.items()}

@@ -28,7 +28,6 @@ from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.dual import (
     current_sparsity,
     encoder_mode,
-    in_steps,
     make_dual,
     no_gradient_of_norms,
     refresh_masks,
@@ -148,7 +147,7 @@ class DualModeSystem(TransducerSystem):
 
     def plan(self, steps: int) -> None:
         """Turn shares of ``steps`` into steps."""
-        self.cfg = in_steps(self.cfg, steps)
+        self.cfg = self.cfg.in_steps(steps)
 
     def after_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time to."""

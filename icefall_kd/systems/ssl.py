@@ -25,7 +25,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import SSL_CONV, conv2d_subsampled_len
 from icefall_kd.models.conformer import log_parameter_counts
-from icefall_kd.models.dual import Mode, encoder_mode, in_steps, make_dual, no_gradient_of_norms, refresh_masks
+from icefall_kd.models.dual import Mode, encoder_mode, make_dual, no_gradient_of_norms, refresh_masks
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.ssl import (
     Quantized,
@@ -265,7 +265,7 @@ class SslSystem(System):
 
     def plan(self, steps: int) -> None:
         """Turn shares of ``steps`` into steps."""
-        self.cfg = in_steps(self.cfg, steps)
+        self.cfg = self.cfg.in_steps(steps)
         self.gumbel_decay = self.ssl.decay(steps)
 
     def after_step(self, step: int) -> dict[str, float]:

@@ -102,6 +102,7 @@ def test_batches_depend_on_seed_and_epoch_alone(corpus, data_module, where, tmp_
 def test_a_skip_is_the_tail_of_the_epoch_and_reads_nothing_of_what_it_skips(data_module, monkeypatch):
     data = data_module()
     whole = list(data.train_batches(3))
+    assert data.num_batches(3) == len(whole)
     read = []
     get = module.CutBatches.__getitem__
     monkeypatch.setattr(module.CutBatches, "__getitem__", lambda self, plan: read.append(plan[1]) or get(self, plan))

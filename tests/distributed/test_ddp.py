@@ -91,6 +91,22 @@ def test_two_ranks_of_a_dual_mode_training_equal_one_and_have_equal_masks(repo, 
         torch.testing.assert_close(b[name], value, rtol=1e-4, atol=2e-4, msg=name)
 
 
+def test_an_infinite_loss_in_the_second_pass_of_one_rank_throws_the_first_away_too(repo, tmp_path):
+    options = {
+        "config": {"asr": {"rnnt_backend": "torch"}, "model": {"chunk_size": [4], "left_context_frames": [8]}},
+        "dual": {"sparsity": 0.5, "prune_end_step": 6, "mask_interval": 3},
+        "script": "tests/dual_toys.py",
+    }
+    one = start(repo, tmp_path / "one", 1, inf_at=[2, 0, 1], **options)
+    two = start(repo, tmp_path / "two", 2, inf_at=[2, 1, 1], **options)
+    results = finish([*one, *two])
+    assert [code for code, _, _ in results] == [0, 0, 0], results[0][2] + results[1][2] + results[2][2]
+    assert [json.loads(results[i][1])["skipped_steps"] for i in (0, 1)] == [1, 1]
+    a, b = (load_checkpoint(tmp_path / name / "epoch-2.pt")["model"] for name in ("one", "two"))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=2e-4, msg=name)
+
+
 def test_two_ranks_of_self_supervised_training_exchange_what_both_passes_added_up(repo, tmp_path):
     results = []
     for lean in (True, False):

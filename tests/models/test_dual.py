@@ -196,6 +196,23 @@ def test_masks_are_refreshed_when_due_and_then_stay():
     assert refresh_masks(encoder, DualConfig(**PRUNED), 0) == {}
 
 
+def test_masks_that_stay_before_the_ramp_is_over_are_warned_of(caplog):
+    ramp = {"sparsity": 0.8, "prune_end_step": 100, "mask_interval": 40}
+    refresh_masks(build(ramp), DualConfig(**ramp, mask_freeze_step=120), 0)
+    refresh_masks(build(ramp), DualConfig(**ramp), 0)
+    assert not caplog.records
+    refresh_masks(build(ramp), DualConfig(**ramp, mask_freeze_step=119), 0)
+    # 0.8 (1 - (1 - 80 / 100)^3)
+    assert "last time at step 80" in caplog.text and "sparsity of 0.794, not --sparsity 0.8" in caplog.text
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_a_dense_encoder_has_nothing_to_try(ranking):
+    encoder, (x, lens) = build().eval(), features(90)
+    with trial_sparsity(encoder, DualConfig(prune_ranking=ranking), 0.5):
+        assert torch.equal(run(encoder, "streaming", True, x, lens), run(encoder, "streaming", False, x, lens))
+
+
 def test_masks_for_a_trial_leave_the_own_ones():
     encoder = sparse_encoder()
     x, lens = features(90)

@@ -19,9 +19,10 @@ PAGES = ["README.md", "egs/librispeech/README.md", "egs/aishell/README.md", *sor
 )]  # fmt: skip
 # Commands of ours: scripts of a recipe, and the tools in local/.
 OURS = re.compile(r"^(\./(run_\w+|prepare)\.sh|\./(train|decode)\.py|(\.\./\.\./)?(local|benchmarks)/\w+\.py)\b")
-DEMO, NAR_DEMO, HKD_DEMO = (f"./run_{system}.sh --corpus demo" for system in ("mvq", "nar", "hkd"))
+SYSTEMS = ("mvq", "nar", "hkd", "dualmode")
+DEMO, NAR_DEMO, HKD_DEMO, DUAL_DEMO = (f"./run_{system}.sh --corpus demo" for system in SYSTEMS)
 # Steps that the second run of a demo finds done, prepare.sh's five among them.
-SKIPPED = {DEMO: 12, NAR_DEMO: 10, HKD_DEMO: 13}
+SKIPPED = {DEMO: 12, NAR_DEMO: 10, HKD_DEMO: 13, DUAL_DEMO: 11}
 TINY = "--encoder-dim 16 --feedforward-dim 16 --num-heads 2"
 
 
@@ -103,7 +104,7 @@ class Checkout:
             return ["--num-epochs", "1", "--device", "cpu"]
         if name == "check_teacher.py":
             return ["--check-utts", "2"]
-        if name not in ("run_mvq.sh", "run_nar.sh", "run_hkd.sh"):
+        if name not in [f"run_{system}.sh" for system in SYSTEMS]:
             return []
         if "demo" not in words or language == "zh":  # the corpus and the options decide; the rest is as in the demo
             corpus = ["--corpus-dir", str(self.demo_corpus("zh"))] if "demo" in words else ["--partial", "true"]
@@ -118,6 +119,9 @@ class Checkout:
         if name == "run_hkd.sh":
             searches = ["--decoding-methods", "cif_greedy_search", "--systems", "cif both"]
             return [*every, *searches, "--train-args", f"{TINY} --decoder-feedforward-dim 16 {epochs}"]
+        if name == "run_dualmode.sh":  # masks change until the last of so few epochs
+            one = ["--decode-args", "--use-averaged-model false", "--decode-chunks", "16", "--systems", "a3 c2"]
+            return [*every, *one, "--train-args", f"{TINY} {epochs} --decoder-dim 16 --joiner-dim 16"]
         quantizer = ["--phase1-steps", "10", "--phase2-steps", "10"]
         return [*every, *quantizer, "--decoding-methods", "greedy_search", "--train-args", f"{TINY} {epochs}"]
 
@@ -180,6 +184,12 @@ def hkd_demo_run(checkout) -> str:
     return checkout.run("README.md", HKD_DEMO)
 
 
+@pytest.fixture(scope="module")
+def dualmode_demo_run(checkout) -> str:
+    """The same of the demo of system dualmode."""
+    return checkout.run("README.md", DUAL_DEMO)
+
+
 def test_the_pages_show_commands():
     assert len(documented_commands()) >= 10
 
@@ -200,6 +210,12 @@ def test_the_demo_of_hkd_ends_in_its_table(hkd_demo_run, checkout):
     assert stages_done("run_hkd.sh", hkd_demo_run) == [*"1122334", "4"]
 
 
+def test_the_demo_of_dualmode_ends_in_its_table(dualmode_demo_run, checkout):
+    assert "| A3 sparse streaming mode | streaming, 640 ms | sparse |" in dualmode_demo_run
+    assert "| C2 both modes, streams sparse, dual pre-training | full | dense |" in dualmode_demo_run
+    assert stages_done("run_dualmode.sh", dualmode_demo_run) == [*"122333"]
+
+
 def stages_done(script: str, output: str) -> list[str]:
     return re.findall(rf"\({re.escape(script)}\) stage (\d) \w+(?: \[.*\])?: done", output)
 
@@ -208,10 +224,10 @@ def stages_done(script: str, output: str) -> list[str]:
 def test_documented_command_runs(page: str, command: str, checkout, request):
     first = ""
     if "demo" in command and "aishell" not in page:
-        system = next((f"{name}_" for name in ("nar", "hkd") if name in command), "")
+        system = next((f"{name}_" for name in ("nar", "hkd", "dualmode") if name in command), "")
         first = request.getfixturevalue(f"{system}demo_run")
     output = checkout.run(page, command)
-    if command in (DEMO, NAR_DEMO, HKD_DEMO) and first:  # the second time: the same table, and nothing is done twice
+    if command in SKIPPED and first:  # the second time: the same table, and nothing is done twice
         assert ": runs, " not in output and output.count("done before, skipped") == SKIPPED[command]
         assert [x for x in first.splitlines() if x[:1] == "|"] == [x for x in output.splitlines() if x[:1] == "|"]
     if "--force" in command:

@@ -191,6 +191,27 @@ def test_averages_across_changes_of_masks_are_refused(tmp_path):
     assert load_trained(other)[2] == "epoch-2.pt"  # not averaged, with a warning
 
 
+def test_shares_of_a_training_are_steps_of_it(tmp_path, caplog):
+    # Two epochs of four batches, two a step: 4 steps are planned.
+    loop = {"accum_grad": 2, "num_epochs": 2}
+    ends = []
+    for name, of in (("steps", 1), ("shares", 4)):
+        times = {"prune_begin_step": 1, "prune_end_step": 2, "mask_interval": 1, "mask_freeze_step": 3}
+        dual = {"sparsity": 0.5, "dual_kd_scale": 0.1, "dual_kd_warm_step": 2 / of}
+        result, system = train_dual(tmp_path / name, dual=dual | {k: v / of for k, v in times.items()}, loop=loop)
+        ends.append(system)
+        assert result["steps"] == 4 and int(system.model.encoder.mask_step) in (2, 3)
+    assert same_weights(*(system.state_dict() for system in ends))
+    # A shorter run of the same options plans its own steps, and says where the final sparsity has no time left.
+    caplog.clear()
+    train_dual(tmp_path / "short", dual=dual | {"prune_end_step": 0.5, "mask_freeze_step": 0.5, "mask_interval": 4},
+               loop=loop | {"max_steps": 3})  # fmt: skip
+    assert "drawn for the last time at step 0 (--mask-interval 4, --mask-freeze-step 2)" in caplog.text
+    assert DualConfig(prune_begin_step=0.1, mask_interval=0.001).in_steps(500).mask_interval == 1
+    with pytest.raises(ConfigError, match=r"--mask-freeze-step is 1\.5; give whole steps, or a share below 1"):
+        DualConfig(mask_freeze_step=1.5)
+
+
 def test_norms_of_one_mode_start_both_and_back(tmp_path):
     train_dual(tmp_path / "full", dual={"modes": "full"}, loop={"max_steps": 2})
     first = {"loop": {"max_steps": 1, "init_from": tmp_path / "full"}}

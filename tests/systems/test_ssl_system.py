@@ -162,6 +162,17 @@ def test_sampled_modes_leave_no_parameter_without_a_gradient():
     assert len(seen) == 2
 
 
+def test_the_temperature_reaches_its_floor_at_a_share_of_the_steps():
+    system = build(ssl={"gumbel_start": 2.0, "gumbel_end": 0.5, "gumbel_end_step": 0.5})
+    assert system.needs_plan
+    system.plan(20)
+    found = []
+    for step in (0, 5, 10, 15):
+        torch.manual_seed(0)
+        found.append(system.train().losses(ssl_batch(), step).metrics["gumbel_temperature"][0])
+    assert found == pytest.approx([2.0, 1.0, 0.5, 0.5])
+
+
 def test_masked_weights_serve_the_streaming_mode_alone():
     dual = DUAL | {"sparsity": 0.7, "prune_end_step": 0, "mask_interval": 1}
     values = []
