@@ -1,4 +1,6 @@
-"""What the drivers of beds with chains of systems share (real_nar.py, real_hkd.py): result files, comparisons, order.
+"""What the drivers of beds with chains of systems share (real_nar.py, real_hkd.py, real_dualmode.py).
+
+Result files, comparisons, and the order of what runs.
 
 A bed has ``systems`` and ``seeds``; a driver's options have ``results``, ``beds``, ``systems``, ``seeds`` and ``jobs``.
 A chain is one seed of a bed: its systems one after the other, since they share teacher, labels or data.

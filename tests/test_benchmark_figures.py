@@ -1,6 +1,7 @@
 """The figures that the pages give are those of the result files."""
 
 import json
+import math
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -183,3 +184,63 @@ def test_what_is_said_of_the_real_recordings_of_hkd():
     low, high = points.split("[")[1].rstrip("]").split(", ")
     said = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
     assert f"from {rates[0]} % to {rates[1]} %: {points.split(',')[0]} points, 95 % interval {low} to {high}." in said
+
+
+def test_what_is_said_of_the_real_recordings_of_dualmode():
+    text = " ".join((REPO / "RESULTS.md").read_text(encoding="utf-8").split())
+    compared = result("real_dualmode/dualmode_digits_comparisons")
+    found = {(c["from"][0], c["to"][0], c["to"][1]): c for c in compared}
+    full, *streams = "full", "streaming, 320 ms", "streaming, 640 ms"
+
+    def each(system, mode):
+        runs = [result(f"real_dualmode/dualmode_digits_{system}_seed{seed}") for seed in (1, 2, 3)]
+        return [run["decodings"][mode]["error_rate"] for run in runs]
+
+    def change(before, after, mode):
+        return f"{round(float(found[before, after, mode]['relative'].split()[0])):+} %"
+
+    def below_zero(before, after, mode):
+        return float(found[before, after, mode]["difference"].split(",")[1].rstrip("]")) < 0
+
+    assert all(found[a, "c2", mode]["seeds"] == [1, 2, 3] for a in ("a3", "a5", "b3") for mode in streams)
+    rates = {system: each(system, streams[0]) for system in ("a3", "a5", "b3", "c2")}
+    spans = [f"{min(r):.1f} to {max(r):.1f} %" for r in rates.values()]
+    assert "{} errors by seed with A3, {} with A5; after pre-training {} (B3) and {} (C2)".format(*spans) in text
+    averages = result("real_dualmode/dualmode_digits_averages")["rows"]
+    of_a3, *others = [[row["error_rate"] for row in averages[i : i + 2]] for i in (0, 2, 4)]
+    assert "{:.1f} % with the last three epochs averaged and {:.1f} % with its last checkpoint".format(*of_a3) in text
+    assert all(averaged < last for averaged, last in others)
+
+    gains = [change("a5", "c2", mode) for mode in (full, *streams)] + [change("a3", "c2", mode) for mode in streams]
+    said = "{} on whole utterances, {} in streams of 320 ms and {} in those of 640 ms, all outside of chance over"
+    assert f"{said} utterances; against A3 {{}} and {{}}".format(*gains) in text
+    assert below_zero("a5", "c2", full) and all(below_zero(a, "c2", m) for a in ("a3", "a5") for m in streams)
+    assert f"A5's best seed ({min(rates['a5']):.1f} %) is as good as C2's mean ({sum(rates['c2']) / 3:.1f} %)" in text
+    both = [found["b3", "c2", mode]["difference"] for mode in (*streams, full)]
+    assert "C2 against B3 {} and {} points in streams, {} on whole utterances".format(*both) in text
+    by_seed = [f"{c2 - b3:+.1f}" for b3, c2 in zip(rates["b3"], rates["c2"], strict=True)]
+    assert "By seed it is {}, {} and {} points in streams of 320 ms".format(*by_seed) in text
+    of_a5 = [c2 - a5 for a5, c2 in zip(each("a5", streams[1]), each("c2", streams[1]), strict=True)]
+    assert [f"{d:.1f}" for d in of_a5[1:]] == ["-0.2", "-0.2"] and "by 0.2 points alone with two seeds of A5" in text
+    assert f"C2 is {change('b1', 'c2', full)[1:]} worse than B1" in text
+    assert "[-" in found["b1", "c2", full]["difference"]  # within chance
+    for c in result("real_dualmode/dualmode_barista_comparisons"):
+        high = float(c["difference"].split(",")[1].rstrip("]"))
+        assert c["seeds"] == [1] and float(c["difference"].split()[0]) < 0 <= high  # fewer errors, within chance
+
+    dual, arm = result("real_dualmode/dualmode_ssl_dual"), result("real_dualmode/dualmode_ssl_full")
+    firsts = [dual["first"][f"{mode}_contrastive_loss"] for mode in ("full", "streaming")]
+    assert all(abs(loss - math.log(101)) < 0.02 for loss in firsts) and "4.615 within 0.02" in text
+    end = dual["validations"][-1]
+    gap = end["streaming_contrastive_loss"] - end["full_contrastive_loss"]
+    assert f"streams have {gap:.2f} nats more than whole utterances" in text
+    assert f"still changed by {100 * dual['last']['churn']:.1f} % at their last refresh" in text
+    assert dual["training"]["steps"] == arm["training"]["steps"]
+    collapsed = [row for row in result("real_dualmode/dualmode_ssl_trials")["rows"] if row["diversity_scale"] == 0.1]
+    worst = [f"{row['last']['code_perplexity']:.0f}" for row in collapsed]
+    assert "to a perplexity of {} at a rate of 0.001 and of {} at 0.003".format(*worst) in text
+
+    folder = REPO / "benchmarks/results/real_dualmode"
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("dualmode_*.json")]
+    seconds = sum(run["training"]["seconds"] for run in runs if isinstance(run, dict) and "training" in run)
+    assert f"Trainings took {seconds / 60:.0f} minutes of one core in sum" in text
