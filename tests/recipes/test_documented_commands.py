@@ -100,6 +100,8 @@ class Checkout:
             return ["--partial", "true", "--stop-stage", "1"]
         if name == "decode.py":
             return ["--avg", "1", "--device", "cpu"]
+        if name == "export.py" and "--mode" in words:  # as below, of masks
+            return ["--avg", "1", "--use-averaged-model", "false"]
         if name == "train_lm.py":
             return ["--num-epochs", "1", "--device", "cpu"]
         if name == "check_teacher.py":
@@ -110,8 +112,10 @@ class Checkout:
             corpus = ["--corpus-dir", str(self.demo_corpus("zh"))] if "demo" in words else ["--partial", "true"]
             return [*corpus, "--stop-stage", "0", "--prepare-args", "--stop-stage 1 --speed-perturb false"]
         epochs = "--num-epochs 2 --num-workers 0 --average-period 1"
-        every = ["--corpus-dir", str(self.demo_corpus("en")), "--nj", "1", "--num-shards", "1"]
+        every = ["--corpus-dir", str(self.demo_corpus("en")), "--nj", "1"]
         every += ["--decode-args", "--avg 1"]
+        if name != "run_dualmode.sh":
+            every += ["--num-shards", "1"]
         if name == "run_nar.sh":
             searches = ["--decoding-methods", "nar_beam_search", "--teacher-methods", "joint_beam_search"]
             sizes = f"{TINY} --decoder-feedforward-dim 16 {epochs}"
