@@ -87,6 +87,9 @@ class FrameFormula:
 
 # The convolution stack shared by wav2vec 2.0, HuBERT and WavLM: hop 320, receptive field 400.
 SSL_CONV = FrameFormula(kernels=(10, 3, 3, 3, 3, 2, 2), strides=(5, 2, 2, 2, 2, 2, 2))
+# Kaldi's log-mel frames of whole windows, 25 ms every 10 ms, and every second of them: as many as SSL_CONV gives.
+FBANK_SNIPPED = FrameFormula(kernels=(400,), strides=(160,))
+FBANK_GLU = FrameFormula(kernels=(400, 1), strides=(160, 2))
 # icefall's published codebook indexes: floor(num_samples / 320), at times one more than HuBERT's convolutions give.
 ICEFALL_INDEXES = FrameFormula(kernels=(320,), strides=(320,))
 # Whisper: one output frame is 320 samples; frames that lie wholly in the padding are dropped.

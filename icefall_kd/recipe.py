@@ -129,9 +129,10 @@ def load_system(config: DecodeConfig) -> Trained:
 
 def _refuse_self_supervised(exp_dir: Path) -> None:
     file = exp_dir / "config.json"
-    if file.exists() and read_json(file)["config"].get("objective") == "ssl":
+    objective = read_json(file)["config"].get("objective", "asr") if file.exists() else "asr"
+    if objective != "asr":
         raise ConfigError(
-            f"--exp-dir {exp_dir} holds a training without transcripts (--objective ssl), which recognises nothing; "
+            f"--exp-dir {exp_dir} holds a training without transcripts (--objective {objective}), which recognises nothing; "
             "fine-tune it with train.py --objective asr --init-from it, and decode that"
         )
 

@@ -69,7 +69,7 @@ def write_speech(folder: Path, part: str, durations, seed: int = 0, features: bo
     return manifest
 
 
-def ssl_config(model=(), ssl=(), dual=(), optim=(), data=(), **loop) -> TrainConfig:
+def ssl_config(objective="ssl", model=(), ssl=(), dual=(), optim=(), data=(), **loop) -> TrainConfig:
     """Return a tiny configuration; the dicts replace single options of the groups."""
     sizes = {"num_encoder_layers": 2, "encoder_dim": 32, "num_heads": 2, "feedforward_dim": 64, "cnn_kernel": 7}
     stream = {"streaming": True, "convolution": "chunk", "chunk_size": [4, 8], "left_context_frames": [8, 16]}
@@ -77,7 +77,8 @@ def ssl_config(model=(), ssl=(), dual=(), optim=(), data=(), **loop) -> TrainCon
     defaults = {"num_epochs": 2, "log_interval": 1, "average_period": 2, "device": "cpu", "num_threads": 1}
     return TrainConfig(
         system="dualmode",
-        dual=DualConfig(**{"objective": "ssl", "modes": "full", **dict(dual)}),
+        objective=objective,
+        dual=DualConfig(**{"modes": "full", **dict(dual)}),
         ssl=SslConfig(**{"target_dim": 64, "codebook_entries": 40, **dict(ssl)}),
         model=ModelConfig(**{**sizes, **stream, **small, **dict(model)}),
         augment=AugmentConfig(spec_aug=False),

@@ -9,6 +9,7 @@ from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.dual import DualConfig
+from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "ExtractConfig",
     "ExtractLayersConfig",
     "ExtractTextConfig",
+    "HubertConfig",
     "ImportConfig",
     "Kd",
     "KdConfig",

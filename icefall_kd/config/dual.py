@@ -23,8 +23,6 @@ def is_share(value: float | None) -> bool:
 class DualConfig:
     """The two modes of an encoder (--system dualmode): which are trained, how, and how sparse streams are."""
 
-    objective: Literal["asr", "ssl"] = "asr"
-    """asr: transducer and CTC losses of transcripts; ssl: the contrastive loss of wav2vec 2.0, without transcripts."""
     modes: Literal["dual", "full", "streaming"] = "dual"
     """Which modes are trained: both, or one alone, as a baseline."""
     sampled_mode: bool = False
@@ -88,8 +86,6 @@ class DualConfig:
         if self.sampled_mode and (self.sandwich or self.dual_kd_scale):
             raise ConfigError("--sampled-mode has no teacher in a step of the streaming mode; leave out --sandwich and "
                               "--dual-kd-scale")  # fmt: skip
-        if self.sandwich and self.objective == "ssl":
-            raise ConfigError("--sandwich true with --objective ssl: this variant is offered for --objective asr alone")
 
     @property
     def in_shares(self) -> bool:

@@ -8,6 +8,7 @@ from icefall_kd.config.checks import at_least
 from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.dual import DualConfig
+from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
@@ -15,6 +16,9 @@ from icefall_kd.config.ssl import SslConfig
 from icefall_kd.errors import ConfigError
 
 Kd = Literal["none", "l1", "l2", "mvq"]
+Objective = Literal["asr", "ssl", "distil"]
+# Of the systems that have other objectives than asr.
+OBJECTIVES = {"dualmode": ("asr", "ssl"), "hubert": ("asr", "ssl", "distil")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +154,13 @@ class LoopConfig:
 class TrainConfig:
     """All options of train.py."""
 
-    system: Literal["mvq", "nar", "hkd", "dualmode"] = "mvq"
+    system: Literal["mvq", "nar", "hkd", "dualmode", "hubert"] = "mvq"
     """The distillation system: mvq, a transducer; nar, CTC with an attention decoder; hkd, continuous
-    integrate-and-fire; dualmode, one set of weights for whole utterances and, pruned, for streams."""
+    integrate-and-fire; dualmode, one set of weights for whole utterances and, pruned, for streams; hubert, HuBERT and
+    its students."""
+    objective: Objective = "asr"
+    """asr: losses of transcripts; ssl: self-supervised, the contrastive loss of wav2vec 2.0 (dualmode) or masked
+    prediction of clusters (hubert); distil: the states and clusters of a HuBERT teacher (hubert)."""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
@@ -164,12 +172,20 @@ class TrainConfig:
     text_kd: TextKdConfig = TextKdConfig()
     dual: DualConfig = DualConfig()
     ssl: SslConfig = SslConfig()
+    hubert: HubertConfig = HubertConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
     transfer: TransferConfig = TransferConfig()
 
+    def __post_init__(self) -> None:
+        offered = OBJECTIVES.get(self.system, ("asr",))
+        if self.objective not in offered:
+            raise ConfigError(f"--objective {self.objective} with --system {self.system}: it has {', '.join(offered)}")
+        if self.dual.sandwich and self.objective == "ssl":
+            raise ConfigError("--sandwich true with --objective ssl: this variant is offered for --objective asr alone")
+
     @property
     def self_supervised(self) -> bool:
         """Return whether the training hears audio alone: no transcripts, no tokenizer."""
-        return self.system == "dualmode" and self.dual.objective == "ssl"
+        return self.objective != "asr"

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -151,6 +152,31 @@ class FbankExtractor:
             full = self._extractor(torch.nn.functional.pad(wave, (0, least - len(wave))))
             return full[: fbank_num_frames(len(wave), round(self.sampling_rate * FRAME_SHIFT))]
         return self._extractor(wave)
+
+
+@functools.cache
+def _snipped(device: torch.device) -> torch.nn.Module:
+    """Return lhotse's batched filter bank of whole windows on a device."""
+    from lhotse.features.kaldi.layers import Wav2LogFilterBank
+
+    with warnings.catch_warnings():  # that lhotse's manifests count frames otherwise
+        warnings.simplefilter("ignore")
+        return Wav2LogFilterBank(sampling_rate=16000, **{**_OPTIONS, "snip_edges": True}).eval().to(device)
+
+
+def snipped_fbank(audio: Tensor) -> Tensor:
+    """Return the log-mel features of whole windows only, on the audio's device, as HuBERT's Fbank students hear them.
+
+    Args:
+        audio: (N, S) float32 samples at 16 kHz in [-1, 1].
+    Returns:
+        (N, F, 80) float32, F = frames.FBANK_SNIPPED.num_frames(S).
+    Raises:
+        DataError: S is less than one window of 400 samples.
+    """
+    if audio.shape[1] < 400:
+        raise DataError(f"a batch of {audio.shape[1]} samples gives no frame; utterances need 400")
+    return _snipped(audio.device)(audio)
 
 
 def _make_lhotse(sampling_rate: int):

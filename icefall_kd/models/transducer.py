@@ -77,14 +77,24 @@ class Joiner(nn.Module):
 
 
 class TransducerModel(nn.Module):
-    """Encoder with a transducer, a CTC head, or both; parts that nothing uses are None."""
+    """Encoder with a transducer, a CTC head, or both; parts that nothing uses are None.
 
-    def __init__(self, model_cfg: ModelConfig, vocab_size: int, transducer: bool = True, ctc: bool = True) -> None:
+    ``encoder``: None, a Conformer of ``model_cfg``, or another with its interface.
+    """
+
+    def __init__(
+        self,
+        model_cfg: ModelConfig,
+        vocab_size: int,
+        transducer: bool = True,
+        ctc: bool = True,
+        encoder: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if not transducer and not ctc:
             raise ConfigError("a model needs a transducer or a CTC head")
         self.vocab_size, self.blank_id = vocab_size, 0
-        self.encoder = Conformer(model_cfg)
+        self.encoder = Conformer(model_cfg) if encoder is None else encoder
         dim, decoder_dim = self.encoder.dim, model_cfg.decoder_dim
         self.decoder = self.joiner = self.simple_am_proj = self.simple_lm_proj = self.ctc_output = None
         if transducer:

@@ -1,6 +1,7 @@
 """The convolutional front end of wav2vec 2.0: samples to vectors of 20 ms (Baevski et al. 2020, arXiv 2006.11477)."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,33 +30,35 @@ class WaveformFrontEnd(nn.Module):
 
     Args:
         dim: channels C of the encoder.
-        channels: of the convolutions.
+        channels: of the convolutions, or of each.
         norm: see above.
         dropout: behind the projection.
         grad_scale: factor on the gradient that :meth:`forward` hands to the convolutions.
+        convolutions: their kernels and strides, which give as many frames as SSL_CONV.
+        output_norm: LayerNorm in front of the projection; HuBERT's students do without.
     """
 
     def __init__(
         self,
         dim: int,
-        channels: int = 512,
+        channels: int | Sequence[int] = 512,
         norm: str = "layer_norm",
         dropout: float = 0.1,
         grad_scale: float = 1.0,
+        convolutions: FrameFormula = SSL_CONV,
+        output_norm: bool = True,
     ) -> None:
         super().__init__()
         self.kind, self.grad_scale = norm, grad_scale
-        sizes = zip(SSL_CONV.kernels, SSL_CONV.strides, strict=True)
-        self.convolutions = nn.ModuleList(
-            nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=False)
-            for i, (kernel, stride) in enumerate(sizes)
-        )
+        widths = [channels] * len(convolutions.kernels) if isinstance(channels, int) else list(channels)
+        sizes = zip([1, *widths], widths, convolutions.kernels, convolutions.strides, strict=False)
+        self.convolutions = nn.ModuleList(nn.Conv1d(*size, bias=False) for size in sizes)
         for convolution in self.convolutions:
             nn.init.kaiming_normal_(convolution.weight)
-        layers = len(self.convolutions) if norm == "layer_norm" else 1
-        self.inner_norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(layers))
-        self.norm = nn.LayerNorm(channels)
-        self.out = nn.Linear(channels, dim)
+        normed = widths if norm == "layer_norm" else widths[:1]
+        self.inner_norms = nn.ModuleList(nn.LayerNorm(width) for width in normed)
+        self.norm = nn.LayerNorm(widths[-1]) if output_norm else nn.Identity()
+        self.out = nn.Linear(widths[-1], dim)
         self.dropout = Dropout(dropout)
 
     # Frame arithmetic of this front end; its input is counted in samples.
@@ -67,7 +70,7 @@ class WaveformFrontEnd(nn.Module):
     @staticmethod
     def output_lens(num_samples):
         """Return T' for S samples, an int or an integer tensor (N,)."""
-        return SSL_CONV.num_frames(num_samples) if isinstance(num_samples, int) else _lens(SSL_CONV, num_samples)
+        return frame_lens(SSL_CONV, num_samples)
 
     @property
     def channels(self) -> int:
@@ -118,13 +121,15 @@ class WaveformFrontEnd(nn.Module):
             if self.kind == "layer_norm":
                 x = self.inner_norms[i](x.transpose(1, 2)).transpose(1, 2)  # (N, C, T) -> (N, T, C) -> (N, C, T)
             elif i == 0:
-                x = _over_time(x, _lens(FIRST_CONV, audio_lens), self.inner_norms[0])
+                x = _over_time(x, frame_lens(FIRST_CONV, audio_lens), self.inner_norms[0])
             x = F.gelu(x)
-        return x.transpose(1, 2), _lens(SSL_CONV, audio_lens)
+        return x.transpose(1, 2), frame_lens(SSL_CONV, audio_lens)
 
 
-def _lens(formula: FrameFormula, num_samples: Tensor) -> Tensor:
-    """Return the frames (N,) of (N,) samples."""
+def frame_lens(formula: FrameFormula, num_samples):
+    """Return the frames of a number of samples, an int or an integer tensor (N,)."""
+    if isinstance(num_samples, int):
+        return formula.num_frames(num_samples)
     return torch.tensor([formula.num_frames(n) for n in num_samples.tolist()], device=num_samples.device)
 
 

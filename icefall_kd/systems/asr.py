@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from icefall_kd.config import TrainConfig
 from icefall_kd.data.batch import Batch
@@ -35,14 +35,13 @@ def warmup_scales(step: int, warm_step: int, simple_scale: float) -> tuple[float
 
 
 class TransducerSystem(System):
-    """A TransducerModel with the losses of ``config.asr``."""
+    """A TransducerModel with the losses of ``config.asr``; ``encoder``: None, a Conformer."""
 
-    def __init__(self, config: TrainConfig, vocab_size: int) -> None:
+    def __init__(self, config: TrainConfig, vocab_size: int, encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.asr = config.asr
-        self.model = TransducerModel(
-            config.model, vocab_size, transducer=config.asr.transducer_scale > 0, ctc=config.asr.ctc_scale > 0
-        )
+        losses = {"transducer": config.asr.transducer_scale > 0, "ctc": config.asr.ctc_scale > 0}
+        self.model = TransducerModel(config.model, vocab_size, **losses, encoder=encoder)
 
     @property
     def alignment_losses(self) -> dict[str, bool]:

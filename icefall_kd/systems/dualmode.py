@@ -241,7 +241,7 @@ def _refuse_ssl_options(config: TrainConfig) -> None:
 
 
 def build_dualmode(config: TrainConfig, vocab_size: int, inference: bool = False) -> System:
-    """Build the system of ``config.dual.objective``; it is the same at inference.
+    """Build the system of ``config.objective``; it is the same at inference.
 
     Raises:
         ConfigError: options of other systems, or an encoder that has not both modes.

@@ -120,6 +120,19 @@ def speech_ssl_from_tensors(
     return model
 
 
+def hubert_layers(**options: Any) -> nn.Module:
+    """Return positional convolution, LayerNorm, dropout and layers (post-norm) of a new HuBERT model.
+
+    Their initial values are transformers': those of BERT, and of wav2vec 2.0 for the convolution.
+
+    Args:
+        options: of transformers' configuration.
+    """
+    transformers = _transformers()
+    config = transformers.HubertConfig(**options, layerdrop=0.0, conv_dim=(1,) * 7, feat_extract_norm="layer")
+    return transformers.HubertModel(config).encoder
+
+
 def ctc_model(folder: Path) -> nn.Module:
     """Return a float32 HuBERT, WavLM, wav2vec 2.0 or data2vec model with its CTC head."""
     return _pretrained(_transformers().AutoModelForCTC, folder, dtype=torch.float32).eval()

@@ -53,7 +53,7 @@ def test_every_experiment_gets_its_modes_masks_and_start(recipe):
     found = {name: parse_config(TrainConfig, words) for name, words in found.items() if not name.endswith("-seed2")}
     for arm in arms:  # one for all seeds, of audio alone, of the recognisers' encoder
         config = found[arm]
-        assert (config.loop.seed, config.dual.objective, config.augment.spec_aug) == (7, "ssl", False)
+        assert (config.loop.seed, config.objective, config.augment.spec_aug) == (7, "ssl", False)
         assert config.dual.modes == arm.removeprefix("ssl-") and config.model == found["a5-seed1"].model
         assert config.dual.sparsity == (0 if arm == "ssl-full" else 0.7)
     for name, config in found.items():
@@ -62,7 +62,7 @@ def test_every_experiment_gets_its_modes_masks_and_start(recipe):
         if system not in EXPERIMENTS:
             continue
         start, modes, sparse = EXPERIMENTS[system]
-        assert (dual.objective, dual.modes, dual.sparsity) == ("asr", modes, 0.7 if sparse else 0), name
+        assert (config.objective, dual.modes, dual.sparsity) == ("asr", modes, 0.7 if sparse else 0), name
         init = config.loop.init_from
         assert (init and f"{init}") == (start and f"exp/trans-dualmode/ssl-{start}"), name
         assert (dual.dual_kd_scale > 0) == (modes == "dual") and f"{config.loop.seed}" == name[-1]

@@ -113,7 +113,8 @@ def test_fine_tuning_starts_from_it(speech, tmp_path, modes):
     run(speech, ssl_dir, max_steps=3, dual={"modes": modes, **pruned})
     folder = write_corpus(tmp_path / "corpus")
     start = ssl_config(
-        dual={"objective": "asr", "modes": "dual", **pruned},
+        objective="asr",
+        dual={"modes": "dual", **pruned},
         data={"manifest_dir": folder / "fbank", "lang_dir": folder / "lang_char"},
         exp_dir=exp_dir,
         init_from=ssl_dir,
@@ -145,7 +146,8 @@ def test_a_recogniser_that_hears_samples_starts_from_it(speech, tmp_path):
     run(speech, tmp_path / "ssl", max_steps=1, ssl=front_end, dual={"modes": "full"})
     folder = write_corpus(tmp_path / "corpus")
     start = ssl_config(
-        dual={"objective": "asr", "modes": "dual"},
+        objective="asr",
+        dual={"modes": "dual"},
         data={"manifest_dir": folder / "fbank", "lang_dir": folder / "lang_char"},
         exp_dir=tmp_path / "asr",
         init_from=tmp_path / "ssl",
