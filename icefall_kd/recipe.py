@@ -132,8 +132,8 @@ def _refuse_self_supervised(exp_dir: Path) -> None:
     objective = read_json(file)["config"].get("objective", "asr") if file.exists() else "asr"
     if objective != "asr":
         raise ConfigError(
-            f"--exp-dir {exp_dir} holds a training without transcripts (--objective {objective}), which recognises nothing; "
-            "fine-tune it with train.py --objective asr --init-from it, and decode that"
+            f"--exp-dir {exp_dir} holds a training without transcripts (--objective {objective}), which recognises "
+            "nothing; fine-tune it with train.py --objective asr --init-from it, and decode that"
         )
 
 

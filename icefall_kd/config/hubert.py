@@ -16,8 +16,8 @@ class HubertConfig:
     """
 
     structure: Literal["base", "shallow_wide", "deep_thin", "fithubert"] = "base"
-    """base: the teacher's, 12 layers of 768; shallow_wide: 2 layers of 768, as DistilHuBERT; deep_thin: 12 layers of 480;
-    fithubert: those behind FitHuBERT's thin convolutions, at half the frame rate."""
+    """base: the teacher's, 12 layers of 768; shallow_wide: 2 layers of 768, as DistilHuBERT; deep_thin: 12 layers of
+    480; fithubert: those behind FitHuBERT's thin convolutions, at half the frame rate."""
     conv_pos: int = 128
     """Kernel of the convolution that stands for positions, in frames."""
     conv_pos_groups: int = 16

@@ -7,7 +7,6 @@ front end); Chang et al. 2021, arXiv 2110.01900 (DistilHuBERT); Lee et al. 2022,
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,8 +87,8 @@ class HubertEncoder(nn.Module):
     convolution's norm leave it out (models/waveform.py).  The encoder has the interface of models/conformer.py, for
     whole utterances.
 
-    ``taps`` count as the literature's hidden states: H[0] is the input of the first layer (behind positional convolution
-    and LayerNorm), H[i] the output of layer i.
+    ``taps`` count as hidden states do in the literature: H[0] is the input of the first layer, behind positional
+    convolution and LayerNorm, and H[i] the output of layer i.
 
     Args:
         model: overrides of the sizes, dropout (hidden, attention and activation) and layer dropout.
@@ -203,7 +202,9 @@ def _their_name(name: str) -> str:
     kind, _, rest = name.removeprefix("subsampling.").partition(".")
     if kind in ("convolutions", "inner_norms"):
         number, _, parameter = rest.partition(".")
-        return f"feature_extractor.conv_layers.{number}.{'conv' if kind == 'convolutions' else 'layer_norm'}.{parameter}"
+        return (
+            f"feature_extractor.conv_layers.{number}.{'conv' if kind == 'convolutions' else 'layer_norm'}.{parameter}"
+        )
     own = next((own for own in _NAMES if name.startswith(own)), "")
     return _NAMES.get(own, "") + name.removeprefix(own)
 

@@ -45,7 +45,9 @@ def test_sizes_are_the_published_ones(structure, front_end, parameters):
 def test_fithubert_has_the_published_size():
     with torch.device("meta"):
         encoder = HubertEncoder(
-            ModelConfig(), HubertConfig(structure="fithubert"), SslConfig(front_end="waveform", extractor_norm="default")
+            ModelConfig(),
+            HubertConfig(structure="fithubert"),
+            SslConfig(front_end="waveform", extractor_norm="default"),
         )
     encoder_size = sum(p.numel() for p in encoder.parameters())
     assert encoder_size == 21_200_096
@@ -61,7 +63,9 @@ def test_all_front_ends_give_equal_numbers_of_frames():
 
 
 @pytest.mark.parametrize("samples", [400, 719, 720, 1039, 1040, 5000, 16001])
-@pytest.mark.parametrize(("front_end", "structure"), [("waveform", "base"), ("fbank", "base"), ("waveform", "fithubert")])
+@pytest.mark.parametrize(
+    ("front_end", "structure"), [("waveform", "base"), ("fbank", "base"), ("waveform", "fithubert")]
+)
 def test_frames_that_come_out_are_those_of_the_formula(front_end, structure, samples):
     encoder = tiny(front_end, structure)
     out = encoder(torch.randn(1, samples), torch.tensor([samples]))
@@ -70,7 +74,9 @@ def test_frames_that_come_out_are_those_of_the_formula(front_end, structure, sam
     assert out.encoder_out.shape[1] == due == int(out.encoder_out_lens[0]) == encoder.output_lens(samples)
 
 
-@pytest.mark.parametrize(("front_end", "structure"), [("waveform", "base"), ("fbank", "base"), ("waveform", "fithubert")])
+@pytest.mark.parametrize(
+    ("front_end", "structure"), [("waveform", "base"), ("fbank", "base"), ("waveform", "fithubert")]
+)
 def test_an_utterance_does_not_see_its_batch(front_end, structure):
     encoder = tiny(front_end, structure)
     torch.manual_seed(1)
