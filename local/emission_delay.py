@@ -25,7 +25,7 @@ from icefall_kd.decode.alignment import (
     summarize_delays,
 )
 from icefall_kd.errors import ConfigError, DataError, run_main
-from icefall_kd.models.streaming import widest_chunks
+from icefall_kd.models.streaming import WHOLE_UTTERANCE, widest_chunks
 from icefall_kd.recipe import load_system, part_batches, part_cuts
 from icefall_kd.runtime.files import read_json, write_json
 from icefall_kd.runtime.log import setup_logging
@@ -73,8 +73,11 @@ def _aligned(config: DelayConfig, tokenizer: Tokenizer) -> dict[str, list[Timed]
         raise ConfigError(f"{config.align_exp_dir} has other tokens than {config.exp_dir}; align by one of the same")
     if trained.system.model.ctc_output is None:
         raise ConfigError(f"{config.align_exp_dir} has no CTC head (it was trained with --ctc-scale 0)")
-    # A streaming model hears as much as it can: the times that it gives are to say when something was spoken.
-    trained.system.model.encoder.chunks = widest_chunks(trained.config.model)
+    # A streaming model hears as much as it can: the times that it gives are to say when something was spoken.  One of
+    # two modes hears whole utterances already.
+    encoder = trained.system.model.encoder
+    if encoder.chunks != WHOLE_UTTERANCE:
+        encoder.chunks = widest_chunks(trained.config.model)
     batches = part_batches(config.manifest_dir, config.part, tokenizer, config.max_duration)
     found = dict(forced_alignments(trained.system, tokenizer, batches))
     short = [name for name, times in found.items() if times is None]

@@ -224,9 +224,20 @@ def test_what_is_said_of_the_real_recordings_of_dualmode():
     assert [f"{d:.1f}" for d in of_a5[1:]] == ["-0.2", "-0.2"] and "by 0.2 points alone with two seeds of A5" in text
     assert f"C2 is {change('b1', 'c2', full)[1:]} worse than B1" in text
     assert "[-" in found["b1", "c2", full]["difference"]  # within chance
-    for c in result("real_dualmode/dualmode_barista_comparisons"):
-        high = float(c["difference"].split(",")[1].rstrip("]"))
-        assert c["seeds"] == [1] and float(c["difference"].split()[0]) < 0 <= high  # fewer errors, within chance
+    of_b4 = [found["b4", "c2", mode] for mode in streams]
+    (short, _), (long, _) = (c["difference"].split(maxsplit=1) for c in of_b4)
+    assert f"for streams alone, by {long[1:]} points, but **those of 320 ms are worse**, by {short} points" in text
+    assert below_zero("b4", "c2", streams[1]) and "[0." in of_b4[0]["difference"]
+    assert all(c2 > b4 for b4, c2 in zip(each("b4", streams[0]), rates["c2"], strict=True))  # with every seed
+    barista = {(c["from"][0], c["to"][0], c["to"][1]): c for c in result("real_dualmode/dualmode_barista_comparisons")}
+    assert all(c["seeds"] == [1] for c in barista.values())
+    spans = {names: [float(x) for x in c["difference"].replace(",", "").replace("[", "").replace("]", "").split()]
+             for names, c in barista.items()}  # fmt: skip
+    assert all(high < 0 for (before, *_), (_, _, high) in spans.items() if before == "a3")
+    assert all(spans["a5", "c2", mode][0] < 0 <= spans["a5", "c2", mode][2] for mode in (full, *streams))
+    points = [spans["b3", "c2", mode] for mode in streams]
+    assert all(low < 0 < value for value, low, _ in points)
+    assert f"(by {points[0][0]} points in streams of 320 ms and {points[1][0]} in those of 640 ms" in text
 
     dual, arm = result("real_dualmode/dualmode_ssl_dual"), result("real_dualmode/dualmode_ssl_full")
     firsts = [dual["first"][f"{mode}_contrastive_loss"] for mode in ("full", "streaming")]

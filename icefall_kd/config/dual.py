@@ -47,6 +47,8 @@ class DualConfig:
     """Output rows and input columns of a block, which is pruned as a whole."""
     prune_ranking: Literal["uniform", "global"] = "uniform"
     """uniform: every matrix has that sparsity; global: all of them together, at most 95 % each."""
+    prune_score: Literal["l1", "l2"] = "l1"
+    """Strength of a block: sum of magnitudes, or root of the sum of squares."""
     prune_begin_step: float = 0
     """Step at which the sparsity begins to grow, by a cubic law; better not before the learning rate's warm-up ends.
     Any option of this group that counts steps can be below 1: a share of the planned ones, epochs by batches of the

@@ -158,7 +158,7 @@ def encoder_mode(encoder: Conformer, mode: Mode, sparse: bool, chunks: Chunks | 
 def trial_sparsity(encoder: Conformer, cfg: DualConfig, sparsity: float) -> Iterator[None]:
     """Inside the block, the sparse mode has masks of another sparsity; those of the encoder stay as they are."""
     layers = prunable_layers(encoder)
-    masks = make_masks(layers, sparsity, cfg.prune_block, cfg.prune_ranking)
+    masks = make_masks(layers, sparsity, cfg.prune_block, cfg.prune_ranking, cfg.prune_score)
     for name, layer in layers.items():
         layer.trial = masks[name]
     try:
@@ -257,7 +257,7 @@ def refresh_masks(encoder: Conformer, cfg: DualConfig, step: int, start: StartMa
             start.begin(before if inherited else {})
     if inherited:
         return {}
-    now = make_masks(layers, current_sparsity(cfg, step), cfg.prune_block, cfg.prune_ranking)
+    now = make_masks(layers, current_sparsity(cfg, step), cfg.prune_block, cfg.prune_ranking, cfg.prune_score)
     # Equal weights give equal masks but for sorts of different devices: the first rank's hold.
     flat = torch.cat([mask.flatten() for mask in now.values()])
     flat = dist.broadcast_from_first(flat.to(torch.uint8)).bool()

@@ -23,17 +23,19 @@ from icefall_kd.errors import ConfigError
 _ROUNDING = 1e-9
 
 
-def block_scores(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the sums of magnitudes of the blocks, (ceil(O / rows), ceil(I / columns)) float32.
+def block_scores(weight: Tensor, block: tuple[int, int], score: str = "l1") -> Tensor:
+    """Return the norms of the blocks, (ceil(O / rows), ceil(I / columns)) float32.
 
     Args:
         weight: (O, I) output by input; the last blocks are filled up with zeros.
         block: rows and columns.
+        score: "l1", the sum of magnitudes, or "l2", the root of the sum of squares.
     """
     rows, columns = block
     out_dim, in_dim = weight.shape
     padded = F.pad(weight.detach().abs().float(), (0, -in_dim % columns, 0, -out_dim % rows))
-    return padded.view(-(-out_dim // rows), rows, -(-in_dim // columns), columns).sum((1, 3))
+    blocks = padded.view(-(-out_dim // rows), rows, -(-in_dim // columns), columns)
+    return blocks.sum((1, 3)) if score == "l1" else blocks.square().sum((1, 3)).sqrt()
 
 
 def num_pruned(sparsity: float, num_blocks: int) -> int:
@@ -41,17 +43,18 @@ def num_pruned(sparsity: float, num_blocks: int) -> int:
     return math.floor(sparsity * num_blocks + _ROUNDING)
 
 
-def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int] = (8, 1)) -> Tensor:
+def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int] = (8, 1), score: str = "l1") -> Tensor:
     """Return which weights of one matrix are kept: all but floor(sparsity * blocks) blocks of the lowest magnitude.
 
     Args:
         weight: (O, I).
         sparsity: share of blocks, 0 to 1.
         block: rows and columns of a block.
+        score: "l1" or "l2", see :func:`block_scores`.
     Returns:
         (O, I) bool; of equal blocks the first ones are pruned, so that the number is exact.
     """
-    scores = block_scores(weight, block)
+    scores = block_scores(weight, block, score)
     order = scores.flatten().argsort(stable=True)
     return _spread(order[: num_pruned(sparsity, scores.numel())], scores, weight, block)
 
@@ -64,7 +67,9 @@ def _spread(pruned: Tensor, scores: Tensor, weight: Tensor, block: tuple[int, in
     return kept[: weight.shape[0], : weight.shape[1]].contiguous()
 
 
-def global_masks(weights: list[Tensor], sparsity: float, block: tuple[int, int] = (8, 1)) -> list[Tensor]:
+def global_masks(
+    weights: list[Tensor], sparsity: float, block: tuple[int, int] = (8, 1), score: str = "l1"
+) -> list[Tensor]:
     """Return the masks of several matrices whose blocks are ranked together.
 
     Scores are divided by the root mean square of their matrix, since otherwise whole layers of small weights would go;
@@ -74,23 +79,24 @@ def global_masks(weights: list[Tensor], sparsity: float, block: tuple[int, int] 
         weights: matrices (O, I).
         sparsity: share of all blocks, at most 0.95.
         block: rows and columns of a block.
+        score: "l1" or "l2", see :func:`block_scores`.
     Returns:
         A mask (O, I) for each; floor(sparsity * all blocks) blocks are pruned, as far as the cap allows.
     """
-    scores = [block_scores(w, block) for w in weights]
+    scores = [block_scores(w, block, score) for w in weights]
     orders = [s.flatten().argsort(stable=True)[: num_pruned(MAX_SPARSITY, s.numel())] for s in scores]
     candidates = []
-    for weight, score, order in zip(weights, scores, orders, strict=True):
+    for weight, each, order in zip(weights, scores, orders, strict=True):
         rms = weight.detach().float().square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        candidates.append(score.flatten()[order] / rms)
+        candidates.append(each.flatten()[order] / rms)
     cut = num_pruned(sparsity, sum(s.numel() for s in scores))
     chosen = torch.zeros(sum(len(c) for c in candidates), dtype=torch.bool, device=weights[0].device)
     chosen[torch.cat(candidates).argsort(stable=True)[:cut]] = True
     masks = []
-    for weight, score, order, picked in zip(
+    for weight, each, order, picked in zip(
         weights, scores, orders, chosen.split([len(c) for c in candidates]), strict=True
     ):
-        masks.append(_spread(order[picked], score, weight, block))
+        masks.append(_spread(order[picked], each, weight, block))
     return masks
 
 
@@ -156,7 +162,11 @@ def prunable_layers(model: nn.Module) -> dict[str, PrunableLinear]:
 
 @torch.no_grad()
 def make_masks(
-    layers: Mapping[str, PrunableLinear], sparsity: float, block: tuple[int, int], ranking: str = "uniform"
+    layers: Mapping[str, PrunableLinear],
+    sparsity: float,
+    block: tuple[int, int],
+    ranking: str = "uniform",
+    score: str = "l1",
 ) -> dict[str, Tensor]:
     """Return new masks (O, I) of layers by name, from the present magnitudes.
 
@@ -165,12 +175,13 @@ def make_masks(
         sparsity: share of blocks.
         block: rows and columns of a block.
         ranking: "uniform" (every matrix) or "global" (all together).
+        score: "l1" or "l2", see :func:`block_scores`.
     """
     matrices = {name: layer.weight.chunk(layer.matrices) for name, layer in layers.items()}
     if ranking == "global" and matrices:
-        flat = iter(global_masks([w for parts in matrices.values() for w in parts], sparsity, block))
+        flat = iter(global_masks([w for parts in matrices.values() for w in parts], sparsity, block, score))
         return {name: torch.cat([next(flat) for _ in parts]) for name, parts in matrices.items()}
-    return {name: torch.cat([block_mask(w, sparsity, block) for w in parts]) for name, parts in matrices.items()}
+    return {name: torch.cat([block_mask(w, sparsity, block, score) for w in parts]) for name, parts in matrices.items()}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,16 @@ def test_the_weakest_blocks_are_pruned_as_a_whole(block, shape):
     assert len(pruned) == int(0.6 * (len(kept) + len(pruned))) and max(pruned) <= min(kept) + 1e-5
 
 
+def test_scores_of_squares_prefer_a_block_with_one_large_weight():
+    weight = torch.tensor([[1.0, 2.0], [1.0, 0.0], [1.5, 2.0]])  # columns: sums 3.5 and 4, squares 4.25 and 8
+    assert block_scores(weight, (3, 1), "l2")[0].tolist() == pytest.approx([4.25**0.5, 8**0.5])
+    spread, spiky = torch.full((8, 1), 0.5), torch.tensor([[1.9]] + [[0.0]] * 7)
+    pair = torch.cat([spread, spiky], dim=1)  # sums 4 and 1.9, norms 1.41 and 1.9
+    assert block_mask(pair, 0.5, (8, 1)).all(dim=0).tolist() == [True, False]
+    assert block_mask(pair, 0.5, (8, 1), "l2").all(dim=0).tolist() == [False, True]
+    assert not global_masks([pair], 0.5, (8, 1), "l2")[0][:, 0].any()
+
+
 def test_masks_of_a_higher_sparsity_are_nested():
     weight = torch.randn(40, 24)
     masks = [block_mask(weight, s) for s in (0.2, 0.5, 0.9)]
