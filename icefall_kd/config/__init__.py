@@ -10,6 +10,7 @@ from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
+from icefall_kd.config.hubert_kd import HubertKdConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "ExtractLayersConfig",
     "ExtractTextConfig",
     "HubertConfig",
+    "HubertKdConfig",
     "ImportConfig",
     "Kd",
     "KdConfig",

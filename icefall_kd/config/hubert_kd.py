@@ -62,8 +62,8 @@ class HubertKdConfig:
         layers = self.teacher_layers
         if layers is not None and (not layers or min(layers) < 1 or len(set(layers)) < len(layers)):
             raise ConfigError(
-                f"--teacher-layers is {layers}; name each layer once, counted from 1 (H[0], the input of the layers, is "
-                "what --frontend-steps learns)"
+                f"--teacher-layers is {layers}; name each layer once, from 1 on (H[0], which the layers hear, is what "
+                "--frontend-steps learns)"
             )
         if self.layer_scales is not None and (not self.layer_scales or not min(self.layer_scales) > 0):
             raise ConfigError(f"--layer-scales is {self.layer_scales}; give a number above 0 for each teacher layer")

@@ -21,7 +21,7 @@ class DistilModel(nn.Module):
 
 
 class ExpandLast(nn.Module):
-    """Predict several teacher layers from the last hidden states: one wide layer, GELU, and a map for each (DistilHuBERT).
+    """Predict several teacher layers from the last hidden states (DistilHuBERT): a wide map, GELU, and one for each.
 
     Args:
         dim: channels C of the student.
