@@ -271,7 +271,7 @@ class _Trainer:
                 self.exp_dir,
                 self.config.data.max_duration,
                 rank=self.rank,
-                step=self.state.step,
+                step=self.system.heaviest_step(self.state.step),
                 reserve=self.stepper.memory_to_come(),
             )
         self.stepper.distribute()
