@@ -1,6 +1,6 @@
 """What every distillation system offers to the training loop and to the decoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -93,6 +93,11 @@ class System(nn.Module):
         return False
 
     @property
+    def learns_labels(self) -> bool:
+        """Return whether stored labels are all that it learns: then batches of validation hold them, too."""
+        return False
+
+    @property
     def online_sources(self) -> dict[str, str]:
         """Return hashes of what makes labels in training, by name: a resumed training must find the same."""
         return {}
@@ -124,6 +129,25 @@ class System(nn.Module):
 
     def plan(self, steps: int) -> None:
         """Learn how many steps the training will have."""
+
+    def frozen(self, step: int) -> Iterable[nn.Parameter]:
+        """Return the parameters that do not change at ``step`` (0-based), although a gradient of 0 comes to them.
+
+        AdamW then has no moments of theirs and does not let them decay.
+        """
+        return ()
+
+    def heaviest_step(self, step: int) -> int:
+        """Return a step from ``step`` on that needs as much memory as any: what is tried before the first one."""
+        return step
+
+    def start(self) -> tuple[dict, object] | None:
+        """Take parameters from elsewhere before the first step of a new training, where the options ask for it.
+
+        Returns:
+            The record and the report of train/transfer.py: initialise; None: nothing was taken.
+        """
+        return None
 
     def after_step(self, step: int) -> dict[str, float]:
         """Do what comes between steps; return figures for the log, if there are new ones.

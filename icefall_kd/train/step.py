@@ -153,6 +153,8 @@ class Stepper:
         if not self._gradients_checked:
             guards.refuse_unused(guards.parameters_without_gradient(self.system))
             self._gradients_checked = True
+        for parameter in self.system.frozen(step):  # no decay, no moments: the optimizer does not see them
+            parameter.grad = None
         with self.memory_guard(batches[-1], step):
             finite = self._update(frames, step, batches)
         if not finite:
