@@ -10,11 +10,13 @@ from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
+from icefall_kd.config.hubert_kd import HubertKdConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
     ExtractTextConfig,
     ImportConfig,
+    KmeansConfig,
     LanguageModelConfig,
     LayersConfig,
     QuantizerConfig,
@@ -41,9 +43,11 @@ __all__ = [
     "ExtractLayersConfig",
     "ExtractTextConfig",
     "HubertConfig",
+    "HubertKdConfig",
     "ImportConfig",
     "Kd",
     "KdConfig",
+    "KmeansConfig",
     "LanguageModelConfig",
     "LayersConfig",
     "LoopConfig",

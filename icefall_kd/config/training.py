@@ -9,6 +9,7 @@ from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
+from icefall_kd.config.hubert_kd import HubertKdConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
@@ -173,6 +174,7 @@ class TrainConfig:
     dual: DualConfig = DualConfig()
     ssl: SslConfig = SslConfig()
     hubert: HubertConfig = HubertConfig()
+    hubert_kd: HubertKdConfig = HubertKdConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()

@@ -93,6 +93,11 @@ class System(nn.Module):
         return False
 
     @property
+    def learns_labels(self) -> bool:
+        """Return whether stored labels are all that it learns: then batches of validation hold them, too."""
+        return False
+
+    @property
     def online_sources(self) -> dict[str, str]:
         """Return hashes of what makes labels in training, by name: a resumed training must find the same."""
         return {}
@@ -124,6 +129,14 @@ class System(nn.Module):
 
     def plan(self, steps: int) -> None:
         """Learn how many steps the training will have."""
+
+    def start(self) -> tuple[dict, object] | None:
+        """Take parameters from elsewhere before the first step of a new training, where the options ask for it.
+
+        Returns:
+            The record and the report of train/transfer.py: initialise; None: nothing was taken.
+        """
+        return None
 
     def after_step(self, step: int) -> dict[str, float]:
         """Do what comes between steps; return figures for the log, if there are new ones.

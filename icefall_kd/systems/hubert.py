@@ -17,6 +17,7 @@ from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.hubert import HubertEncoder
 from icefall_kd.systems.asr import TransducerSystem
 from icefall_kd.systems.base import System
+from icefall_kd.systems.hubert_distil import build_distil
 
 
 def make_encoder(config: TrainConfig, new: bool) -> HubertEncoder:
@@ -75,4 +76,7 @@ def build_hubert(config: TrainConfig, vocab_size: int, inference: bool = False) 
             refuse_options(group, "nar")
         for group in (config.cif, config.text_kd):
             refuse_options(group, "hkd")
+        if config.objective == "distil":
+            return build_distil(config, make_encoder(config, new=config.loop.init_from is None))
+        refuse_options(config.hubert_kd, "hubert --objective distil")
     return HubertAsrSystem(config, vocab_size, new=not inference and config.loop.init_from is None)
