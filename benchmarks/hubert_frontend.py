@@ -8,8 +8,7 @@ Weights are random: they change no time.  The front end is the seven convolution
 their convolution and linear layer; the Transformer is all that follows, projection and positional convolution included.
 Multiply-accumulate operations are those that torch counts in matrix products and convolutions, divided by the seconds
 of audio: extracting log-mel features is not among them.  Models take turns, so that another load on the machine hits
-all of them; medians count.  Those of the CPU are printed for one thread; the file has both, the CPU's as a sum of threads.
-clock, too.
+all of them; medians count.  With one thread seconds of the CPU are printed, else of the clock; the file has both.
 """
 
 import time

@@ -1,5 +1,6 @@
 """What trainings are called in tables of results, by their options."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +39,6 @@ DUAL_EXPERIMENTS = {
 
 
 STRUCTURES = {"base": "HuBERT", "deep_thin": "deep thin", "shallow_wide": "shallow wide", "fithubert": "FitHuBERT"}
-# What local/select_hours.py makes.
-AMOUNTS = ("10min", "1h", "10h", "100h")
 
 
 def distils(config: dict) -> bool:
@@ -126,6 +125,7 @@ def hubert_origin(config: dict, start: dict) -> str:
 
 
 def transcripts(config: dict) -> str:
-    """Return with how much a recogniser was fine-tuned, by the names of its parts; empty: all there is, or none."""
+    """Return how much a recogniser was fine-tuned with, by the name of its one part; empty: all there is, or none."""
     parts = config.get("train_parts", ()) if config.get("objective") == "asr" else ()
-    return next((a for a in AMOUNTS if parts and all(p.endswith(f"-{a}") for p in parts)), "")
+    found = re.search(r"_(\d+(?:\.\d+)?(?:s|min|h))$", parts[0]) if len(parts) == 1 else None
+    return found[1] if found else ""

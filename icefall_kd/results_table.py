@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from icefall_kd.errors import DataError
 from icefall_kd.results import Row, Run, compare, part_order
-from icefall_kd.results_names import AMOUNTS, hubert_model, hubert_origin, transcripts
+from icefall_kd.results_names import hubert_model, hubert_origin, transcripts
 from icefall_kd.scoring import RATE_NAMES
 
 
@@ -115,7 +115,7 @@ def hubert_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     teacher's states to the one of the same model that learnt those alone; of that one, and where there is none, to the
     same model from scratch; each with the same transcripts and search.  The seconds are those of fine-tuning alone.
     """
-    rows = sorted(rows, key=lambda row: ([*AMOUNTS, ""].index(transcripts(row.runs[0].config)), _search(row)))
+    rows = sorted(rows, key=lambda row: (_amount_order(transcripts(row.runs[0].config)), _search(row)))
     parts = part_order(rows)
     header = ["model", "learnt", "transcripts", "search", "seeds", "parameters"]
     for part in parts:
@@ -131,6 +131,12 @@ def hubert_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             line += [_rate(row, part), _difference(base, row, part, _hubert_words(base)[1])]
         cells.append([*line, "-" if row.rtf is None else f"{row.rtf:.4f}", _seconds(row)])
     return header, cells
+
+
+def _amount_order(amount: str) -> tuple[int, float]:
+    """Return what sorts "10min", "1h" and, the largest, "" by how much they are."""
+    number = amount.rstrip("hmins")
+    return ("s", "min", "h", "").index(amount.removeprefix(number)), float(number or 0)
 
 
 def _hubert_words(row: Row) -> tuple[str, str, str]:

@@ -20,17 +20,18 @@ valid_parts=               # Parts to validate and choose on
 test_parts=                # Parts to decode, with commas
 data_dir=                  # Prepared data; empty: data/CORPUS
 exp_dir=                   # Experiments; empty: exp/CORPUS-hubert
-systems=                   # Rows, with spaces; empty: four for the demo, else all but deep-disc, wide-disc and the types
-hours=                     # Transcripts of fine-tuning, with spaces: 10min, 1h, 10h, 100h, all; empty: all for the demo, else 1h 10h 100h
+systems=                   # Rows, with spaces; empty: four for the demo, else all that the teacher serves but the types and -disc
+hours=                     # Transcripts of fine-tuning, with spaces: 10min, 1h and the like, or all; empty: all for the demo, else 1h 10h 100h
+hours_part=                # Part that these are chosen from; empty: the first of --train-parts
 seeds=42                   # Seeds of fine-tuning, with spaces
-teacher=                   # Hub id, exp_dir, folder or state dict of a HuBERT; own: pre-train one; empty: own for the demo, else HuBERT Base
+teacher=                   # Hub id, exp_dir or state dict of a HuBERT; own: pre-train one; empty: own for the demo, else HuBERT Base of the hub
 teacher_seed=42            # Seed of k-means, pre-training, distillation and the choice of hours, which all seeds share
-iterations=                # Pre-trainings of an own teacher: the first learns clusters of MFCC, later ones of their forerunner; empty: 2, or 1 for the demo
-num_clusters=              # Clusters of each iteration, with spaces; empty: 100 500, or 50 for the demo
-cluster_layer=             # Layer whose states are clustered from the second iteration on; empty: 6, or 3 for the demo
+num_clusters=              # Clusters of each pre-training, with spaces: the first learns those of MFCC, each later one those of its forerunner; empty: 100 500, or 50 for the demo
+cluster_layer=             # Layer whose states are clustered from the second pre-training on; empty: 6, or 3 for the demo
 kmeans_utts=               # Utterances that k-means hears; empty: a tenth of LibriSpeech, or all of the demo
 ssl_parts=                 # Parts (or paths of cut sets) to pre-train and distil on, with commas; empty: --train-parts
 ssl_valid_parts=           # Parts to validate these on; empty: --valid-parts
+crop_duration=15.6         # Longer utterances are cut into equal pieces of at most so many seconds, for pre-training and distillation
 frontend_steps=0.2         # First stage of fbank-two and fbank-both: steps, or their share
 token_kind=char            # Tokens: bpe, char or pinyin
 vocab_size=                # BPE tokens; empty: prepare.sh's own
@@ -67,14 +68,26 @@ if [[ $short == true ]]; then
   train_args="--num-epochs 2 $train_args"
 fi
 if [[ $corpus == demo ]]; then
-  : "${systems:=scratch deep-reg deep-both fbank-both}" "${hours:=all}" "${teacher:=own}" "${iterations:=1}"
+  : "${systems:=scratch deep-reg deep-both fbank-both}" "${hours:=all}" "${teacher:=own}"
   : "${num_clusters:=50}" "${cluster_layer:=3}" "${kmeans_utts:=1000}" "${num_shards:=$nj}"
 fi
-: "${systems:=teacher scratch deep-reg deep-both wide-reg wide-both fbank-scratch fbank-one fbank-two fbank-both distilhubert fithubert}"
-: "${hours:=1h 10h 100h}" "${teacher:=facebook/hubert-base-ls960}" "${iterations:=2}" "${num_clusters:=100 500}"
-: "${cluster_layer:=6}" "${kmeans_utts:=28000}" "${num_shards:=8}" "${decode_args:=--avg 3}"
-: "${ssl_parts:=$train_parts}" "${ssl_valid_parts:=$valid_parts}"
+: "${hours:=1h 10h 100h}" "${num_clusters:=100 500}" "${cluster_layer:=6}" "${kmeans_utts:=28000}" "${num_shards:=8}"
+: "${decode_args:=--avg 3}" "${ssl_parts:=$train_parts}" "${hours_part:=${train_parts%%,*}}" "${ssl_valid_parts:=$valid_parts}"
+case $recipe in
+  *aishell) : "${teacher:=TencentGameMate/chinese-hubert-base}" ;;
+  *) : "${teacher:=facebook/hubert-base-ls960}" ;;
+esac
+# What students can learn: folders of the hub hold no clusters, and only our own trainings can be fine-tuned here.
+ours=false clusters_known=false
+[[ $teacher != own && ! -f $teacher/train_summary.json ]] || ours=true clusters_known=true
+[[ ! -f $teacher ]] || clusters_known=true
+if [[ -z $systems ]]; then
+  systems="scratch deep-reg wide-reg fbank-scratch fbank-one fbank-two distilhubert fithubert"
+  [[ $clusters_known == false ]] || systems+=" deep-both wide-both fbank-both"
+  [[ $ours == false ]] || systems+=" teacher"
+fi
 read -r -a clusters <<< "$num_clusters"
+iterations=${#clusters[@]}
 cmvn=$data_dir/$kind/cmvn.safetensors
 
 
@@ -88,7 +101,7 @@ options_of() {
     fbank-scratch) files=(deep fbank) from="" ;;
     deep-reg | deep-disc | deep-both | deep-type[123]) files=(deep) distil_files+=(deep_distil) ;;
     wide-reg | wide-disc | wide-both) files=(wide) distil_files+=(wide_distil) ;;
-    fbank-one | fbank-two | fbank-both) files=(deep fbank) distil_files+=(deep_distil) ;;
+    fbank-one | fbank-two | fbank-both) files=(deep fbank) distil_files+=(fbank_distil) ;;
     distilhubert | fithubert) files=("$1") distil_files+=("$1_distil") ;;
     *) fail 2 "--systems names $1; there are teacher, scratch, fbank-scratch, deep-reg, deep-disc, deep-both, deep-type1 to \
 deep-type3, wide-reg, wide-disc, wide-both, fbank-one, fbank-two, fbank-both, distilhubert and fithubert" ;;
@@ -129,15 +142,18 @@ system_dir() { # system_dir SYSTEM HOURS SEED: the exp_dir of a fine-tuning
 }
 
 [[ -f $config ]] || fail 2 "--config $config is no file (relative paths are relative to $PWD)"
-((${#clusters[@]} == iterations)) ||
-  fail 2 "--num-clusters $num_clusters: --iterations $iterations wants one number for each pre-training"
 students=() # systems that are distilled
 for system in $systems; do # a wrong word is told before anything runs
   options_of "$system"
   [[ $from != distil ]] || students+=("$system")
+  [[ $from != teacher || $ours == true ]] || fail 2 "--systems names teacher, but only trainings of this project are fine-tuned: \
+--teacher own, or an exp_dir"
+  [[ $from != distil || $clusters_known == true || " ${distil[*]} " == *" --disc-scale 0 "* ]] ||
+    fail 2 "--systems names $system, but $teacher is a folder of the hub, which holds no clusters: name fairseq's state dict, \
+an exp_dir, or own"
 done
 for amount in $hours; do
-  [[ $amount =~ ^(10min|1h|10h|100h|all)$ ]] || fail 2 "--hours names $amount; there are 10min, 1h, 10h, 100h and all"
+  [[ $amount =~ ^([0-9.]+(s|min|h)|all)$ ]] || fail 2 "--hours names $amount; an amount is written 90s, 10min, 1h, or all"
 done
 needs_teacher=false
 [[ ${#students[@]} == 0 && " $systems " != *" teacher "* ]] || needs_teacher=true
@@ -169,6 +185,7 @@ audio_training() { # audio_training NAME DIR INPUT ... -- OPTION ...: a training
   done
   shift
   cuts_of "$ssl_parts"
+  set -- --crop-duration "$crop_duration" "$@"
   # No --code: an edited line of the library does not throw a week of training away.
   begin --name "$name" --option train_args train_parts valid_parts teacher_seed "options=$*" \
     --input "${configs[@]}" "${cuts[@]}" "${inputs[@]}" --output "$dir/train_summary.json" || return 0
@@ -178,9 +195,11 @@ audio_training() { # audio_training NAME DIR INPUT ... -- OPTION ...: a training
 
 pretrain_one() { # pretrain_one ITERATION: k-means, labels, masked prediction
   local dir labels kmeans cuts cuts_list train_cuts configs words source=() train_args="$train_args $ssl_args"
+  local pieces=$crop_duration
   dir=$(ssl_dir "$1") kmeans=$exp_dir/kmeans$1/kmeans.safetensors labels=$exp_dir/labels/clusters$1
-  cuts_of "$ssl_parts"
+  cuts_of "$ssl_parts,$ssl_valid_parts" # validation, too, needs labels: there is no other loss
   train_cuts=("${cuts[@]}") cuts_list=$(commas "${cuts[@]}")
+  cuts_of "$ssl_parts"
   words=(--teacher mfcc)
   if (($1 > 1)); then
     words=(--teacher "$(ssl_dir $(($1 - 1)))" --layer "$cluster_layer")
@@ -188,11 +207,11 @@ pretrain_one() { # pretrain_one ITERATION: k-means, labels, masked prediction
   fi
   if begin --name "kmeans$1" --option kmeans_utts teacher_seed "clusters=${clusters[$1 - 1]}" "words=${words[*]}" \
     --input "${cuts[@]}" "${source[@]}" --output "$kmeans" --code 'icefall_kd/teachers/*.py'; then
-    OMP_NUM_THREADS=$nj python3 ../../local/train_kmeans.py --cuts "$cuts_list" --out "$kmeans" "${words[@]}" \
+    OMP_NUM_THREADS=$nj python3 ../../local/train_kmeans.py --cuts "$(commas "${cuts[@]}")" --out "$kmeans" "${words[@]}" \
       --num-clusters "${clusters[$1 - 1]}" --kmeans-utts "$kmeans_utts" --kmeans-seed "$teacher_seed"
     finish
   fi
-  if begin --name "labels$1" --option num_shards "words=${words[*]}" --input "${cuts[@]}" "$kmeans" \
+  if begin --name "labels$1" --option num_shards crop_duration "words=${words[*]}" --input "${train_cuts[@]}" "$kmeans" \
     --output "$labels/label_set.json" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py'; then
     extract_and_verify "$labels" --kind clusters --quantizer "$kmeans" "${words[@]}"
     finish
@@ -206,30 +225,32 @@ distil_one() { # distil_one SYSTEM
   options_of "$1"
   conf_files "${files[@]}" "${distil_files[@]}"
   [[ " ${files[*]} " != *" fbank "* ]] || inputs+=("$cmvn")
-  audio_training "$1" "$exp_dir/distil-$1" "${inputs[@]}" -- --objective distil --teacher "$(teacher_dir)" "${distil[@]}"
+  audio_training "$1" "$exp_dir/distil-$1" "${inputs[@]}" -- --objective distil --teacher "$(teacher_dir)" \
+    "${distil[@]}"
 }
 
 tune_parts() { # tune_parts HOURS: the parts that fine-tuning reads, with commas
-  if [[ $1 == all ]]; then echo "$train_parts"; else echo "train-$1"; fi
+  if [[ $1 == all ]]; then echo "$train_parts"; else echo "${hours_part}_$1"; fi
 }
 
 tune_one() { # tune_one SYSTEM HOURS SEED
-  local dir lang from files distil_files distil configs start=() inputs=() train_args="$train_args $tune_args" train_parts
+  local dir lang from files distil_files distil layers configs cuts start=() inputs=() train_parts
+  local train_args="$train_args $tune_args"
   train_parts=$(tune_parts "$2")
-  local cuts
   cuts_of "$train_parts"
   dir=$(system_dir "$1" "$2" "$3") lang=$(lang_dir)
   options_of "$1"
-  conf_files "${files[@]}" tuned
-  [[ ! -f ${config%.yaml}_tuned_$2.yaml ]] || configs+=("${config%.yaml}_tuned_$2.yaml")
+  layers=("${files[@]}" tuned)
+  [[ ! -f ${config%.yaml}_tuned_$2.yaml ]] || layers+=("tuned_$2")
   case $from in
-    teacher) start=(--init-from "$(teacher_dir)") inputs=("${teacher_files[@]}") ;;
+    teacher) layers+=(teacher) start=(--init-from "$(teacher_dir)") inputs=("${teacher_files[@]}") ;;
     distil) start=(--init-from "$exp_dir/distil-$1") inputs=("$exp_dir/distil-$1/train_summary.json") ;;
     *)
-      conf_files "${files[@]}" tuned scratch
+      layers+=(scratch)
       [[ $1 != fbank-* ]] || start=(--cmvn "$cmvn") inputs=("$cmvn")
       ;;
   esac
+  conf_files "${layers[@]}"
   begin --name "$1-$2-seed$3" --option train_args train_parts valid_parts "options=${start[*]}" \
     --input "${configs[@]}" "${cuts[@]}" "$lang/tokenizer.json" "${inputs[@]}" --output "$dir/train_summary.json" || return 0
   train_in "$dir" "${configs[@]/#/--config=}" --system hubert --seed "$3" --lang-dir "$lang" "${start[@]}"
@@ -252,8 +273,8 @@ stage_2_cmvn() { # Mean and deviation of log-mel features
   local cuts
   [[ " $systems " == *" fbank-"* ]] || return 0
   cuts_of "$ssl_parts"
-  begin --input "${cuts[@]}" --output "$cmvn" --code icefall_kd/data/features.py || return 0
-  python3 ../../local/compute_cmvn.py --cuts "$(commas "${cuts[@]}")" --out "$cmvn"
+  begin --input "${cuts[@]}" --output "$cmvn" --code icefall_kd/data/features.py icefall_kd/data/cmvn.py || return 0
+  python3 ../../local/compute_cmvn.py --manifest-dir "$data_dir/$kind" --parts "$ssl_parts" --out "$cmvn"
 }
 
 stage_3_distil() { # Distil every student
@@ -261,15 +282,19 @@ stage_3_distil() { # Distil every student
 }
 
 stage_4_hours() { # Choose the transcripts of fine-tuning
-  local amount some=()
+  local amount cuts some=() files=()
   for amount in $hours; do
     [[ $amount == all ]] || some+=("$amount")
   done
   ((${#some[@]})) || return 0
-  begin --option teacher_seed "hours=${some[*]}" --input "${train_cuts[@]}" \
-    --output "${some[@]/#/$data_dir/$kind/cuts_train-}" || return 0
-  python3 ../../local/select_hours.py --cuts "$cuts_list" --out-dir "$data_dir/$kind" --hours "$(commas "${some[@]}")" \
-    --seed "$teacher_seed"
+  cuts_of "$hours_part"
+  for amount in "${some[@]}"; do
+    files+=("$data_dir/$kind/cuts_${hours_part}_$amount.jsonl.gz")
+  done
+  begin --name "$hours_part" --option teacher_seed "hours=${some[*]}" --input "${cuts[@]}" --output "${files[@]}" \
+    --code icefall_kd/data/hours.py || return 0
+  python3 ../../local/select_hours.py --manifest-dir "$data_dir/$kind" --part "$hours_part" \
+    --hours "$(commas "${some[@]}")" --seed "$teacher_seed"
 }
 
 stage_5_tune() { # Fine-tune every system with each amount of transcripts
