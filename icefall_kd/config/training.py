@@ -10,6 +10,7 @@ from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.hubert_kd import HubertKdConfig
+from icefall_kd.config.hubert_ssl import HubertSslConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
@@ -174,6 +175,7 @@ class TrainConfig:
     dual: DualConfig = DualConfig()
     ssl: SslConfig = SslConfig()
     hubert: HubertConfig = HubertConfig()
+    hubert_ssl: HubertSslConfig = HubertSslConfig()
     hubert_kd: HubertKdConfig = HubertKdConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()

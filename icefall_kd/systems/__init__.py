@@ -31,4 +31,5 @@ def build_system(config: TrainConfig, vocab_size: int, inference: bool = False) 
     if not inference and config.system != "hubert":
         refuse_options(config.hubert, "hubert")
         refuse_options(config.hubert_kd, "hubert --objective distil")
+        refuse_options(config.hubert_ssl, "hubert --objective ssl")
     return SYSTEMS[config.system](config, vocab_size, inference)

@@ -18,6 +18,7 @@ from icefall_kd.models.hubert import HubertEncoder
 from icefall_kd.systems.asr import TransducerSystem
 from icefall_kd.systems.base import System
 from icefall_kd.systems.hubert_distil import build_distil
+from icefall_kd.systems.hubert_ssl import build_hubert_ssl
 
 
 def make_encoder(config: TrainConfig, new: bool) -> HubertEncoder:
@@ -76,7 +77,12 @@ def build_hubert(config: TrainConfig, vocab_size: int, inference: bool = False) 
             refuse_options(group, "nar")
         for group in (config.cif, config.text_kd):
             refuse_options(group, "hkd")
+        if config.objective != "ssl":
+            refuse_options(config.hubert_ssl, "hubert --objective ssl")
+        if config.objective != "distil":
+            refuse_options(config.hubert_kd, "hubert --objective distil")
         if config.objective == "distil":
             return build_distil(config, make_encoder(config, new=config.loop.init_from is None))
-        refuse_options(config.hubert_kd, "hubert --objective distil")
+        if config.objective == "ssl":
+            return build_hubert_ssl(config, make_encoder(config, new=config.loop.init_from is None))
     return HubertAsrSystem(config, vocab_size, new=not inference and config.loop.init_from is None)
