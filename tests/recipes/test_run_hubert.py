@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from recipe_copy import PREPARED, RecipeCopy
+from recipe_copy import PREPARED, REPO, RecipeCopy
 
 from icefall_kd.cli import parse_config
 from icefall_kd.config import TrainConfig
+from icefall_kd.models.hubert import HubertShape
 
 # Structure, front end, weights of states and clusters (None: no teacher), whether the front end learns alone at first.
 SYSTEMS = {
@@ -144,3 +145,26 @@ def test_a_wrong_system_amount_or_config_is_told_before_anything_runs(recipe):
     assert started == [] and "--systems names tall; there are teacher, scratch" in log
     started, log = recipe.run("--hours", "ten", code=2)
     assert started == [] and "--hours names ten" in log
+
+
+@pytest.mark.parametrize("recipe", ["librispeech", "aishell"])
+@pytest.mark.parametrize("name", ["hubert", "hubert_demo"])
+def test_the_options_of_both_recipes_and_their_demos_fit_together(recipe, name):
+    conf = REPO / "egs" / recipe / "conf"
+
+    def options(objective, *layers):
+        files = [conf / f"{name}_{layer}.yaml" for layer in layers]
+        files = [file if file.is_file() else conf / f"hubert_{file.name.removeprefix(f'{name}_')}" for file in files]
+        words = [f"--config={file}" for file in (conf / f"{name}.yaml", *files)]
+        return parse_config(TrainConfig, [*words, "--system", "hubert", "--objective", objective])
+
+    teacher = options("ssl", "base", "ssl")
+    for layers, more in {("deep",): "deep_distil", ("wide",): "wide_distil", ("deep", "fbank"): "fbank_distil"}.items():
+        student = options("distil", *layers, "distil", more)
+        for tuned in (options("asr", *layers, "tuned"), options("asr", *layers, "tuned", "scratch")):
+            assert (tuned.model, tuned.hubert) == (student.model, student.hubert)
+        shapes = [HubertShape.from_config(config.model, config.hubert) for config in (teacher, student)]
+        # Layer by layer, each has one to learn from; what starts from the teacher has its width.
+        assert student.hubert_kd.kd_heads == "expand_last" or shapes[0].num_layers == shapes[1].num_layers
+        assert layers != ("wide",) or (shapes[0].dim, shapes[0].num_heads) == (shapes[1].dim, shapes[1].num_heads)
+        assert max(student.hubert_kd.teacher_layers or [1]) <= shapes[0].num_layers
