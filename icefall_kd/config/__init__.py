@@ -11,11 +11,14 @@ from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfi
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.hubert_asr import HubertAsrConfig
+from icefall_kd.config.hubert_kd import HubertKdConfig
+from icefall_kd.config.hubert_ssl import HubertSslConfig
 from icefall_kd.config.labels import (
     ExtractConfig,
     ExtractLayersConfig,
     ExtractTextConfig,
     ImportConfig,
+    KmeansConfig,
     LanguageModelConfig,
     LayersConfig,
     QuantizerConfig,
@@ -43,9 +46,12 @@ __all__ = [
     "ExtractTextConfig",
     "HubertAsrConfig",
     "HubertConfig",
+    "HubertKdConfig",
+    "HubertSslConfig",
     "ImportConfig",
     "Kd",
     "KdConfig",
+    "KmeansConfig",
     "LanguageModelConfig",
     "LayersConfig",
     "LoopConfig",

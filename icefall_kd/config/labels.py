@@ -14,7 +14,8 @@ class TeacherConfig:
 
     teacher: str = "whisper-tiny.en"
     """Hub id, local folder (transformers or CTranslate2 Whisper), state dict of fairseq or torchaudio, an exp_dir of
-    ours, FILE.py:CLASS, or the name of a pip-supplied model (whisper-tiny.en, whisper-base)."""
+    ours, FILE.py:CLASS, the name of a pip-supplied model (whisper-tiny.en, whisper-base), or mfcc: no model, but 13
+    MFCC with differences every 20 ms."""
     layer: int = -1
     """Transformer block whose output is taken, 1-based; -1: the last block."""
     normalize_embeddings: bool = False
@@ -51,7 +52,32 @@ class QuantizerConfig:
     """Start from k-means in balanced subspaces of the data, or from random numbers, as multi_quantization does."""
 
 
-LabelKind = Literal["codebook_indexes", "embeddings", "ctc_posteriors", "token_posteriors", "nbest"]
+@dataclass(frozen=True, kw_only=True)
+class KmeansConfig:
+    """k-means of a teacher's embeddings: HuBERT's clusters.  Where it says fairseq, the default is that code's."""
+
+    num_clusters: int = 100
+    """Clusters K: 100 of MFCC, 500 of a layer of the first model, in the paper."""
+    kmeans_utts: int = 1000
+    """Utterances of the training sample, drawn with the seed, stratified by duration."""
+    kmeans_seed: int = 42
+    """Seed of sample and initialisation."""
+    kmeans_batch: int = 10000
+    """Frames of a mini-batch (fairseq)."""
+    kmeans_passes: int = 100
+    """Passes over the frames, at most (fairseq); it ends when 100 mini-batches in a row bring nothing."""
+    kmeans_inits: int = 20
+    """Initialisations by k-means++ that are tried (fairseq)."""
+
+    def __post_init__(self) -> None:
+        at_least(self, num_clusters=2, kmeans_utts=1, kmeans_batch=1, kmeans_passes=1, kmeans_inits=1)
+        if self.num_clusters > 65536:
+            raise ConfigError(f"--num-clusters is {self.num_clusters}; a cluster's number must fit two bytes (65536)")
+
+
+LabelKind = Literal["codebook_indexes", "clusters", "embeddings", "ctc_posteriors", "token_posteriors", "nbest"]
+# Kinds made of embeddings by what --quantizer names.
+QUANTIZED = ("codebook_indexes", "clusters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +89,11 @@ class ExtractConfig:
     label_dir: Path
     """Folder of the label set."""
     kind: LabelKind = "codebook_indexes"
-    """Codes of a quantizer, or the embeddings themselves; of a recogniser that this project trained (--system nar
-    --attention-decoder ar): posteriors of its CTC head or of its decoder along the transcript, or its n-best."""
+    """Codes of a quantizer, clusters of k-means, or the embeddings themselves; of a recogniser that this project
+    trained (--system nar --attention-decoder ar): posteriors of its CTC head or of its decoder along the transcript, or
+    its n-best."""
     quantizer: Path | None = None
-    """Quantizer file; needed for codebook_indexes."""
+    """Quantizer file (local/train_quantizer.py), needed for codebook_indexes, or clusters (local/train_kmeans.py)."""
     refine_iters: int = 5
     """Refinement searches of the quantizer."""
     embeddings_dtype: Literal["float16", "float32"] = "float16"
@@ -77,6 +104,8 @@ class ExtractConfig:
     """nbest: hypotheses kept of each utterance, at most."""
     nbest_beam_size: int = 10
     """nbest: beam of the teacher's joint CTC/attention search."""
+    pieces: float | None = None
+    """Label pieces of at most so many seconds, as a training with this --crop-duration hears them; None: utterances."""
     shard: int = 0
     """Which shard to extract, from 0."""
     num_shards: int = 1
@@ -94,11 +123,11 @@ class ExtractConfig:
     teacher: TeacherConfig = TeacherConfig()
 
     def __post_init__(self) -> None:
-        if self.kind == "codebook_indexes" and self.quantizer is None:
-            raise ConfigError("--kind codebook_indexes needs --quantizer FILE (or choose --kind embeddings)")
+        if self.kind in QUANTIZED and self.quantizer is None:
+            raise ConfigError(f"--kind {self.kind} needs --quantizer FILE (or choose --kind embeddings)")
         if not 0 <= self.shard < self.num_shards:
             raise ConfigError(f"--shard is {self.shard}; with --num-shards {self.num_shards} it runs from 0")
-        at_least(self, top_k=1, nbest_size=1, nbest_beam_size=1)
+        at_least(self, top_k=1, nbest_size=1, nbest_beam_size=1, pieces=0.5)
         if self.part_utterances < 1 or self.extract_max_duration <= 0 or self.load_workers < 1:
             raise ConfigError("--part-utterances, --extract-max-duration and --load-workers must be positive")
 
@@ -119,9 +148,9 @@ class ExtractLayersConfig(ExtractConfig):
     """Folder of the label set of each layer or kind, several as a,b."""
     kind: list[LabelKind] = field(default_factory=lambda: ["codebook_indexes"])
     """One kind of all label sets, or, of a recogniser, one for each: ctc_posteriors,token_posteriors,nbest,embeddings.
-    codebook_indexes are codes of a quantizer."""
+    codebook_indexes are codes of a quantizer, clusters those of k-means."""
     quantizer: list[Path] = field(default_factory=list)
-    """Quantizer file of each layer; needed for codebook_indexes."""
+    """Quantizer file of each layer; needed for codebook_indexes and clusters."""
     teacher: LayersConfig = LayersConfig()
 
     def __post_init__(self) -> None:
@@ -135,21 +164,21 @@ class ExtractLayersConfig(ExtractConfig):
         """
         kinds, layers, quantizers = self.kind, self.teacher.layer, self.quantizer
         if len(kinds) != 1:
-            if "codebook_indexes" in kinds or len(layers) > 1:
+            if set(QUANTIZED) & set(kinds) or len(layers) > 1:
                 raise ConfigError(
                     f"--kind {','.join(kinds)}: several kinds come from the heads and the last layer of one "
-                    "recogniser; extract codebook_indexes and other layers in a run of their own"
+                    "recogniser; extract codebook_indexes, clusters and other layers in a run of their own"
                 )
             layers = layers * len(kinds)
         else:
             kinds = kinds * len(layers)
-        if not quantizers and "codebook_indexes" not in kinds:
+        if not quantizers and not set(QUANTIZED) & set(kinds):
             quantizers = [None] * len(layers)
         if not len(layers) == len(self.label_dir) == len(quantizers) or not layers:
             raise ConfigError(
                 f"--kind and --layer name {len(layers)} layers, --label-dir {len(self.label_dir)} folders, --quantizer "
                 f"{len(self.quantizer)} files; give one of each for every label set (a,b), no quantizers for other "
-                "kinds than codebook_indexes"
+                f"kinds than {' and '.join(QUANTIZED)}"
             )
         if len({folder.resolve() for folder in self.label_dir}) < len(self.label_dir):
             raise ConfigError(f"--label-dir names one folder twice: {', '.join(map(str, self.label_dir))}")

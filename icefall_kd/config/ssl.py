@@ -1,4 +1,4 @@
-"""Options of self-supervised training: --system dualmode --objective ssl."""
+"""Options of self-supervised training (--objective ssl) and of the front ends that hear samples."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,8 @@ from icefall_kd.errors import ConfigError
 class SslConfig:
     """Masked prediction of quantised speech, wav2vec 2.0 (--objective ssl); defaults are its BASE model's.
 
-    A recogniser (--objective asr) has of these the front end that hears samples.
+    A recogniser (--objective asr) has of these the front end that hears samples; HuBERT's masked prediction front end,
+    mask, penalty and pieces.
     """
 
     front_end: Literal["fbank", "waveform"] = "fbank"

@@ -10,6 +10,8 @@ from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.hubert_asr import HubertAsrConfig
+from icefall_kd.config.hubert_kd import HubertKdConfig
+from icefall_kd.config.hubert_ssl import HubertSslConfig
 from icefall_kd.config.labels import TeacherConfig
 from icefall_kd.config.model import ModelConfig
 from icefall_kd.config.nar import AttentionDecoderConfig, RecogniserKdConfig, TransferConfig
@@ -190,6 +192,8 @@ class TrainConfig:
     ssl: SslConfig = SslConfig()
     hubert: HubertConfig = HubertConfig()
     hubert_asr: HubertAsrConfig = HubertAsrConfig()
+    hubert_ssl: HubertSslConfig = HubertSslConfig()
+    hubert_kd: HubertKdConfig = HubertKdConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()

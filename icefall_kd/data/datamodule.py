@@ -136,7 +136,7 @@ class CutBatches(Dataset):
         seed: int = 0,
         tail_padding: float = 0.0,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tokens = tokenizer, tokenizer.tokens if tokenizer else []
         self.tail_padding = tail_padding
         self.extractor = FbankExtractor() if features == "on_the_fly" else None
         self.spec_aug = FeatureAugment(augment) if augment is not None and augment.spec_aug else None
@@ -190,7 +190,7 @@ class CutBatches(Dataset):
                     store, texts, [len(i) for i in ids], self.tokenizer, self.text_alignment, self.label_all
                 )
                 if store.info.key_kind == "text"
-                else read_labels(store, clean, keys, frames, ids, self.tokenizer.tokens, self.label_all)
+                else read_labels(store, clean, keys, frames, ids or [[]] * len(clean), self.tokens, self.label_all)
                 for name, store in self.stores.items()
             },
             durations=[cut.duration for cut in clean],
@@ -252,6 +252,7 @@ class DataModule:
         text_alignment: Unit = "token",
         with_audio: bool = False,
         own_audio: bool = False,
+        own_labels: bool = False,
         transducer: bool = True,
         ctc: bool = True,
         end_token: bool = False,
@@ -268,6 +269,7 @@ class DataModule:
             label_specs, min_coverage, text_alignment: teacher labels, and how they meet the utterances.
             with_audio: whether training batches hold audio.
             own_audio: whether those of validation do, too: for a model that hears samples itself.
+            own_labels: whether they hold the teacher's labels, too: for a model that learns from these alone.
             transducer, ctc, end_token, num_encoder_frames, min_encoder_frames: of filters.filter_cuts.
             crop_duration: longer utterances are cut into equal pieces of at most so many seconds; None: not.
             seed: of shuffling and augmentation.
@@ -304,10 +306,13 @@ class DataModule:
         kinds = {spec.name: spec.kind for spec in label_specs}
         self.text_coverage: dict | None = None  # how the training's texts meet a language model's states
         for name, store in self.stores.items():
-            wanted = {"kind": kinds[name], "tokenizer_hash": tokenizer.hash}
+            wanted = {"kind": kinds[name], "tokenizer_hash": tokenizer.hash if tokenizer else None}
             check_label_compat(store.info, str(store.path), time_warp_factor=warp, **wanted)
             keys = (key_of(cut, store.info.key_kind) for cut in self.train_cuts)
             logger.info("labels %s: %s", name, store.join(keys, min_coverage=min_coverage))
+            if own_labels:
+                keys = (key_of(cut, store.info.key_kind) for cut in self.valid_cuts)
+                logger.info("labels %s of validation: %s", name, store.join(keys, min_coverage=min_coverage))
             if store.info.key_kind == "text":
                 self._report_alignment(name, store, text_alignment)
         self.train_data = CutBatches(
@@ -319,7 +324,8 @@ class DataModule:
             with_audio=with_audio,
             seed=seed,
         )
-        self.valid_data = CutBatches(tokenizer, features=config.features, with_audio=own_audio)
+        labels = {"stores": self.stores} if own_labels else {}
+        self.valid_data = CutBatches(tokenizer, features=config.features, with_audio=own_audio, **labels)
         hours = sum(cut.duration for cut in self.train_cuts) / 3600
         logger.info(
             "training on %d utterances, %.2f h (%d left out by the filters), validating on %d",

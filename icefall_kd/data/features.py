@@ -179,6 +179,33 @@ def snipped_fbank(audio: Tensor) -> Tensor:
     return _snipped(audio.device)(audio)
 
 
+@functools.cache
+def _snipped_mfcc(device: torch.device) -> torch.nn.Module:
+    """Return lhotse's batched MFCC of whole windows on a device, with Kaldi's default options."""
+    from lhotse.features.kaldi.layers import Wav2MFCC
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return (
+            Wav2MFCC(sampling_rate=16000, num_ceps=13, low_freq=20.0, high_freq=0.0, snip_edges=True).eval().to(device)
+        )
+
+
+def snipped_mfcc(audio: Tensor) -> Tensor:
+    """Return 13 MFCC of whole windows only, on the audio's device: 25 ms every 10 ms, 23 mel bins, no dither.
+
+    Args:
+        audio: (N, S) float32 samples at 16 kHz in [-1, 1].
+    Returns:
+        (N, F, 13) float32, F = frames.FBANK_SNIPPED.num_frames(S).
+    Raises:
+        DataError: S is less than one window of 400 samples.
+    """
+    if audio.shape[1] < 400:
+        raise DataError(f"a batch of {audio.shape[1]} samples gives no frame; utterances need 400")
+    return _snipped_mfcc(audio.device)(audio)
+
+
 def _make_lhotse(sampling_rate: int):
     extractor = lhotse.Fbank(lhotse.FbankConfig(sampling_rate=sampling_rate, **_OPTIONS))
     return lambda wave: extractor.extract(wave, sampling_rate)

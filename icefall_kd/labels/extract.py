@@ -22,16 +22,18 @@ from torch import Tensor
 
 from icefall_kd.config import ExtractConfig
 from icefall_kd.data.batch import Batch
+from icefall_kd.data.filters import cut_into_pieces
 from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.data.transcripts import pad_tokens, transcript
 from icefall_kd.errors import DataError
 from icefall_kd.labels.audio import clean_audio
-from icefall_kd.labels.formats import RowMaker, row_maker, set_info
+from icefall_kd.labels.formats import RowMaker, load_quantizer, row_maker, set_info
 from icefall_kd.labels.info import RECOGNISER_ROWS
 from icefall_kd.labels.keys import CorpusFingerprint, cut_text, label_key, speech_track, two_texts
 from icefall_kd.labels.parts import ExtractReport, PartedShard
 from icefall_kd.labels.shard import key_hash
 from icefall_kd.labels.store import LabelStore, shard_of
+from icefall_kd.quantization.clusters import Clusters
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.runtime.files import fingerprint
 from icefall_kd.runtime.log import Progress
@@ -57,7 +59,7 @@ class _Loaded:
 
 
 def extract_labels(
-    config: ExtractConfig, teacher: Teacher | None = None, quantizer: Quantizer | None = None
+    config: ExtractConfig, teacher: Teacher | None = None, quantizer: Quantizer | Clusters | None = None
 ) -> ExtractReport:
     """Extract one shard of a label set; finished shards and finished parts of this one are kept.
 
@@ -75,7 +77,7 @@ def extract_labels(
 def extract_layers(
     configs: Sequence[ExtractConfig],
     teacher: Teacher | None = None,
-    quantizers: Sequence[Quantizer | None] | None = None,
+    quantizers: Sequence[Quantizer | Clusters | None] | None = None,
 ) -> list[ExtractReport]:
     """Extract one shard of several label sets, each of a layer or output of one teacher, which runs once a batch.
 
@@ -129,7 +131,8 @@ def _plan(config: ExtractConfig, sampling_rate: int) -> tuple[list[_Item], str]:
     """Read the cuts once: the utterances of this shard by duration, and the fingerprint of the whole corpus."""
     corpus, items = CorpusFingerprint(), {}
     for path in config.cuts:
-        for cut in iterate_cuts(Path(path)):
+        cuts = iterate_cuts(Path(path))
+        for cut in cuts if config.pieces is None else cut_into_pieces(cuts, config.pieces):
             key = label_key(cut)
             corpus.add(key, cut)
             if shard_of(key_hash(key), config.num_shards) == config.shard:
@@ -152,10 +155,9 @@ class _Target:
 
     @classmethod
     def create(
-        cls, config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, corpus: str, array: str
+        cls, config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | Clusters | None, corpus: str, array: str
     ) -> "_Target":
-        if quantizer is None and config.quantizer is not None:
-            quantizer = Quantizer.load(config.quantizer)
+        quantizer = quantizer if quantizer is not None else load_quantizer(config)
         layer = int(array.removeprefix("layer")) if array.startswith("layer") else None
         store = LabelStore.create(config.label_dir, set_info(config, teacher, quantizer, corpus, layer))
         shard = PartedShard(store, config.shard, config.num_shards, config.max_reject_ratio)

@@ -9,6 +9,7 @@ from torch import Tensor
 from icefall_kd.config import ExtractConfig
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import RECOGNISER_ROWS, LabelSetInfo
+from icefall_kd.quantization.clusters import Clusters
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.teachers.base import Teacher
 
@@ -19,7 +20,11 @@ _FLOAT16_MAX = 65504.0
 
 
 def set_info(
-    config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, corpus: str, layer: int | None = None
+    config: ExtractConfig,
+    teacher: Teacher,
+    quantizer: Quantizer | Clusters | None,
+    corpus: str,
+    layer: int | None = None,
 ) -> LabelSetInfo:
     """Return the provenance of the label set that ``config`` describes, of the teacher's own or another layer.
 
@@ -56,7 +61,14 @@ def set_info(
     )
 
 
-def _values(config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None, stated: dict) -> dict:
+def load_quantizer(config: ExtractConfig) -> Quantizer | Clusters | None:
+    """Read what turns embeddings into labels of the kind of ``config``; None: nothing does."""
+    if config.quantizer is None:
+        return None
+    return (Clusters if config.kind == "clusters" else Quantizer).load(config.quantizer)
+
+
+def _values(config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | Clusters | None, stated: dict) -> dict:
     """Return dtype, width and what belongs to the kind; a recogniser's kinds say more in ``stated``."""
     if config.kind in RECOGNISER_ROWS:
         if not hasattr(teacher, "row_format"):
@@ -72,22 +84,23 @@ def _values(config: ExtractConfig, teacher: Teacher, quantizer: Quantizer | None
     if quantizer.dim != teacher.dim:
         raise ConfigError(f"the quantizer is for embeddings of {quantizer.dim}, the teacher's have {teacher.dim}")
     quantizer.check_teacher(stated)
-    return {
-        "dtype": "uint8",
+    made = {
         "width": quantizer.num_codebooks,
         "num_codebooks": quantizer.num_codebooks,
         "codebook_size": quantizer.codebook_size,
         "quantizer_sha256": quantizer.sha256,
-        "refine_iters": config.refine_iters,
     }
+    if config.kind == "clusters":
+        return {"dtype": "uint16", **made}
+    return {"dtype": "uint8", **made, "refine_iters": config.refine_iters}
 
 
-def row_maker(config: ExtractConfig, quantizer: Quantizer | None, dtype: str) -> RowMaker:
+def row_maker(config: ExtractConfig, quantizer: Quantizer | Clusters | None, dtype: str) -> RowMaker:
     """Return what makes the rows of the label set of ``config``.
 
     Args:
         config: its kind and options.
-        quantizer: of codebook_indexes.
+        quantizer: of codebook_indexes or clusters.
         dtype: type of the set.
     """
     if config.kind == "codebook_indexes":
@@ -96,6 +109,11 @@ def row_maker(config: ExtractConfig, quantizer: Quantizer | None, dtype: str) ->
         def convert(joined: Tensor) -> np.ndarray:
             quantizer.to(joined.device)
             return quantizer.encode(joined, refine_iters=config.refine_iters).cpu().numpy()
+
+    elif config.kind == "clusters":
+
+        def convert(joined: Tensor) -> np.ndarray:
+            return quantizer.encode(joined).cpu().numpy().astype(dtype)
 
     else:
 

@@ -29,12 +29,13 @@ class LabelSetInfo:
     """Where the labels of a set come from; the content of ``label_set.json``."""
 
     kind: str
-    """"codebook_indexes", "embeddings", one of a recogniser's: "ctc_posteriors", "token_posteriors", "nbest"; or
-    "text_states"."""
+    """"codebook_indexes", "clusters", "embeddings", one of a recogniser's: "ctc_posteriors", "token_posteriors",
+    "nbest"; or "text_states"."""
     dtype: str
     """Type of the stored values: uint8, float16, float32, ..."""
     width: int
-    """Values a row: Q codes, C channels, or what labels/recogniser.py and labels/text_states.py say of their kinds."""
+    """Values a row: Q codes (1 of clusters), C channels, or what labels/recogniser.py and labels/text_states.py say of
+    their kinds."""
     dim: int
     """Channels C of the teacher's embeddings; 0: unknown (an imported set of codes)."""
     teacher: str
@@ -52,9 +53,9 @@ class LabelSetInfo:
     sampling_rate: int = 16000
     """Samples a second that the teacher heard."""
     num_codebooks: int | None = None
-    """Q of the quantizer; None without one."""
+    """Q of the quantizer; 1 of clusters; None without one."""
     codebook_size: int | None = None
-    """K of the quantizer."""
+    """K of the quantizer, or clusters."""
     quantizer_sha256: str | None = None
     """SHA-256 of the quantizer's tensors."""
     refine_iters: int | None = None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from lhotse.cut import Cut
 
+from icefall_kd.config.labels import QUANTIZED
 from icefall_kd.data.batch import Labels, NBest, TopK
 from icefall_kd.errors import DataError
 from icefall_kd.frames import conv2d_subsampled_len
@@ -55,7 +56,7 @@ def read_labels(
             rows = _made_up(store.info, cut, ids)
         arrays.append(rows)
     info = store.info
-    if info.kind == "codebook_indexes":
+    if info.kind in QUANTIZED:
         return collate_codes(arrays, info.num_codebooks)
     if info.kind == "nbest":
         return collate_nbest([None if rows is None else unpack_nbest(rows) for rows in arrays])

@@ -183,7 +183,10 @@ def collate_nbest(lists: Sequence[Hypotheses | None]) -> NBest:
 
 
 def content_problem(info: LabelSetInfo, rows: np.ndarray) -> str | None:
-    """Return what rows of a recogniser's labels say that cannot be, or None; other kinds may hold any values."""
+    """Return what rows of a recogniser's labels or clusters say that cannot be, or None; others may hold any values."""
+    if info.kind == "clusters":
+        wrong = rows.size and rows.max() >= info.codebook_size
+        return f"cluster {rows.max()}, there are {info.codebook_size}" if wrong else None
     if info.kind == "nbest":
         return _nbest_problem(rows, info.extra["vocab_size"])
     if not info.kind.endswith("_posteriors"):

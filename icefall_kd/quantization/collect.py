@@ -88,8 +88,8 @@ class Frames:
     """Hours of audio that the teacher processed in an hour."""
 
 
-def draw_sample(paths: Sequence[Path], config: QuantizerConfig) -> Sample:
-    """Draw the training utterances of a quantizer from cut sets (see :func:`sample_utterances`)."""
+def draw_sample(paths: Sequence[Path], count: int, seed: int) -> Sample:
+    """Draw ``count`` training utterances of a quantizer from cut sets (see :func:`sample_utterances`)."""
     pool: dict[str, tuple[Candidate, MonoCut]] = {}
     seconds = 0.0
     for path in paths:
@@ -101,7 +101,7 @@ def draw_sample(paths: Sequence[Path], config: QuantizerConfig) -> Sample:
             perturbed = candidate(speech).perturbed or parse_key(key).speed != 1
             if not perturbed:
                 pool.setdefault(key, (Candidate(key, speech.duration), speech))
-    keys = sample_utterances((entry for entry, _ in pool.values()), config.quantizer_utts, config.quantizer_seed)
+    keys = sample_utterances((entry for entry, _ in pool.values()), count, seed)
     return Sample({key: pool[key][1] for key in keys}, seconds / 3600)
 
 
@@ -187,7 +187,7 @@ def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None
     teacher = teacher if teacher is not None else build_teacher(config.teacher)
     if teacher.max_samples is not None and config.teacher.long_utterances == "window":
         teacher = WindowedTeacher(teacher)
-    sample = draw_sample(config.cuts, config.quantizer)
+    sample = draw_sample(config.cuts, config.quantizer.quantizer_utts, config.quantizer.quantizer_seed)
     provenance = json.loads(json.dumps(teacher.provenance()))
     options = asdict(config.quantizer)
     frames_identity = fingerprint([provenance, sample.sha256, config.teacher_max_duration])

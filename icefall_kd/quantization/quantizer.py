@@ -31,6 +31,24 @@ TEACHER_FIELDS = (
 )
 
 
+def check_teacher(trained: dict, provenance: dict, what: str) -> None:
+    """Refuse a teacher whose embeddings something was not trained on.
+
+    Args:
+        trained: provenance of the teacher that it was trained on; {}: unknown, which fits all.
+        provenance: of the teacher in question (teachers/base.py).
+        what: was trained, for the message.
+    Raises:
+        DataError: they differ in one of ``TEACHER_FIELDS``; the message holds both values.
+    """
+    for name in TEACHER_FIELDS:
+        if name in trained and trained[name] != provenance.get(name):
+            raise DataError(
+                f"the {what} was trained on a teacher whose {name} is {trained[name]!r}, this one's is "
+                f"{provenance.get(name)!r}; use that teacher and layer, or train another {what}"
+            )
+
+
 @dataclass(frozen=True)
 class QuantizerLosses:
     """The losses of a batch of frames; scalars, float32."""
@@ -292,11 +310,7 @@ class Quantizer(nn.Module):
         Raises:
             DataError: it differs in one of ``TEACHER_FIELDS``; the message holds both values.
         """
-        trained = self.metadata.get("teacher", {})
-        for name in TEACHER_FIELDS:
-            if name in trained and trained[name] != provenance.get(name):
-                raise DataError(f"the quantizer was trained on a teacher whose {name} is {trained[name]!r}, this one's "
-                                f"is {provenance.get(name)!r}; use that teacher and layer, or train another quantizer")
+        check_teacher(self.metadata.get("teacher", {}), provenance, "quantizer")
 
     def _check_dim(self, x: Tensor) -> None:
         if x.shape[-1] != self.dim:

@@ -35,4 +35,6 @@ def build_system(config: TrainConfig, vocab_size: int, inference: bool = False) 
         elif config.system != "mvq":
             raise ConfigError(f"--encoder hubert with --system {config.system}: it is offered to mvq and hubert alone")
         refuse_options(config.hubert_asr, "hubert")
+        refuse_options(config.hubert_kd, "hubert --objective distil")
+        refuse_options(config.hubert_ssl, "hubert --objective ssl")
     return SYSTEMS[config.system](config, vocab_size, inference)

@@ -97,6 +97,11 @@ class System(nn.Module):
         return False
 
     @property
+    def learns_labels(self) -> bool:
+        """Return whether stored labels are all that it learns: then batches of validation hold them, too."""
+        return False
+
+    @property
     def online_sources(self) -> dict[str, str]:
         """Return hashes of what makes labels in training, by name: a resumed training must find the same."""
         return {}
@@ -128,6 +133,14 @@ class System(nn.Module):
 
     def plan(self, steps: int) -> None:
         """Learn how many steps the training will have."""
+
+    def start(self) -> tuple[dict, object] | None:
+        """Take parameters from elsewhere before the first step of a new training, where the options ask for it.
+
+        Returns:
+            The record and the report of train/transfer.py: initialise; None: nothing was taken.
+        """
+        return None
 
     def frozen(self, step: int) -> Iterable[nn.Parameter]:
         """Return the parameters that do not change at ``step`` (0-based), although a gradient of 0 comes to them.

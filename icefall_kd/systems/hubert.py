@@ -25,7 +25,9 @@ from icefall_kd.models.waveform import WaveformFrontEnd
 from icefall_kd.runtime import dist
 from icefall_kd.systems.asr import TransducerSystem
 from icefall_kd.systems.base import TRAINING_ONLY, LossTerms, System
+from icefall_kd.systems.hubert_distil import build_distil
 from icefall_kd.systems.hubert_encoder import frames_of, make_encoder, refuse_missing_cmvn, seconds_of
+from icefall_kd.systems.hubert_ssl import build_hubert_ssl
 
 logger = logging.getLogger(__name__)
 
@@ -157,5 +159,16 @@ def build_hubert(config: TrainConfig, vocab_size: int, inference: bool = False) 
             refuse_options(group, "nar")
         for group in (config.cif, config.text_kd):
             refuse_options(group, "hkd")
+        if config.objective != "ssl":
+            refuse_options(config.hubert_ssl, "hubert --objective ssl")
+        if config.objective != "distil":
+            refuse_options(config.hubert_kd, "hubert --objective distil")
+        if config.objective == "asr":
+            refuse_options(config.kd, "mvq or of --system hubert --objective distil")
+        else:
+            refuse_options(config.hubert_asr, "hubert --objective asr")
     new = not inference and config.loop.init_from is None
+    if config.objective != "asr" and not inference:
+        build = build_distil if config.objective == "distil" else build_hubert_ssl
+        return build(config, make_encoder(config, new, training=True))
     return HubertAsrSystem(config, vocab_size, new, training=not inference)

@@ -59,7 +59,7 @@ def tap(teacher: Teacher, layers: Sequence[int]) -> list[str]:
 
     Args:
         teacher: it was built for the last of the layers; a teacher can do it that has a method ``tap`` like this.
-        layers: 1-based blocks; -1 is the teacher's own.
+        layers: 1-based blocks; -1 is the teacher's own, 0 the input of the first.
     Raises:
         ConfigError: the teacher gives one layer only, or has no such layer.
     """

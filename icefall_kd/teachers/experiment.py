@@ -1,4 +1,4 @@
-"""Any trained exp_dir of ours as a teacher: one layer of its encoder, 25 frames a second."""
+"""Any trained exp_dir of ours as a teacher: one layer of its encoder, 25 frames a second (HuBERT's: 50)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,14 +63,20 @@ class ExperimentTeacher(PretrainedTeacher):
         self.extractor = extractor or FbankExtractor(sampling_rate=self.sampling_rate)
 
     @classmethod
-    def load(cls, exp_dir: Path, **kwargs) -> "ExperimentTeacher":
+    def load(cls, exp_dir: Path, **kwargs) -> PretrainedTeacher:
         """Load the newest model of an exp_dir, averaged over the last epoch where the training kept averages.
+
+        One of --system hubert is a teacher of its own kind (teachers/hubert.py).
 
         Raises:
             ConfigError: If the training has no encoder of the known kind.
             DataError: If there is no readable checkpoint.
         """
         state, saved, used = load_trained(exp_dir)
+        if saved.get("system") == "hubert":
+            from icefall_kd.teachers.hubert import HubertTeacher
+
+            return HubertTeacher.load(exp_dir, **kwargs)
         encoder_state = {k.removeprefix(ENCODER_PREFIX): v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
         if not encoder_state:
             raise ConfigError(f"teacher {exp_dir}: no parameters named {ENCODER_PREFIX}*; this training has no encoder")

@@ -7,7 +7,7 @@ from icefall_kd.config import TeacherConfig
 from icefall_kd.errors import ConfigError
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import read_json
-from icefall_kd.teachers import ctranslate2, own
+from icefall_kd.teachers import ctranslate2, mfcc, own
 from icefall_kd.teachers.base import Teacher
 from icefall_kd.teachers.locate import Located, locate
 from icefall_kd.teachers.pretrained import Precision
@@ -85,6 +85,8 @@ def build(cfg: TeacherConfig) -> Teacher:
         return ExperimentTeacher.load(
             Path(cfg.teacher), layer=cfg.layer, normalize_embeddings=cfg.normalize_embeddings, precision=precision
         )
+    if cfg.teacher == mfcc.NAME:
+        return mfcc.MfccTeacher.build(cfg)
     if own.is_own(cfg.teacher):
         teacher: Teacher = own.load(cfg)
     else:

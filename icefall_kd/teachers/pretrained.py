@@ -141,8 +141,12 @@ class PretrainedTeacher:
         return TeacherOutput(arrays=arrays, lens=dict.fromkeys(arrays, lens))
 
     def tap(self, layers: Sequence[int]) -> list[str]:
-        """Make one pass give several layers, up to this teacher's own; see :func:`icefall_kd.teachers.base.tap`."""
-        layers = [pick_layer(n, self.layer, f"teacher {self.identity.get('teacher')}, cut there,") for n in layers]
+        """Make one pass give several layers, up to this teacher's own; see :func:`icefall_kd.teachers.base.tap`.
+
+        Layer 0 is the input of the first block: of HuBERT, behind positional convolution and LayerNorm.
+        """
+        name = f"teacher {self.identity.get('teacher')}, cut there,"
+        layers = [n if n == 0 else pick_layer(n, self.layer, name) for n in layers]
         self._arrays |= {n: f"layer{n}" for n in layers if n != self.layer}
         return [self._arrays[n] for n in layers]
 
@@ -154,8 +158,10 @@ class PretrainedTeacher:
         def keep(layer: int, output) -> None:
             kept[layer] = output if isinstance(output, Tensor) else output[0]
 
-        others = [n for n in self._arrays if n != self.layer]
+        others = [n for n in self._arrays if n not in (0, self.layer)]
         hooks = [self._blocks[n - 1].register_forward_hook(lambda _, __, out, n=n: keep(n, out)) for n in others]
+        if 0 in self._arrays:
+            hooks.append(self._blocks[0].register_forward_pre_hook(lambda _, args: keep(0, args)))
         try:
             yield kept
         finally:

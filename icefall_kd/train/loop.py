@@ -238,10 +238,12 @@ class _Trainer:
                     f"--{given[0].replace('_', '-')} says what is taken of --init-from, which is not given; name the "
                     "other training's exp_dir, or leave it out"
                 )
-            return
-        self.state.init, self.transfer = initialise(
-            self.system, self.loop.init_from, self.config.transfer, self.tokenizer_hash
-        )
+            found = self.system.start()
+            if found is None:
+                return
+        else:
+            found = initialise(self.system, self.loop.init_from, self.config.transfer, self.tokenizer_hash)
+        self.state.init, self.transfer = found
         self.stepper.build_optimizer()
         if self.average is not None:
             self.average = RunningAverage(self.system, self.loop.average_period)

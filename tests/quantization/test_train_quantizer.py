@@ -82,7 +82,7 @@ def test_quantizer_report_and_list_are_written_and_kept(config):
     assert quantizer.metadata["teacher"] == teacher.provenance()
     keys = config.out.with_suffix(".utterances.txt").read_text().split()
     assert len(keys) == 8 and all(key.endswith("|1/1") for key in keys)
-    sample = draw_sample(config.cuts, config.quantizer)
+    sample = draw_sample(config.cuts, config.quantizer.quantizer_utts, config.quantizer.quantizer_seed)
     assert keys == list(sample.cuts) and quantizer.metadata["utterances_sha256"] == sample.sha256
     assert keys == [label_key(cut) for cut in sample.cuts.values()]
     seconds = sum(cut.duration for cut in CutSet.from_file(config.cuts[0]))
@@ -118,7 +118,7 @@ def test_a_killed_run_does_not_extract_again_and_ends_the_same(config, monkeypat
 
 
 def test_an_unreadable_utterance_is_left_out_and_nothing_readable_is_an_error(config, tmp_path, caplog):
-    sample = draw_sample(config.cuts, config.quantizer)
+    sample = draw_sample(config.cuts, config.quantizer.quantizer_utts, config.quantizer.quantizer_seed)
     (tmp_path / f"{next(iter(sample.cuts.values())).id}.wav").write_bytes(b"no audio")
     train_quantizer(config, SpectrumTeacher())
     assert "left out of the sample" in caplog.text
