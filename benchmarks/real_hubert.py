@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""Run run_hubert.sh on small sets of real recordings, one result file a fine-tuning; finished ones are skipped.
+
+    benchmarks/real_hubert.py --data-root DIR --seeds 1                       all systems, one seed of each bed
+    benchmarks/real_hubert.py --data-root DIR --seeds 2,3 --beds hubert_digits
+    benchmarks/real_hubert.py --compare true                                  comparisons and tables of what is there
+
+DIR is that of real_recordings.py.  One teacher is pre-trained, and one student of each kind distilled, on the audio of
+the training parts of the digits, of barista and of the LibriSpeech slice; all beds, amounts of transcripts and seeds
+share them.  A system is a word of run_hubert.sh and an amount.  Every number is one of a small bed, reported on dev.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import chains
+from real_dualmode import HEARD, corpus_of, data_dir
+from real_recordings import REPO, run_command, without_machine_paths
+
+from icefall_kd.cli import parse_config
+from icefall_kd.config.checks import at_least
+from icefall_kd.errors import run_main
+from icefall_kd.results_table import markdown_table
+from icefall_kd.runtime.env import environment
+from icefall_kd.runtime.files import read_json
+from icefall_kd.runtime.log import setup_logging
+
+# Words of run_hubert.sh; what each is compared with, which has learnt less.
+COMPARED_WITH = {
+    "scratch": None,
+    "deep-reg": "scratch",
+    "deep-both": "deep-reg",
+    "wide-reg": "scratch",
+    "wide-both": "wide-reg",
+    "fbank-scratch": None,
+    "fbank-one": "fbank-scratch",
+    "fbank-two": "fbank-one",
+    "fbank-both": "fbank-two",
+    "teacher": None,
+}
+# Other pairs: structures, front ends, and all that distillation gives.
+PAIRS = [("wide-reg", "deep-reg"), ("deep-both", "fbank-both"), ("deep-reg", "fbank-two"), ("scratch", "deep-both"),
+         ("fbank-scratch", "fbank-both"), ("teacher", "deep-both")]  # fmt: skip
+SEARCH = "ctc_greedy_search"
+TEACHER_SEED = 42
+# The models of the demo, and how long they hear 1.45 h; two pre-trainings, as HuBERT's.
+CONF = "egs/librispeech/conf/hubert_demo.yaml"
+AUDIO_OPTIONS = ["--num-clusters", "50 100", "--cluster-layer", 3, "--ssl-args", "--num-epochs 6"]
+AUDIO_OPTIONS += ["--distil-args", "--num-epochs 4"]
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A set of recordings and how run_hubert.sh is told to use it."""
+
+    seeds: list[int]
+    home: str
+    """Folder of its prepared data under exp_root."""
+    amounts: dict[str, int]
+    """Transcripts of fine-tuning, few and all, and epochs over them."""
+
+    @property
+    def systems(self) -> list[str]:
+        """Return words and amounts, joined."""
+        return [f"{word}-{amount}" for amount in self.amounts for word in COMPARED_WITH]
+
+
+BEDS = {
+    "hubert_digits": Bed([1, 2, 3], "dualmode_digits", {"2min": 50, "all": 8}),
+    "hubert_barista": Bed([1], "barista", {"3min": 50, "all": 10}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealHubertConfig:
+    """Run run_hubert.sh on small sets of real recordings."""
+
+    data_root: Path | None = None
+    """Folder of the recordings."""
+    exp_root: Path = Path("exp/real")
+    """Folder of prepared data and experiments."""
+    beds: list[str] = field(default_factory=lambda: list(BEDS))
+    """Which beds."""
+    systems: list[str] = field(default_factory=lambda: [s for bed in BEDS.values() for s in bed.systems])
+    """Which systems of them."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Which seeds of them."""
+    results: Path = REPO / "benchmarks/results/real_hubert"
+    """Folder of the result files."""
+    report: Path | None = REPO / "RESULTS.md"
+    """Markdown file whose block of results is renewed; None: the tables are only printed."""
+    compare: bool = False
+    """Only compare what is there."""
+    jobs: int = 2
+    """Trainings at the same time; one takes one core."""
+    hubert_args: str = ""
+    """More options of run_hubert.sh, in one string."""
+    commit: bool = False
+    """Commit each result file to git as it comes."""
+
+    def __post_init__(self) -> None:
+        at_least(self, jobs=1)
+        chains.check_choices(self, BEDS)
+
+
+def source_dir(bed: str, config: RealHubertConfig) -> Path:
+    """Return the corpus folder of a bed."""
+    return corpus_of(BEDS[bed].home, config)
+
+
+def audio_dir(config: RealHubertConfig) -> Path:
+    """Return the folder of teacher and students."""
+    return (config.exp_root / "hubert_audio").resolve()
+
+
+def run_line(config: RealHubertConfig, home: str, exp: Path, corpus: Path, *options: object) -> list:
+    """Return a command line of run_hubert.sh over the data of a corpus."""
+    line = ["bash", "egs/librispeech/run_hubert.sh", *HEARD[home][0], "--corpus-dir", corpus]
+    line += ["--data-dir", data_dir(home, config), "--exp-dir", exp, "--nj", 1, "--teacher", "own"]
+    return [*line, "--config", REPO / CONF, *AUDIO_OPTIONS, *config.hubert_args.split(), *options]
+
+
+def recipe_line(config: RealHubertConfig, bed: str, corpus: Path, *options: object) -> list:
+    """Return the command line of run_hubert.sh for a bed."""
+    line = run_line(config, BEDS[bed].home, (config.exp_root / bed).resolve(), corpus)
+    return [*line, "--audio-dir", audio_dir(config), "--teacher-seed", TEACHER_SEED, *options]
+
+
+def prepare_line(config: RealHubertConfig, bed: str, corpus: Path, *options: object) -> list:
+    """Return the command line that makes the data of a bed and chooses its transcripts."""
+    return recipe_line(config, bed, corpus, "--systems", "scratch", "--hours", "all", *options)
+
+
+def teach(config: RealHubertConfig) -> None:
+    """Pre-train the teacher and distil the students that the wanted systems need; keep a result file of each."""
+    wanted = dict.fromkeys(name.rsplit("-", 1)[0] for name in config.systems)
+    words = [w for w in wanted if w not in ("scratch", "fbank-scratch")]
+    students = [w for w in words if w != "teacher"]
+    names = [*(["ssl1", "ssl2"] if words else []), *(f"distil-{w}" for w in students)]
+    if all(audio_file(config, name).exists() for name in names):
+        return
+    corpora = {home: corpus_of(home, config) for home in HEARD}
+    for home, corpus in corpora.items():
+        run_command(run_line(config, home, audio_dir(config), corpus, "--systems", "scratch", "--stop-stage", 0))
+    parts = {"train": [], "valid": []}
+    for home, (_, train, valid) in HEARD.items():
+        parts["train"].append(data_dir(home, config) / f"fbank/cuts_{train}.jsonl.gz")
+        parts["valid"] += [data_dir(home, config) / f"fbank/cuts_{valid}.jsonl.gz"] if valid else []
+    heard, checked = (",".join(map(str, files)) for files in parts.values())
+    options = ["--systems", " ".join(words), "--ssl-parts", heard, "--ssl-valid-parts", checked, "--hours", "all"]
+    options += ["--teacher-seed", TEACHER_SEED, "--train-jobs", config.jobs, "--stage", 1, "--stop-stage", 3]
+    run_command(run_line(config, "dualmode_digits", audio_dir(config), corpora["dualmode_digits"], *options))
+    for name in names:
+        result = without_machine_paths(collect_audio(audio_dir(config) / name, name), config)
+        chains.keep(audio_file(config, name), result, config.commit)
+
+
+def audio_file(config: RealHubertConfig, name: str) -> Path:
+    """Return where the result of a training without transcripts lies."""
+    return config.results / f"hubert_audio_{name}.json"
+
+
+def collect_audio(exp_dir: Path, name: str) -> dict:
+    """Return what the result file of a training without transcripts holds: options, cost, and validations."""
+    lines = (exp_dir / "log" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    ends = ("loss", "acc", "perplexity")
+    figures = [{k: v for k, v in r.items() if k.endswith(ends) or k in ("step", "epoch")} for r in records]
+    kinds = [r["kind"] for r in records]
+    summary = read_json(exp_dir / "train_summary.json")
+    names = ("finished", "epochs", "steps", "seconds", "audio_hours", "audio_hours_per_hour", "peak_memory_gib")
+    return {
+        "bed": "hubert_audio",
+        "system": name,
+        "seed": TEACHER_SEED,
+        "training": {key: summary[key] for key in (*names, "parameters", "device")},
+        "options": read_json(exp_dir / "config.json")["config"],
+        "first": figures[kinds.index("train")],
+        "validations": [f for f, kind in zip(figures, kinds, strict=True) if kind == "valid"],
+        "environment": environment(),
+    }
+
+
+def run_chain(config: RealHubertConfig, bed: str, seed: int, corpus: Path) -> None:
+    """Fine-tune and decode what is missing of a seed."""
+    for system in BEDS[bed].systems:
+        out = chains.result_file(config, bed, system, seed)
+        if out.exists() or system not in config.systems:
+            continue
+        word, amount = system.rsplit("-", 1)
+        options = ["--systems", word, "--hours", amount, "--seeds", seed, "--stage", 5, "--stop-stage", 6]
+        options += ["--tune-args", f"--num-epochs {BEDS[bed].amounts[amount]}"]
+        run_command(recipe_line(config, bed, corpus, *options))
+        exp_dir = (config.exp_root / bed).resolve() / f"{word}-{amount}-seed{seed}"
+        result = without_machine_paths(chains.collect(exp_dir, bed, system, seed), config)
+        chains.keep(out, result, config.commit)
+
+
+def choose_hours(config: RealHubertConfig) -> None:
+    """Choose the transcripts of every bed."""
+    for name in config.beds:
+        bed = BEDS[name]
+        some = " ".join(amount for amount in bed.amounts if amount != "all")
+        options = ["--systems", "scratch", "--hours", some, "--stage", 4, "--stop-stage", 4]
+        run_command(recipe_line(config, name, source_dir(name, config), *options))
+
+
+def pairs_of(bed: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Return what is compared, as ((system, search), (system, search)): the second learnt more, or hears otherwise."""
+    words = [(before, after) for after, before in COMPARED_WITH.items() if before] + PAIRS
+    return [((f"{a}-{amount}", SEARCH), (f"{b}-{amount}", SEARCH)) for amount in BEDS[bed].amounts for a, b in words]
+
+
+def table(config: RealHubertConfig) -> str:
+    """Return the table of all result files, in Markdown: error rates pooled over seeds, and the paired differences."""
+    header = ["bed", "transcripts", "system", "seeds", "parameters", "error rate", "of each seed", "compared with"]
+    header += ["difference", "relative", "RTF", "seconds of training"]
+    cells = []
+    for bed in BEDS:
+        compared = chains.compared(config, bed)
+        for system in BEDS[bed].systems:
+            results = chains.finished(config, bed, BEDS[bed].seeds, system)
+            if not results:
+                continue
+            word, amount = system.rsplit("-", 1)
+            found = [result["decodings"][SEARCH] for result in results.values()]
+            before = COMPARED_WITH[word]
+            change = compared.get(((f"{before}-{amount}", SEARCH), (system, SEARCH)), {})
+            cells.append([
+                bed,
+                amount,
+                word,
+                ", ".join(map(str, results)),
+                f"{next(iter(results.values()))['training']['parameters']:,}",
+                chains.rate_text(found),
+                ", ".join(f"{r['error_rate']:.1f}" for r in found),
+                before or "-",
+                change.get("difference", "-"),
+                change.get("relative", "-"),
+                f"{min(r['rtf'] for r in found):.4f}",
+                f"{min(r['training']['seconds'] for r in results.values()):,.0f}",
+            ])  # fmt: skip
+    return markdown_table(header, cells)
+
+
+def audio_table(config: RealHubertConfig) -> str:
+    """Return the table of teacher and students: last validation, and seconds."""
+    header = ["training", "parameters", "steps", "loss", "L_rec", "L_cos", "L_disc", "accuracy", "seconds"]
+    cells = []
+    for file in sorted(config.results.glob("hubert_audio_*.json")):
+        result = read_json(file)
+        end = result["validations"][-1]
+        shown = [end.get(name) for name in ("loss", "rec_loss", "cos_loss", "disc_loss")]
+        right = end.get("masked_acc", end.get("cluster_acc"))
+        cells.append([
+            result["system"],
+            f"{result['training']['parameters']:,}",
+            f"{result['training']['steps']:,}",
+            *("-" if value is None else f"{value:.3f}" for value in shown),
+            "-" if right is None else f"{right:.1%}",
+            f"{result['training']['seconds']:,.0f}",
+        ])  # fmt: skip
+    return markdown_table(header, cells)
+
+
+def main() -> None:
+    """Run what is missing, then compare."""
+    setup_logging()
+    config = parse_config(RealHubertConfig, description=__doc__)
+    if not config.compare:
+        teach(config)
+        choose_hours(config)
+        chains.run_missing(config, BEDS, source_dir, prepare_line, run_chain)
+    for bed in config.beds:
+        chains.compare(config, bed, BEDS[bed], pairs_of(bed))
+    chains.publish("\n\n".join([audio_table(config), table(config)]), config.report, "real_hubert")
+
+
+if __name__ == "__main__":
+    run_main(main)
