@@ -238,6 +238,8 @@ def build_distil(config: TrainConfig, encoder: HubertEncoder) -> HubertDistilSys
     """
     kd, cfg = config.kd, config.hubert_kd
     refuse_options(kd, "mvq", besides=("teacher_labels", "label_dir", "min_coverage"))
+    heard = ("front_end", "extractor_norm", "extractor_channels", "feature_grad_scale", "crop_duration")
+    refuse_options(config.ssl, "dualmode --objective ssl", besides=heard)
     if cfg.frontend_steps and config.ssl.front_end != "fbank":
         raise ConfigError("--frontend-steps teaches a new front end what the teacher hears: it needs --front-end fbank")
     if cfg.disc_scale and encoder.time_reduction is not None:
@@ -246,6 +248,8 @@ def build_distil(config: TrainConfig, encoder: HubertEncoder) -> HubertDistilSys
     if cfg.init_from_teacher and config.loop.init_from is not None:
         raise ConfigError("--init-from-teacher and --init-from exclude each other; leave one of them out")
     online = kd.teacher_labels == "online"
+    if online and cfg.kd_quantizers:
+        raise ConfigError("--kd-quantizers decode stored codes; leave them out, or give --teacher-labels stored")
     weights = None
     if online or cfg.disc_scale or cfg.init_from_teacher:
         with torch.random.fork_rng(devices=[]):  # the student starts as it does without a teacher
