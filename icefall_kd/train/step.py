@@ -79,6 +79,7 @@ class Stepper:
         self.model: nn.Module = system
         self.grad_norm = math.nan
         self._gradients_checked = False
+        self.planned: int | None = None
 
     def build_optimizer(self) -> None:
         """Make the optimizer anew; ScaledAdam measures the parameters at that time."""
@@ -121,7 +122,7 @@ class Stepper:
             DataError: the ranks do not have equally many batches.
             ConfigError: out of memory, or (first step) parameters without a gradient.
         """
-        rate = learning_rate(self.config.optim, step, epoch - 1)
+        rate = learning_rate(self.config.optim, step, epoch - 1, self.planned)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         seed_everything(step_seed(self.config.loop.seed, step, self.rank))
