@@ -167,7 +167,7 @@ class ExtractLayersConfig(ExtractConfig):
             if set(QUANTIZED) & set(kinds) or len(layers) > 1:
                 raise ConfigError(
                     f"--kind {','.join(kinds)}: several kinds come from the heads and the last layer of one "
-                    "recogniser; extract codebook_indexes, clusters and other layers in a run of their own"
+                    "recogniser; extract clusters, codebook_indexes and other layers in a run of their own"
                 )
             layers = layers * len(kinds)
         else:
