@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from hubert_asr_toys import hubert_config
 from micro_corpus import write_part
 from students import SIZES, tokenizer_of, write_student
 
 from icefall_kd.config import LoopConfig, ModelConfig, TrainConfig
-from icefall_kd.errors import DataError
+from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.report.similarity import SimilarityConfig, alignment, measure, table
 
 
@@ -75,3 +76,16 @@ def test_layers_of_two_trainings_are_compared(tmp_path):
     torch.testing.assert_close(itself, itself.T)
     lines = table(result).splitlines()
     assert lines[0] == "| student \\ teacher | 1 | 2 | 3 |" and len(lines) == 4 and lines[2].count("**") == 2
+
+
+def test_layers_of_hubert_models_meet_frame_by_frame(tmp_path):
+    write_part(tmp_path, "dev", [0.8, 0.6], features=False)
+    for kind in ("base", "deep_thin", "fithubert"):
+        (tmp_path / kind).mkdir()
+        write_student(tmp_path / kind, tokenizer_of("char"), hubert_config(kind, exp_dir=tmp_path / kind))
+    files = {"cuts": [tmp_path / "manifests/cuts_dev.jsonl.gz"], "out": tmp_path / "cka.json"}
+    teacher = {"teacher": str(tmp_path / "base"), "device": "cpu", "num_frames": 30, **files}
+    result = measure(SimilarityConfig(student=str(tmp_path / "deep_thin"), **teacher))
+    assert result["student_layers"] == result["teacher_layers"] == [1, 2] and result["estimator"] == "debiased"
+    with pytest.raises(ConfigError, match=r"fithubert makes 20 frames of dev\d-0, .*base 39|makes 15 .* 29"):
+        measure(SimilarityConfig(student=str(tmp_path / "fithubert"), **teacher))
