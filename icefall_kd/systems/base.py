@@ -134,14 +134,6 @@ class System(nn.Module):
     def plan(self, steps: int) -> None:
         """Learn how many steps the training will have."""
 
-    def start(self) -> tuple[dict, object] | None:
-        """Take parameters from elsewhere before the first step of a new training, where the options ask for it.
-
-        Returns:
-            The record and the report of train/transfer.py: initialise; None: nothing was taken.
-        """
-        return None
-
     def frozen(self, step: int) -> Iterable[nn.Parameter]:
         """Return the parameters that do not change at ``step`` (0-based), although a gradient of 0 comes to them.
 
@@ -152,6 +144,14 @@ class System(nn.Module):
     def heaviest_step(self, step: int) -> int:
         """Return a step from ``step`` on that needs as much memory as any: what is tried before the first one."""
         return step
+
+    def start(self) -> tuple[dict, object] | None:
+        """Take parameters from elsewhere before the first step of a new training, where the options ask for it.
+
+        Returns:
+            The record and the report of train/transfer.py: initialise; None: nothing was taken.
+        """
+        return None
 
     def after_step(self, step: int) -> dict[str, float]:
         """Do what comes between steps; return figures for the log, if there are new ones.
