@@ -134,6 +134,17 @@ class System(nn.Module):
     def plan(self, steps: int) -> None:
         """Learn how many steps the training will have."""
 
+    def frozen(self, step: int) -> Iterable[nn.Parameter]:
+        """Return the parameters that do not change at ``step`` (0-based), although a gradient of 0 comes to them.
+
+        AdamW then has no moments of theirs and does not let them decay.
+        """
+        return ()
+
+    def heaviest_step(self, step: int) -> int:
+        """Return a step from ``step`` on that needs as much memory as any: what is tried before the first one."""
+        return step
+
     def start(self) -> tuple[dict, object] | None:
         """Take parameters from elsewhere before the first step of a new training, where the options ask for it.
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from hubert_asr_toys import CTC, KINDS, VOCAB, SpeechData, hubert_config, pretrained, speech_batch, write_cmvn
-from students import load, tokenizer_of, write_student
+from students import TEXTS, load, tokenizer_of, write_student
 
 from icefall_kd.config import DecodeConfig, HubertAsrConfig, SslConfig
 from icefall_kd.decode.ctc import CtcGreedySearch
@@ -15,6 +15,8 @@ from icefall_kd.models.ssl import sample_rows
 from icefall_kd.runtime.files import read_json
 from icefall_kd.scoring import score
 from icefall_kd.systems import build_system
+from icefall_kd.text.lexicon import Lexicon
+from icefall_kd.text.ngram import estimate
 from icefall_kd.train.checkpoint import load_checkpoint, save_checkpoint
 from icefall_kd.train.loop import train
 from tests.train.toy import same_weights
@@ -189,6 +191,17 @@ def test_a_tuned_model_decodes_without_what_training_needs(tmp_path):
     decoder = build_decoder(system, DecodeConfig(exp_dir=tmp_path, decoding_method="ctc_greedy_search"))
     with torch.no_grad():
         assert len(decoder.decode(*system.encode(speech_batch()))) == 3
+    pytest.importorskip("flashlight.lib.text")
+    (tmp_path / "lang").mkdir()
+    Lexicon.from_texts(TEXTS, tokenizer).write(tmp_path / "lang")
+    estimate([text.split() for text in TEXTS], 2).write(tmp_path / "lang/lm.arpa")
+    files = {"exp_dir": tmp_path, "lang_dir": tmp_path / "lang", "word_lm": tmp_path / "lang/lm.arpa"}
+    options = {"word_score": 5.0, "silence_score": 0.0, "nbest": 3, **files}
+    decoder = build_decoder(system, DecodeConfig(decoding_method="ctc_lexicon_beam", **options))
+    with torch.no_grad():
+        found = decoder.decode(*system.encode(speech_batch()))
+    words = {word for hyps in found for hyp in hyps for word in hyp.text.split()}
+    assert len(found) == 3 and all(len(hyps) == 3 for hyps in found) and words and words <= {"ONE", "TWO", "THREE"}
     # A loss in nothing but CTC has no transducer's searches.
     assert CTC["transducer_scale"] == 0 and "greedy_search" not in system.decoders()
 
