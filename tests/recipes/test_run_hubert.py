@@ -34,12 +34,13 @@ def recipe(tmp_path) -> RecipeCopy:
 
 def words_of(recipe: RecipeCopy, script: str) -> list[list[str]]:
     lines = Path(f"{recipe.log}.words").read_text().splitlines()
-    return [line.replace("--config=", f"--config={recipe.folder}/").split() for line in lines if script in line]
+    found = [line.split() for line in lines if line.split()[0].endswith(script)]
+    return [[word.replace("--config=", f"--config={recipe.folder}/") for word in words] for words in found]
 
 
 def trainings(recipe: RecipeCopy) -> dict[str, TrainConfig]:
     """Return the options of each training by the name of its exp_dir, in the order of their starts."""
-    found = (parse_config(TrainConfig, words[1:]) for words in words_of(recipe, "train.py") if "train.py" in words[0])
+    found = (parse_config(TrainConfig, words[1:]) for words in words_of(recipe, "train.py"))
     return {config.loop.exp_dir.name: config for config in found}
 
 
