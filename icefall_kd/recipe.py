@@ -22,7 +22,7 @@ from icefall_kd.runtime.env import pick_device
 from icefall_kd.runtime.files import atomic_write, read_json
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
-from icefall_kd.systems.base import System
+from icefall_kd.systems.base import TRAINING_ONLY, System
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.average import load_for_decoding, load_weights
 from icefall_kd.train.checkpoint import load_model
@@ -120,8 +120,8 @@ def load_system(config: DecodeConfig) -> Trained:
     logger.info("parameters from %s", used)
     train_config = config_from_dict(TrainConfig, saved)
     system = build_system(train_config, tokenizer.vocab_size, inference=True)
-    # Distillation heads are of no use here; anything else must fit.
-    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("heads.")}
+    # Distillation heads and the like are of no use here; anything else must fit.
+    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(TRAINING_ONLY)}
     load_model(system, kept, source=f"{config.exp_dir} ({used})")
     system.set_up_decoding(config, train_config.model)
     system.to(pick_device(config.device)).eval()

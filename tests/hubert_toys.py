@@ -23,7 +23,6 @@ from icefall_kd.config import (
 from icefall_kd.data.batch import Batch
 from icefall_kd.models.cluster_head import ClusterHead
 from icefall_kd.models.hubert import HubertEncoder
-from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.train.checkpoint import save_checkpoint
 from tests.students import babble
 
@@ -96,6 +95,12 @@ def samples(lens=(8000, 6500, 7001), seed: int = 0) -> Batch:
     return dataclasses.replace(batch, durations=[n / 16000 for n in lens])
 
 
-def frame_mask(lens: torch.Tensor) -> torch.Tensor:
-    """Return (N, T) bool, True at frames."""
-    return ~make_pad_mask(lens)
+def arguments(config: TrainConfig) -> list[str]:
+    """Return the command line of a configuration."""
+    argv = []
+    for name, value in config_to_dict(config).items():
+        if value == []:
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, list) else value
+        argv += [f"--{name.replace('_', '-')}", "none" if value is None else str(shown)]
+    return argv

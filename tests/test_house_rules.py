@@ -68,7 +68,7 @@ def test_nobody_imports_what_the_house_refuses():
 
 def test_an_optional_dependency_is_imported_in_one_module():
     optional = {"k2", "fast_rnnt", "kaldifeat", "espeakng_loader", "pypinyin", "h5py", "sklearn"}
-    optional |= {"onnx", "onnxruntime", "sherpa_onnx", "espnet", "espnet2", "matplotlib"}
+    optional |= {"onnx", "onnxruntime", "sherpa_onnx", "espnet", "espnet2", "matplotlib", "flashlight"}
     alone = ("local/onnx_mask_predict.py", "local/onnx_cif.py")  # show what runs an export without this project
     assert not any("icefall_kd" in module for name in alone for module in imported_modules(python_files()[name]))
     where = defaultdict(set)

@@ -10,6 +10,7 @@ from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
+from icefall_kd.config.hubert_asr import HubertAsrConfig
 from icefall_kd.config.hubert_kd import HubertKdConfig
 from icefall_kd.config.hubert_ssl import HubertSslConfig
 from icefall_kd.config.labels import (
@@ -43,6 +44,7 @@ __all__ = [
     "ExtractConfig",
     "ExtractLayersConfig",
     "ExtractTextConfig",
+    "HubertAsrConfig",
     "HubertConfig",
     "HubertKdConfig",
     "HubertSslConfig",

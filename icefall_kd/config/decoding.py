@@ -12,7 +12,7 @@ DecodingMethod = Literal[
     "fast_beam_search", "fast_beam_search_nbest", "fast_beam_search_LG", "fast_beam_search_nbest_LG",
     "ctc_decoding", "ctc_decoding_HLG", "ctc_decoding_nbest_HLG",
     "ctc_prefix_beam_search", "joint_beam_search", "mask_predict", "nar_beam_search",
-    "cif_greedy_search", "cif_beam_search",
+    "cif_greedy_search", "cif_beam_search", "ctc_lexicon_beam",
 ]  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class DecodeConfig:
     manifest_dir: Path = Path("data/fbank")
     """Folder of cuts_<part>.jsonl.gz."""
     decoding_method: DecodingMethod = "greedy_search"
-    """Search; those over graphs (fast_beam_search..., ctc_decoding...) need k2."""
+    """Search; those over graphs (fast_beam_search..., ctc_decoding...) need k2, ctc_lexicon_beam flashlight-text."""
     beam_size: int = 4
     """Beam of modified_beam_search, ctc_prefix_beam_search, joint_beam_search, nar_beam_search, cif_beam_search."""
     nbest: int = 1
@@ -68,7 +68,23 @@ class DecodeConfig:
     ctm: bool = False
     """Write ctm-<part>-<suffix>.ctm: begin and length of every word."""
     lang_dir: Path | None = None
-    """Folder of LG.safetensors and HLG.safetensors, for the methods named after them."""
+    """Folder of LG.safetensors and HLG.safetensors, for the methods named after them; of lexicon.txt for
+    ctc_lexicon_beam."""
+    word_lm: Path | None = None
+    """ctc_lexicon_beam: n-gram of the words in ARPA format (LANG_DIR/lm.arpa of prepare.sh --graphs true); None: all
+    words are equally likely."""
+    word_lm_weight: float = 2.0
+    """ctc_lexicon_beam: weight of its log10-probability."""
+    word_score: float = -1.0
+    """ctc_lexicon_beam: added a word."""
+    silence_score: float = 0.0
+    """ctc_lexicon_beam: added a frame of the token between words."""
+    lexicon_beam_size: int = 50
+    """ctc_lexicon_beam: hypotheses a frame."""
+    lexicon_beam_tokens: int = 32
+    """ctc_lexicon_beam: likeliest tokens of a frame that continue a hypothesis."""
+    lexicon_beam_threshold: float = 32.0
+    """ctc_lexicon_beam: score behind the best hypothesis at which one is dropped."""
     beam: float = 20.0
     """Graph searches: log-probability behind the best state at which a state is dropped."""
     max_contexts: int = 8
@@ -122,12 +138,12 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
-        at_least(self, lm_scale=0, passes=0)
+        at_least(self, lm_scale=0, passes=0, word_lm_weight=0, lexicon_beam_size=1, lexicon_beam_tokens=1)
         at_least(self, max_contexts=1, max_states=1, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
         for name in ("joint_ctc_weight", "mask_threshold", "rescore_ctc_weight", "tail_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie in 0 ... 1")
-        for name in ("temperature", "nbest_scale", "beam", "output_beam"):
+        for name in ("temperature", "nbest_scale", "beam", "output_beam", "lexicon_beam_threshold"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
         added = [f"--{name}" for name in ("lm", "hotwords") if getattr(self, name) is not None]
@@ -147,6 +163,7 @@ class DecodeConfig:
             ("nar_seeds", "greedy", ["nar_beam_search"]),
             ("rank_masks_by", "probability", ["mask_predict", "nar_beam_search"]),
             ("tail_threshold", 0.4, ["cif_greedy_search", "cif_beam_search"]),
+            ("word_lm", None, ["ctc_lexicon_beam"]),
         ):
             if getattr(self, name) != default and self.decoding_method not in methods:
                 raise ConfigError(

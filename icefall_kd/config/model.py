@@ -19,6 +19,9 @@ ENCODER_SIZES: dict[str, tuple[int, int, int, int, int]] = {
 class ModelConfig:
     """The student: Conformer encoder, stateless decoder, joiner, optional CTC head."""
 
+    encoder: Literal["conformer", "hubert"] = "conformer"
+    """--system mvq: hubert, the encoder of --structure and --front-end instead (whole utterances, frames of 20 ms),
+    which --init-from a pre-trained or distilled HuBERT model initialises; other systems have one kind."""
     encoder_size: Literal["tiny", "small", "medium", "large"] = "medium"
     """Named size; the overrides below replace single numbers of it."""
     num_encoder_layers: int | None = None

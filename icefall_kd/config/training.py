@@ -9,6 +9,7 @@ from icefall_kd.config.cif import CifConfig, TextKdConfig
 from icefall_kd.config.data import AugmentConfig, DataConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
+from icefall_kd.config.hubert_asr import HubertAsrConfig
 from icefall_kd.config.hubert_kd import HubertKdConfig
 from icefall_kd.config.hubert_ssl import HubertSslConfig
 from icefall_kd.config.labels import TeacherConfig
@@ -86,15 +87,25 @@ class OptimConfig:
     """Optimizer and learning rate."""
 
     optimizer: Literal["scaled_adam", "adamw"] = "scaled_adam"
-    """ScaledAdam with Eden, or AdamW with warm-up and Eden decay."""
+    """ScaledAdam or AdamW, both by default with warm-up and Eden decay."""
     base_lr: float = 0.045
     """Peak learning rate."""
+    lr_schedule: Literal["eden", "tri_stage", "linear"] = "eden"
+    """eden: see lr-batches and lr-epochs; tri_stage: up, constant, then exponentially down, in shares of the planned
+    steps (epochs by batches of the first epoch, at most max-steps); linear: up over the first of these shares, then
+    down to 0."""
+    lr_stages: tuple[float, float, float] = (0.1, 0.4, 0.5)
+    """tri_stage: shares of the three stages; linear: the first is its warm-up."""
+    lr_initial_scale: float = 0.01
+    """tri_stage: of the peak, at the first step."""
+    lr_final_scale: float = 0.05
+    """tri_stage: of the peak, at the end."""
     lr_batches: float = 7500.0
     """Eden: batches until the rate falls."""
     lr_epochs: float = 3.5
     """Eden: epochs until the rate falls."""
     lr_warmup_steps: int = 500
-    """Steps of linear warm-up."""
+    """Eden: steps of linear warm-up."""
     weight_decay: float = 0.01
     """AdamW only."""
     grad_clip: float = 5.0
@@ -102,6 +113,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         at_least(self, base_lr=0, lr_batches=1, lr_epochs=0.1, lr_warmup_steps=0, weight_decay=0, grad_clip=0)
+        if min(self.lr_stages) < 0 or abs(sum(self.lr_stages) - 1) > 1e-6:
+            raise ConfigError(f"--lr-stages is {self.lr_stages}; three shares from 0 on add up to 1")
+        for name in ("lr_initial_scale", "lr_final_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +191,7 @@ class TrainConfig:
     dual: DualConfig = DualConfig()
     ssl: SslConfig = SslConfig()
     hubert: HubertConfig = HubertConfig()
+    hubert_asr: HubertAsrConfig = HubertAsrConfig()
     hubert_ssl: HubertSslConfig = HubertSslConfig()
     hubert_kd: HubertKdConfig = HubertKdConfig()
     teacher: TeacherConfig = TeacherConfig()

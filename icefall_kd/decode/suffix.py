@@ -36,6 +36,8 @@ def decode_suffix(
         parts += _fusion_suffix(config)
     elif config.decoding_method.startswith(("fast_beam_search", "ctc_decoding")):
         parts += _graph_suffix(config)
+    elif config.decoding_method == "ctc_lexicon_beam":
+        parts += _lexicon_suffix(config)
     elif config.decoding_method.startswith("cif"):
         parts += _cif_suffix(config)
     else:
@@ -97,6 +99,17 @@ def _cif_suffix(config: DecodeConfig) -> list[str]:
     if config.decoding_method == "cif_beam_search":
         parts += [f"beam-size-{config.beam_size}", *_fusion_suffix(config)]
     return [*parts, *([f"tail-{config.tail_threshold}"] if config.tail_threshold != TAIL_THRESHOLD else [])]
+
+
+def _lexicon_suffix(config: DecodeConfig) -> list[str]:
+    """Return the parts of the suffix of the search over a lexicon."""
+    parts = [config.decoding_method, f"beam-size-{config.lexicon_beam_size}", f"tokens-{config.lexicon_beam_tokens}"]
+    parts += [f"threshold-{config.lexicon_beam_threshold}", f"word-score-{config.word_score}"]
+    if config.lang_dir is not None:
+        parts.append(f"lang-{_plain_name(config.lang_dir)}")
+    if config.word_lm is not None:
+        parts.append(f"lm-{_plain_name(config.word_lm)}-weight-{config.word_lm_weight}")
+    return [*parts, *([f"silence-score-{config.silence_score}"] if config.silence_score else [])]
 
 
 def _graph_suffix(config: DecodeConfig) -> list[str]:

@@ -110,7 +110,7 @@ def check_encoder(encoder: nn.Module, other: nn.Module, exact: bool) -> dict[str
 
 def _valid(graph: Graph, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Return what counts of a graph's outputs: the lengths that it states, and frames or tokens within them."""
-    if graph.name == "encoder":
+    if graph.name in ("encoder", "ctc"):
         lens, rest = outputs[1], [*outputs[:1], *outputs[2:]]
         return [lens, *(x[i, :n] for x in rest for i, n in enumerate(lens))]
     if graph.name == "masked_decoder":

@@ -21,6 +21,7 @@ from icefall_kd.export.check import (
 )
 from icefall_kd.export.cif import cif_graphs
 from icefall_kd.export.graphs import Graph, offline_graphs, streaming_graphs
+from icefall_kd.export.hubert import hubert_cases, hubert_graphs
 from icefall_kd.export.mask_ctc import mask_ctc_graphs
 from icefall_kd.export.onnx_files import open_onnx, quantize_onnx, require_onnx, write_onnx
 from icefall_kd.export.plain import check_mode, mask_facts, plain, write_plain
@@ -28,11 +29,14 @@ from icefall_kd.frames import pooled_seconds
 from icefall_kd.models.cif import TAIL_THRESHOLD
 from icefall_kd.models.cif_model import CifModel
 from icefall_kd.models.ctc_attention import CtcAttentionModel
+from icefall_kd.models.fbank_front import FbankFrontEnd
+from icefall_kd.models.hubert import HubertEncoder
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, choose_chunks
 from icefall_kd.models.waveform import WaveformFrontEnd
 from icefall_kd.recipe import Trained, load_system
 from icefall_kd.runtime.env import environment, package_version
 from icefall_kd.runtime.files import atomic_folder, read_json, write_json, write_text
+from icefall_kd.systems.hubert_encoder import hop_of
 from icefall_kd.text.tokenizer import SPACE, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -104,6 +108,9 @@ def export(config: ExportConfig) -> dict:
 
 def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
     """Raise a ConfigError for a model that is not exported, or not in this format."""
+    if isinstance(model.encoder, HubertEncoder):
+        _refuse_hubert(config)
+        return
     if isinstance(getattr(model.encoder, "subsampling", None), WaveformFrontEnd):
         raise ConfigError(f"{config.exp_dir} hears samples (--front-end waveform), which is not exported")
     if config.tail_threshold != TAIL_THRESHOLD and not isinstance(model, CifModel):
@@ -132,9 +139,23 @@ def _refuse_model(model: torch.nn.Module, config: ExportConfig) -> None:
         )
 
 
+def _refuse_hubert(config: ExportConfig) -> None:
+    if config.format not in ("onnx", "torchscript"):
+        raise ConfigError(
+            f"--format {config.format}: {config.exp_dir} is a HuBERT model with CTC, which is exported with --format "
+            "onnx or torchscript"
+        )
+    if config.quantize != "none":
+        raise ConfigError(f"--quantize {config.quantize}: HuBERT models are exported in float32; leave it out")
+    if config.tail_threshold != TAIL_THRESHOLD:
+        raise ConfigError(f"--tail-threshold is of --system hkd; leave it out for {config.exp_dir}")
+
+
 def _graphs(trained: Trained, config: ExportConfig, parameters: dict) -> tuple[list[Graph], bool]:
     """Return the graphs of a model, and whether they go chunk by chunk; the chunks are noted in ``parameters``."""
     model, feature_dim = trained.system.model, trained.config.model.feature_dim
+    if isinstance(model.encoder, HubertEncoder):
+        return hubert_graphs(model), False
     if isinstance(model, CifModel):
         return cif_graphs(model, feature_dim, config.tail_threshold), False
     masked = isinstance(model, CtcAttentionModel)  # its decoder looks at whole utterances
@@ -175,6 +196,11 @@ def _search_facts(model: torch.nn.Module, config: ExportConfig) -> dict:
             "frame_seconds": pooled_seconds(1, model.encoder.num_pools),
             "tail_threshold": config.tail_threshold,
         }
+    if isinstance(model.encoder, HubertEncoder):
+        encoder = model.encoder
+        heard = "log_mel" if isinstance(encoder.subsampling, FbankFrontEnd) else "samples"
+        seconds = hop_of(encoder) / 16000
+        return {"blank_id": model.blank_id, "unk_id": Tokenizer.unk_id, "frame_seconds": seconds, "hears": heard}
     if isinstance(model, CtcAttentionModel):
         unk_id = Tokenizer.unk_id
         return {"blank_id": model.blank_id, "sos_id": model.sos_id, "unk_id": unk_id, "mask_id": model.mask_id}
@@ -226,7 +252,7 @@ def _check(graph: Graph, run: Run, feature_dim: int, int8: bool) -> dict[str, fl
     if graph.name == "encoder":
         cases = offline_cases(feature_dim)
     else:
-        made = {"masked_decoder": masked_cases, "decoder_step": step_cases}
+        made = {"masked_decoder": masked_cases, "decoder_step": step_cases, "ctc": hubert_cases}
         cases = made.get(graph.name, label_cases)(graph)
     return check_graph(graph, run, cases, int8)
 

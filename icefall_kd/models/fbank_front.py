@@ -83,8 +83,12 @@ class FbankFrontEnd(nn.Module):
         """
         with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
             lens = frame_lens(FBANK_SNIPPED, audio_lens)
-            features = (snipped_fbank(audio.float()) - self.cmvn_mean) / self.cmvn_std
-            return features.masked_fill(make_pad_mask(lens, features.shape[1]).unsqueeze(-1), 0.0), lens
+            return self.normalise(snipped_fbank(audio.float()), lens), lens
+
+    def normalise(self, features: Tensor, lens: Tensor) -> Tensor:
+        """Apply the CMVN to log-mel features (N, F, 80), of which (N,) frames are valid; the padding becomes 0."""
+        features = (features - self.cmvn_mean) / self.cmvn_std
+        return features.masked_fill(make_pad_mask(lens, features.shape[1]).unsqueeze(-1), 0.0)
 
     def project(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """Map :meth:`features` (N, F, 80) with (N,) valid frames to (N, T', C) and (N,) their lengths."""

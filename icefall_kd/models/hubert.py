@@ -163,8 +163,9 @@ class HubertEncoder(nn.Module):
         x = self.body.dropout(self.body.layer_norm(x + self.body.pos_conv_embed(x)))
         kept = {0: x} if 0 in taps else {}
         if self.time_reduction is not None:
-            # A frame without a partner is paired with silence (ours; FitHuBERT drops it).
-            x = F.pad(x.masked_fill(padding.unsqueeze(-1), 0.0), (0, 0, 0, x.shape[1] % 2))
+            # A frame without a partner is paired with silence (ours; FitHuBERT drops it).  A frame more without a
+            # partner gives none.
+            x = F.pad(x.masked_fill(padding.unsqueeze(-1), 0.0), (0, 0, 0, 1))
             x, lens = self.time_reduction(x.transpose(1, 2)).transpose(1, 2), self._reduced(lens)
             padding = make_pad_mask(lens, x.shape[1])
         mask = None if not bool(padding.any()) else ~padding[:, None, None, :]  # (N, 1, 1, T'): keys that are seen

@@ -38,19 +38,41 @@ def sample_spans(
     """
     rows: list[Tensor] = []
     for length in lens.tolist():
-        places = length - span + 1
-        if places < 2:
+        if length - span < 1:
             raise DataError(
                 f"an utterance of {length} encoder frames cannot hold two different spans of {span} masked frames; "
                 "raise --min-utt-duration, or lower --mask-span"
             )
-        count = max(2, int(probability * length / span + torch.rand((), generator=generator).item()))
-        starts = torch.randperm(places, generator=generator)[:count]
-        rows.append((starts.unsqueeze(1) + torch.arange(span)).unique())
+        rows.append(_spans(length, probability, span, 2, generator))
     least = min(len(row) for row in rows)
     mask = torch.zeros(len(rows), max_len, dtype=torch.bool)
     for n, row in enumerate(rows):
         mask[n, row[torch.randperm(len(row), generator=generator)[:least]]] = True
+    return mask
+
+
+def _spans(length: int, probability: float, span: int, least: int, generator: torch.Generator | None) -> Tensor:
+    """Return the places of masked spans that begin at different ones of ``length``, ``least`` of them or more."""
+    count = max(least, int(probability * length / span + torch.rand((), generator=generator).item()))
+    starts = torch.randperm(length - span + 1, generator=generator)[:count]
+    return (starts.unsqueeze(1) + torch.arange(span)).unique()
+
+
+def sample_rows(lens: list[int], width: int, probability: float, span: int, least: int = 0) -> Tensor:
+    """Draw masks of :func:`sample_spans` for fine-tuning: every row keeps as many as it drew, on torch's generator.
+
+    Args:
+        lens: N lengths; a row that is shorter than a span is not masked.
+        width: W of the mask.
+        probability, span: see there.
+        least: spans of a row.
+    Returns:
+        (N, W) bool on the CPU.
+    """
+    mask = torch.zeros(len(lens), width, dtype=torch.bool)
+    for n, length in enumerate(lens):
+        if length >= span:
+            mask[n, _spans(length, probability, span, least, None)] = True
     return mask
 
 

@@ -127,10 +127,13 @@ class WaveformFrontEnd(nn.Module):
 
 
 def frame_lens(formula: FrameFormula, num_samples):
-    """Return the frames of a number of samples, an int or an integer tensor (N,)."""
+    """Return the frames of a number of samples, an int or an integer tensor (N,); the formula pads no right end."""
     if isinstance(num_samples, int):
         return formula.num_frames(num_samples)
-    return torch.tensor([formula.num_frames(n) for n in num_samples.tolist()], device=num_samples.device)
+    lens = num_samples + formula.pad
+    for kernel, stride in zip(formula.kernels, formula.strides, strict=True):  # in tensors, which a tracer can follow
+        lens = (torch.div(lens - kernel, stride, rounding_mode="floor") + 1).clamp(min=0)
+    return lens
 
 
 def _over_time(x: Tensor, lens: Tensor, affine: nn.LayerNorm) -> Tensor:

@@ -32,7 +32,7 @@ def probe_import(name: str) -> Probe:
     try:
         return Probe(importlib.import_module(name))
     except Exception as error:  # a binary wheel for another torch raises anything: ImportError, OSError, AttributeError
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             return Probe(None, "it is not installed", installed=False)
         return broken(name, f"{type(error).__name__}: {error}".splitlines()[0])
 

@@ -2,6 +2,7 @@
 
 from icefall_kd.config import TrainConfig
 from icefall_kd.config.checks import refuse_options
+from icefall_kd.errors import ConfigError
 from icefall_kd.systems.base import System
 from icefall_kd.systems.dualmode import build_dualmode
 from icefall_kd.systems.hkd import build_hkd
@@ -29,7 +30,11 @@ def build_system(config: TrainConfig, vocab_size: int, inference: bool = False) 
         ConfigError: options of other systems.
     """
     if not inference and config.system != "hubert":
-        refuse_options(config.hubert, "hubert")
+        if config.model.encoder == "conformer":
+            refuse_options(config.hubert, "hubert (or mvq with --encoder hubert)")
+        elif config.system != "mvq":
+            raise ConfigError(f"--encoder hubert with --system {config.system}: it is offered to mvq and hubert alone")
+        refuse_options(config.hubert_asr, "hubert")
         refuse_options(config.hubert_kd, "hubert --objective distil")
         refuse_options(config.hubert_ssl, "hubert --objective ssl")
     return SYSTEMS[config.system](config, vocab_size, inference)

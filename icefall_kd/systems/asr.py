@@ -9,6 +9,7 @@ from icefall_kd.config import TrainConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.decode.ctc import CtcGreedySearch
 from icefall_kd.decode.k2_graph import CtcGraphSearch, FastBeamSearch
+from icefall_kd.decode.lexicon_beam import LexiconBeamSearch
 from icefall_kd.decode.streaming import encode_chunks
 from icefall_kd.decode.transducer import GreedySearch, ModifiedBeamSearch
 from icefall_kd.losses.ctc import ctc_loss
@@ -109,4 +110,5 @@ class TransducerSystem(System):
             found["ctc_greedy_search"] = lambda config: CtcGreedySearch(self.model)
             for name in ("ctc_decoding", "ctc_decoding_HLG", "ctc_decoding_nbest_HLG"):
                 found[name] = lambda config: CtcGraphSearch.from_config(self.model, config)
+            found["ctc_lexicon_beam"] = lambda config: LexiconBeamSearch.from_config(self.model, config)
         return found

@@ -1,6 +1,6 @@
 """What every distillation system offers to the training loop and to the decoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -63,6 +63,10 @@ class LabelSpec:
     """Folder of the stored set; None when the labels are made online by a teacher."""
     expect: dict = field(default_factory=dict)
     """Properties that the stored set must have (labels/info.py), for instance {"quantizer_sha256": ...}."""
+
+
+# Names of parameters that training alone needs begin so.
+TRAINING_ONLY = ("heads.", "model.mask_embedding")
 
 
 class System(nn.Module):
@@ -137,6 +141,17 @@ class System(nn.Module):
             The record and the report of train/transfer.py: initialise; None: nothing was taken.
         """
         return None
+
+    def frozen(self, step: int) -> Iterable[nn.Parameter]:
+        """Return the parameters that do not change at ``step`` (0-based), although a gradient of 0 comes to them.
+
+        AdamW then has no moments of theirs and does not let them decay.
+        """
+        return ()
+
+    def heaviest_step(self, step: int) -> int:
+        """Return a step from ``step`` on that needs as much memory as any: what is tried before the first one."""
+        return step
 
     def after_step(self, step: int) -> dict[str, float]:
         """Do what comes between steps; return figures for the log, if there are new ones.

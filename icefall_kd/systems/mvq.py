@@ -23,14 +23,23 @@ from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FrameFormula
-from icefall_kd.labels.align import check_online_lengths, delay_frames, join_embeddings, join_frames, label_ratio
+from icefall_kd.labels.align import (
+    STUDENT_HOP,
+    check_online_lengths,
+    delay_frames,
+    join_embeddings,
+    join_frames,
+    label_ratio,
+)
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.losses.codebook import CodebookLoss
 from icefall_kd.losses.frame_kd import FrameKdLoss
 from icefall_kd.models.conformer import log_parameter_counts
+from icefall_kd.models.hubert import HubertEncoder
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.systems.asr import TransducerSystem
 from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms
+from icefall_kd.systems.hubert_encoder import frames_of, hop_of, make_encoder, refuse_missing_cmvn, seconds_of
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher
 
@@ -62,13 +71,16 @@ class KdTarget:
     source: LabelSource
 
 
-def kd_targets(kd: KdConfig, num_layers: int, sources: list[LabelSource]) -> list[KdTarget]:
+def kd_targets(
+    kd: KdConfig, num_layers: int, sources: list[LabelSource], student_hop: int = STUDENT_HOP
+) -> list[KdTarget]:
     """Combine label sets with their layers and scales; ConfigError when their numbers do not fit.
 
     Args:
         kd: the options; one layer or scale serves all label sets.
         num_layers: layers of the student's encoder.
         sources: the label sets, stored or made online.
+        student_hop: samples between two frames of that encoder.
     """
     if not sources:
         raise ConfigError(f"--kd {kd.kd} needs --label-dir (or --teacher-labels online)")
@@ -88,7 +100,7 @@ def kd_targets(kd: KdConfig, num_layers: int, sources: list[LabelSource]) -> lis
                 name=f"kd{i}" if len(sources) > 1 else "kd",
                 layer=layer,
                 scale=scale,
-                ratio=label_ratio(source.formula),
+                ratio=label_ratio(source.formula, student_hop=student_hop),
                 source=source,
             )
         )
@@ -137,8 +149,9 @@ class MvqSystem(TransducerSystem):
         vocab_size: int,
         targets: list[KdTarget] = (),
         online: OnlineTeacher | None = None,
+        encoder: HubertEncoder | None = None,
     ) -> None:
-        super().__init__(config, vocab_size)
+        super().__init__(config, vocab_size, encoder)
         self.kd, self.teacher_layer = config.kd, config.teacher.layer
         self.targets = list(targets)
         self.online = online
@@ -168,13 +181,38 @@ class MvqSystem(TransducerSystem):
 
     @property
     def needs_audio(self) -> bool:
-        """Return whether a teacher makes the labels in training."""
-        return self.online is not None
+        """Return whether a teacher makes the labels in training, or the student hears samples."""
+        return self.online is not None or self.hears_samples
+
+    @property
+    def hears_samples(self) -> bool:
+        """Return whether the encoder is HuBERT's."""
+        return isinstance(self.model.encoder, HubertEncoder)
+
+    @property
+    def alignment_losses(self) -> dict[str, object]:
+        """Return which losses are active, and how many frames an utterance has."""
+        frames = {"num_encoder_frames": frames_of(self.model.encoder)} if self.hears_samples else {}
+        return super().alignment_losses | frames
+
+    def heard(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the encoder's front end hears, and how much of it is valid (N,)."""
+        return (batch.audio, batch.audio_lens) if self.hears_samples else super().heard(batch)
+
+    def frame_seconds(self, frame: int) -> float:
+        """Return where a frame (0-based) of the encoder output begins, in seconds."""
+        return seconds_of(self.model.encoder, frame) if self.hears_samples else super().frame_seconds(frame)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Refuse log-mel statistics of a HuBERT encoder that never came."""
+        if step == 0 and self.hears_samples:
+            refuse_missing_cmvn(self.model.encoder)
+        return {}
 
     def losses(self, batch: Batch, step: int) -> LossTerms:
         """Return simple, pruned, ctc and, in training, distillation losses of ``batch``."""
         taps = tuple(t.layer for t in self.targets) if self.training else ()
-        out = self.model.encoder(batch.features, batch.x_lens, taps=taps)
+        out = self.model.encoder(*self.heard(batch), taps=taps)
         frames = int(out.encoder_out_lens.sum())
         terms = self.recognise(batch, out.encoder_out, out.encoder_out_lens, step).terms
         metrics: dict[str, tuple] = {}
@@ -214,19 +252,26 @@ class MvqSystem(TransducerSystem):
 
 def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> MvqSystem:
     """Build the system with stored or online labels, as ``config.kd`` says; a ConfigError for options of nar."""
+    is_hubert = config.model.encoder == "hubert"
+    if is_hubert and config.model.streaming:
+        raise ConfigError("--encoder hubert with --streaming true: it sees whole utterances; leave one out")
     if inference:
-        return MvqSystem(config, vocab_size)
+        return MvqSystem(config, vocab_size, encoder=make_encoder(config, new=False) if is_hubert else None)
     refuse_options(config.recogniser_kd, "nar")
     for group in (config.cif, config.text_kd):
         refuse_options(group, "hkd")
     refuse_options(config.dual, "dualmode")
-    refuse_options(config.ssl, "dualmode --objective ssl")
+    besides = ("front_end", "extractor_norm", "extractor_channels", "feature_grad_scale") if is_hubert else ()
+    refuse_options(config.ssl, "dualmode --objective ssl", besides)
+    encoder = make_encoder(config, new=config.loop.init_from is None, training=True) if is_hubert else None
     if config.kd.kd == "none":
-        return MvqSystem(config, vocab_size)
-    num_layers = config.model.num_encoder_layers or ENCODER_SIZES[config.model.encoder_size][0]
+        return MvqSystem(config, vocab_size, encoder=encoder)
+    num_layers, hop = config.model.num_encoder_layers or ENCODER_SIZES[config.model.encoder_size][0], STUDENT_HOP
+    if encoder is not None:
+        num_layers, hop = encoder.num_layers, hop_of(encoder)
     if config.kd.teacher_labels == "stored":
         sources = [stored_source(path) for path in config.kd.label_dir]
-        return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, sources))
+        return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, sources, hop), encoder=encoder)
     if config.kd.kd == "mvq" and config.kd.quantizer is None:
         raise ConfigError("--kd mvq --teacher-labels online needs --quantizer FILE (local/train_quantizer.py)")
     # The student must start as it does with stored labels, whatever loading a teacher draws.
@@ -243,7 +288,7 @@ def build_mvq(config: TrainConfig, vocab_size: int, inference: bool = False) -> 
         codebook_size=256 if quantizer is None else quantizer.codebook_size,
     )
     online = OnlineTeacher(teacher, quantizer, config.kd.online_refine_iters)
-    return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, [source]), online)
+    return MvqSystem(config, vocab_size, kd_targets(config.kd, num_layers, [source], hop), online, encoder)
 
 
 def _quantizer(path: Path, dim: int | None = None) -> Quantizer:

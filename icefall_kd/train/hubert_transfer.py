@@ -44,7 +44,7 @@ def start_from_teacher(encoder: HubertEncoder, weights: HubertWeights) -> tuple[
     """
     own = encoder.state_dict()
     fits = _fitting_parts(own, encoder, weights)
-    taken = {n: x for n, x in weights.encoder.items() if fits.get(_part(n), False)}
+    taken = {n: x for n, x in weights.encoder.items() if n in own and fits[_part(n)]}
     if not taken:
         raise ConfigError(
             f"--init-from-teacher: no part of the student has the shapes of {weights.source}; leave it out, or give "
@@ -64,7 +64,7 @@ def start_from_teacher(encoder: HubertEncoder, weights: HubertWeights) -> tuple[
         skipped=_named(n for n, (theirs, mine) in shapes.items() if theirs == mine and n not in taken),
     )
     for part, fit in fits.items():
-        logger.info("--init-from-teacher: %s %s", part, "is the teacher's" if fit else "is new")
+        logger.info("--init-from-teacher: %s: %s", part, "the teacher's" if fit else "new")
     for line in report.lines():
         logger.debug("--init-from-teacher: %s", line)
     parts = {"parts": [part for part, fit in fits.items() if fit]}

@@ -17,7 +17,7 @@ from icefall_kd.runtime.env import pick_device
 from icefall_kd.text.corpus import TextConfig, sentences, transcripts
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.checkpoint import load_newest, remove_old, save_checkpoint
-from icefall_kd.train.optim import build_optimizer, learning_rate
+from icefall_kd.train.optim import build_optimizer, learning_rate, needs_plan
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ def train_lm(config: TrainLmConfig) -> float:
         DataError: there is no text.
         ConfigError: exp_dir holds a training with other options or another tokenizer.
     """
+    if needs_plan(config.optim):
+        raise ConfigError(f"--lr-schedule {config.optim.lr_schedule} is of train.py; a language model has eden")
     tokenizer = Tokenizer.load(config.lang_dir)
     texts = [tokenizer.encode(line) for line in sentences(config.source)]
     valid = [tokenizer.encode(line) for line in transcripts(config.valid_cuts)]

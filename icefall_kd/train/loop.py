@@ -29,6 +29,7 @@ from icefall_kd.train import checkpoint as ckpt
 from icefall_kd.train import guards
 from icefall_kd.train.average import RunningAverage
 from icefall_kd.train.metrics import Tracker, finite_only
+from icefall_kd.train.optim import needs_plan
 from icefall_kd.train.progress import TrainProgress
 from icefall_kd.train.state import TrainState, refuse_changed_config, refuse_changed_data, write_config
 from icefall_kd.train.step import Stepper, Wishes
@@ -153,8 +154,9 @@ class _Trainer:
                 signal.signal(number, handler)
 
     def run(self, on_start: Callable[[], None] | None) -> dict[str, Any]:
-        if self.system.needs_plan:
-            self.system.plan(self._planned_steps())
+        if self.system.needs_plan or needs_plan(self.config.optim):
+            self.stepper.planned = self._planned_steps()
+            self.system.plan(self.stepper.planned)
         self._resume()
         # A kill may have come between a save and what follows it.
         self._link_best()
@@ -271,7 +273,7 @@ class _Trainer:
                 self.exp_dir,
                 self.config.data.max_duration,
                 rank=self.rank,
-                step=self.state.step,
+                step=self.system.heaviest_step(self.state.step),
                 reserve=self.stepper.memory_to_come(),
             )
         self.stepper.distribute()

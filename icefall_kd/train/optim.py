@@ -5,7 +5,7 @@ The schedules are pure functions of the step and the epoch, so a resumed trainin
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,57 @@ def eden_lr(
     return base_lr * decay * warmup
 
 
-def learning_rate(config: OptimConfig, step: int, epoch: int) -> float:
-    """Return the rate of global ``step`` (from 0) in ``epoch`` (from 0) for the configured optimizer."""
+def tri_stage_lr(
+    base_lr: float, step: int, planned: int, stages: Sequence[float], initial_scale: float, final_scale: float
+) -> float:
+    """Return the learning rate of the tri-stage schedule, as HuBERT and wav2vec 2.0 are fine-tuned with.
+
+    From ``initial_scale`` of the rate linearly up, constant, then exponentially down to ``final_scale`` of it, where it
+    stays (Baevski et al. 2020, arXiv 2006.11477, section 4.3, with the constants of the public code).
+
+    Args:
+        base_lr: the peak.
+        step: global step, counted from 0.
+        planned: steps of the whole training.
+        stages: shares of the three stages, which add up to 1.
+        initial_scale, final_scale: of the peak.
+    """
+    up, hold, down = (share * planned for share in stages)
+    if step < up:
+        return base_lr * (initial_scale + (1.0 - initial_scale) * step / up)
+    if step <= up + hold:
+        return base_lr
+    return base_lr * final_scale ** (min((step - up - hold) / down, 1.0) if down else 1.0)
+
+
+def linear_lr(base_lr: float, step: int, planned: int, warmup: float) -> float:
+    """Return the rate that rises linearly over a share of the planned steps, then falls linearly to 0 at their end."""
+    up = warmup * planned
+    rising = (step + 1) / up if up else 1.0
+    return base_lr * max(min(rising, (planned - step) / max(planned - up, 1.0), 1.0), 0.0)
+
+
+def learning_rate(config: OptimConfig, step: int, epoch: int, planned: int | None = None) -> float:
+    """Return the rate of global ``step`` (from 0) in ``epoch`` (from 0) for the configured optimizer.
+
+    Args:
+        config: optimizer and schedule.
+        step, epoch: see above.
+        planned: steps of the whole training; needed by the schedules of :func:`needs_plan`.
+    """
+    if config.lr_schedule == "tri_stage":
+        scales = config.lr_initial_scale, config.lr_final_scale
+        return tri_stage_lr(config.base_lr, step, planned, config.lr_stages, *scales)
+    if config.lr_schedule == "linear":
+        return linear_lr(config.base_lr, step, planned, config.lr_stages[0])
     # AdamW warms up from (almost) nothing, ScaledAdam from a tenth: its steps are relative to the parameters.
     start = EDEN_WARMUP_START if config.optimizer == "scaled_adam" else 1.0 / max(1, config.lr_warmup_steps)
     return eden_lr(config.base_lr, step, epoch, config.lr_batches, config.lr_epochs, config.lr_warmup_steps, start)
+
+
+def needs_plan(config: OptimConfig) -> bool:
+    """Return whether the schedule is one of shares of the planned steps."""
+    return config.lr_schedule != "eden"
 
 
 class _Stack:

@@ -79,6 +79,7 @@ class Stepper:
         self.model: nn.Module = system
         self.grad_norm = math.nan
         self._gradients_checked = False
+        self.planned: int | None = None
 
     def build_optimizer(self) -> None:
         """Make the optimizer anew; ScaledAdam measures the parameters at that time."""
@@ -121,7 +122,7 @@ class Stepper:
             DataError: the ranks do not have equally many batches.
             ConfigError: out of memory, or (first step) parameters without a gradient.
         """
-        rate = learning_rate(self.config.optim, step, epoch - 1)
+        rate = learning_rate(self.config.optim, step, epoch - 1, self.planned)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         seed_everything(step_seed(self.config.loop.seed, step, self.rank))
@@ -153,6 +154,8 @@ class Stepper:
         if not self._gradients_checked:
             guards.refuse_unused(guards.parameters_without_gradient(self.system))
             self._gradients_checked = True
+        for parameter in self.system.frozen(step):  # no decay, no moments: the optimizer does not see them
+            parameter.grad = None
         with self.memory_guard(batches[-1], step):
             finite = self._update(frames, step, batches)
         if not finite:

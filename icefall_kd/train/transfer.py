@@ -14,7 +14,7 @@ from torch import Tensor
 
 from icefall_kd.config import TransferConfig
 from icefall_kd.errors import ConfigError
-from icefall_kd.systems.base import System
+from icefall_kd.systems.base import TRAINING_ONLY, System
 from icefall_kd.train.average import load_trained, trained_tokenizer
 from icefall_kd.train.checkpoint import LoadReport, load_model, state_sha256
 
@@ -144,7 +144,7 @@ def _mask_embedding(system: System, chosen: dict[str, Tensor]) -> dict[str, Tens
 
 def _refuse_other_tokens(loaded: list[str], exp_dir: Path, tokenizer_hash: str) -> None:
     theirs = trained_tokenizer(exp_dir)
-    beyond = [name for name in loaded if not name.startswith(MODULES["encoder"])]
+    beyond = [name for name in loaded if not name.startswith((MODULES["encoder"], *TRAINING_ONLY))]
     if beyond and theirs and tokenizer_hash and theirs != tokenizer_hash:
         raise ConfigError(
             f"--init-from {exp_dir} was trained with tokenizer {theirs}, this training has {tokenizer_hash}: its "

@@ -194,3 +194,35 @@ def test_weight_decay_is_for_matrices_alone():
         (0.5, [2]),
         (0.0, [1]),
     ]
+
+
+def test_three_stages_of_the_planned_steps():
+    options = {"lr_schedule": "tri_stage", "lr_stages": (0.1, 0.4, 0.5), "lr_final_scale": 0.05}
+    config = OptimConfig(optimizer="adamw", base_lr=1e-3, **options)
+    for step in range(1300):
+        # The public code counts updates of whole stages: 100 up, 400 constant, 500 down, of 1000.
+        if step < 100:
+            expected = 1e-5 + (1e-3 - 1e-5) / 100 * step
+        elif step < 500:
+            expected = 1e-3
+        elif step <= 1000:
+            expected = 1e-3 * math.exp(math.log(0.05) / 500 * (step - 500))
+        else:
+            expected = 5e-5
+        assert learning_rate(config, step, 3, planned=1000) == pytest.approx(expected, rel=1e-9)
+    # A stage of no length is none.
+    assert learning_rate(OptimConfig(lr_schedule="tri_stage", lr_stages=(0, 0, 1)), 0, 0, 10) == 0.045
+    assert learning_rate(OptimConfig(lr_schedule="tri_stage", lr_stages=(0, 1, 0)), 9, 0, 10) == 0.045
+
+
+def test_a_linear_schedule_rises_over_its_share_and_ends_at_nothing():
+    config = OptimConfig(optimizer="adamw", base_lr=1.0, lr_schedule="linear", lr_stages=(0.2, 0.8, 0.0))
+    rates = [learning_rate(config, step, 0, planned=10) for step in range(12)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0.0, 0.0])
+
+
+def test_shares_that_are_none_are_refused():
+    with pytest.raises(ConfigError, match=r"--lr-stages is \(0.5, 0.4, 0.5\)"):
+        OptimConfig(lr_stages=(0.5, 0.4, 0.5))
+    with pytest.raises(ConfigError, match=r"--lr-final-scale is 0.0; it must lie in \(0, 1\]"):
+        OptimConfig(lr_final_scale=0.0)
