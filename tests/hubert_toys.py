@@ -1,6 +1,8 @@
-"""A tiny pre-trained HuBERT in an exp_dir, students of it, and batches of samples."""
+"""A tiny pre-trained HuBERT in an exp_dir, students of it, and batches; as a program, one rank of a distillation."""
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 
 import torch
@@ -21,10 +23,13 @@ from icefall_kd.config import (
     TrainConfig,
 )
 from icefall_kd.data.batch import Batch
+from icefall_kd.errors import run_main
 from icefall_kd.models.cluster_head import ClusterHead
 from icefall_kd.models.hubert import HubertEncoder
-from icefall_kd.train.checkpoint import save_checkpoint
-from tests.students import babble
+from icefall_kd.runtime import dist
+from icefall_kd.systems import build_system
+from icefall_kd.train.checkpoint import save_checkpoint, state_sha256
+from icefall_kd.train.loop import train
 
 TEACHER = {"num_encoder_layers": 3, "encoder_dim": 32, "num_heads": 4, "feedforward_dim": 48}
 THIN = {"num_encoder_layers": 3, "encoder_dim": 24, "num_heads": 4, "feedforward_dim": 24}
@@ -88,9 +93,20 @@ def write_cmvn(path: Path) -> Path:
     return path
 
 
+def babble(num_samples: int, seed: int) -> torch.Tensor:
+    """Return (S,) samples: a voice whose pitch and loudness move, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    time = torch.arange(num_samples) / 16000
+    pitch = 120 + 40 * torch.sin(8.2 * time + seed)
+    phase = 2 * torch.pi * pitch.cumsum(0) / 16000
+    voice = sum(torch.rand((), generator=generator) * torch.sin(k * phase) for k in range(1, 20))
+    loud = 0.5 + 0.5 * torch.sin(19.5 * time + 2 * seed)
+    return 0.03 * loud * voice + 0.01 * torch.randn(num_samples, generator=generator)
+
+
 def samples(lens=(8000, 6500, 7001), seed: int = 0) -> Batch:
     """Return a batch of audio alone, padded with zeros."""
-    waves = [torch.from_numpy(babble(n, seed + i)) for i, n in enumerate(lens)]
+    waves = [babble(n, seed + i) for i, n in enumerate(lens)]
     batch = Batch.from_audio(waves, [f"u{seed}-{i}" for i in range(len(lens))])
     return dataclasses.replace(batch, durations=[n / 16000 for n in lens])
 
@@ -104,3 +120,52 @@ def arguments(config: TrainConfig) -> list[str]:
         shown = ",".join(map(str, value)) if isinstance(value, list) else value
         argv += [f"--{name.replace('_', '-')}", "none" if value is None else str(shown)]
     return argv
+
+
+class DistilData:
+    """Three batches an epoch and a rank; one rank alone has those of two, one after the other."""
+
+    def train_batches(self, epoch, skip):
+        ranks = range(2) if dist.get_world_size() == 1 else [dist.get_rank()]
+        batches = [samples((5000 + 700 * r, 4000), 100 * epoch + 10 * i + r) for i in range(3) for r in ranks]
+        return iter(batches[skip:])
+
+    def num_batches(self, epoch):
+        return 6 // dist.get_world_size()
+
+    def valid_batches(self):
+        return iter([samples(seed=99)])
+
+    def worst_batches(self):
+        return [samples(seed=98)]
+
+    def state(self):
+        return {"train": "toy"}
+
+
+def main() -> int:
+    """Distil in a process of its own: hubert_toys.py EXP_DIR '{"teacher": ..., "cmvn": ..., "accum_grad": 1}'."""
+    torch.set_num_threads(1)
+    options = json.loads(sys.argv[2])
+    dist.init(timeout=120)
+    try:
+        config = hubert_config(
+            teacher=options["teacher"],
+            ssl={"front_end": "fbank"},
+            hubert={"cmvn": Path(options["cmvn"])},
+            hubert_kd={"frontend_steps": 0.5},
+            loop={"exp_dir": Path(sys.argv[1]), "oom_scan": True, "accum_grad": options["accum_grad"]},
+        )
+        torch.manual_seed(7)
+        system = build_system(config, 0)
+        result = train(system, DistilData(), config)
+        result["equal_weights"] = len(set(dist.gather_objects(state_sha256(system.state_dict())))) == 1
+    finally:
+        dist.shutdown()
+    if dist.get_rank() == 0:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -142,17 +142,6 @@ class System(nn.Module):
         """
         return None
 
-    def frozen(self, step: int) -> Iterable[nn.Parameter]:
-        """Return the parameters that do not change at ``step`` (0-based), although a gradient of 0 comes to them.
-
-        AdamW then has no moments of theirs and does not let them decay.
-        """
-        return ()
-
-    def heaviest_step(self, step: int) -> int:
-        """Return a step from ``step`` on that needs as much memory as any: what is tried before the first one."""
-        return step
-
     def after_step(self, step: int) -> dict[str, float]:
         """Do what comes between steps; return figures for the log, if there are new ones.
 

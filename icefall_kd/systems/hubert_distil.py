@@ -20,7 +20,6 @@ from icefall_kd.config import TrainConfig
 from icefall_kd.config.checks import refuse_options
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
-from icefall_kd.frames import waveform_frames
 from icefall_kd.losses.hubert_kd import cluster_choice, cluster_divergence, cosine_distance, distance
 from icefall_kd.models.cluster_head import ClusterHead, cosine_logits
 from icefall_kd.models.conformer import log_parameter_counts
@@ -30,6 +29,7 @@ from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.runtime.dist import zero_of
 from icefall_kd.runtime.env import pick_device
 from icefall_kd.systems.base import LabelSpec, LossTerm, LossTerms, System
+from icefall_kd.systems.hubert_encoder import frames_of, refuse_missing_cmvn
 from icefall_kd.systems.hubert_states import OnlineStates, States, StateSource, StoredStates
 from icefall_kd.teachers.hubert import HubertTeacher
 from icefall_kd.teachers.hubert_weights import HubertWeights, load_hubert_weights
@@ -88,7 +88,7 @@ class HubertDistilSystem(System):
     @property
     def alignment_losses(self) -> dict[str, object]:
         """Return that an utterance needs one frame, and no text."""
-        return {"transducer": False, "ctc": False, "num_encoder_frames": waveform_frames}
+        return {"transducer": False, "ctc": False, "num_encoder_frames": frames_of(self.model.encoder)}
 
     @property
     def learns_labels(self) -> bool:
@@ -131,6 +131,12 @@ class HubertDistilSystem(System):
         from icefall_kd.train.hubert_transfer import start_from_teacher  # late: it knows systems
 
         return start_from_teacher(self.model.encoder, self.target.weights)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Refuse a log-mel front end without statistics before the first step."""
+        if step == 0:
+            refuse_missing_cmvn(self.model.encoder)
+        return {}
 
     def _is_first_stage(self, step: int) -> bool:
         return step < self.cfg.frontend_steps
@@ -238,6 +244,8 @@ def build_distil(config: TrainConfig, encoder: HubertEncoder) -> HubertDistilSys
     """
     kd, cfg = config.kd, config.hubert_kd
     refuse_options(kd, "mvq", besides=("teacher_labels", "label_dir", "min_coverage"))
+    heard = ("front_end", "extractor_norm", "extractor_channels", "feature_grad_scale", "crop_duration")
+    refuse_options(config.ssl, "dualmode --objective ssl", besides=heard)
     if cfg.frontend_steps and config.ssl.front_end != "fbank":
         raise ConfigError("--frontend-steps teaches a new front end what the teacher hears: it needs --front-end fbank")
     if cfg.disc_scale and encoder.time_reduction is not None:
@@ -246,6 +254,8 @@ def build_distil(config: TrainConfig, encoder: HubertEncoder) -> HubertDistilSys
     if cfg.init_from_teacher and config.loop.init_from is not None:
         raise ConfigError("--init-from-teacher and --init-from exclude each other; leave one of them out")
     online = kd.teacher_labels == "online"
+    if online and cfg.kd_quantizers:
+        raise ConfigError("--kd-quantizers decode stored codes; leave them out, or give --teacher-labels stored")
     weights = None
     if online or cfg.disc_scale or cfg.init_from_teacher:
         with torch.random.fork_rng(devices=[]):  # the student starts as it does without a teacher

@@ -11,7 +11,7 @@ from torch import Tensor
 from icefall_kd.config import KdConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.frames import FBANK_GLU, SSL_CONV
+from icefall_kd.frames import SSL_CONV
 from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.models.masks import make_pad_mask
@@ -131,10 +131,7 @@ class StoredStates:
         found = []
         for layer in layers:
             path, info = self.sets[layer]
-            expect = {"teacher_sha256": self.sha256, "layer": layer, "normalization": "none"}
-            # Fbank teachers count equally many frames otherwise.
-            formula = FBANK_GLU if info.formula == FBANK_GLU else SSL_CONV
-            expect["frame_formula"] = formula
+            expect = {"teacher_sha256": self.sha256, "layer": layer, "normalization": "none", "frame_formula": SSL_CONV}
             found.append(LabelSpec(name=f"H{layer}", kind=info.kind, path=str(path), expect=expect))
         return found
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from hubert_toys import write_cmvn, write_teacher
 
 from icefall_kd.runtime import dist
 from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
@@ -118,6 +119,30 @@ def test_two_ranks_of_self_supervised_training_exchange_what_both_passes_added_u
     for name, value in joint["valid"].items():
         assert lean["valid"][name] == pytest.approx(value, rel=2e-3, abs=1e-3), name
     assert lean["train_loss"] == pytest.approx(joint["train_loss"], rel=1e-4)
+
+
+def test_two_ranks_of_a_distillation_in_two_stages_equal_one(repo, tmp_path):
+    write_teacher(tmp_path / "teacher")
+    files = {"teacher": str(tmp_path / "teacher"), "cmvn": str(write_cmvn(tmp_path / "cmvn.safetensors"))}
+    results = []
+    for world_size in (1, 2):
+        run = start(
+            repo,
+            tmp_path / str(world_size),
+            world_size,
+            script="tests/hubert_toys.py",
+            accum_grad=3 - world_size,
+            **files,
+        )
+        found = finish(run)
+        assert not any(code for code, _, _ in found), "".join(err for _, _, err in found)
+        results.append(json.loads(found[0][1]))
+        metrics = read_metrics(tmp_path / str(world_size) / "log" / "metrics.jsonl", "train")
+        assert ["frontend_loss" in m for m in metrics] == [True] * 3 + [False] * 3
+    one, two = results
+    assert one["steps"] == two["steps"] == 6 and two["equal_weights"]
+    for name, value in one["valid"].items():
+        assert two["valid"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
 
 
 def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):

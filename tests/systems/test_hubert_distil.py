@@ -2,18 +2,22 @@
 
 import dataclasses
 import math
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from hubert_toys import hubert_config, samples, write_cmvn, write_teacher
 
-from icefall_kd.config import HubertKdConfig
+from icefall_kd.config import AugmentConfig, HubertConfig, HubertKdConfig, SslConfig, TrainConfig
 from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.models.hubert import HubertEncoder
 from icefall_kd.models.hubert_heads import ExpandLast, LayerWise, teacher_layers
 from icefall_kd.systems import build_system
-from icefall_kd.systems.hubert_distil import HubertDistilSystem
+from icefall_kd.systems.hubert_distil import HubertDistilSystem, Target, head_kind
 from icefall_kd.systems.hubert_states import States
 from icefall_kd.train.guards import parameters_without_gradient
+from tests.teachers.tiny_models import ssl_model
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +160,22 @@ def test_the_states_are_those_of_the_frozen_teacher_in_float32(teacher, tmp_path
         system.target.source.states(batch, lens - torch.tensor([0, 1, 0]), int(lens.max()))
 
 
+def test_a_model_of_transformers_teaches_too(tmp_path):
+    theirs = ssl_model("hubert", feat_extract_norm="group", stable=False)
+    theirs.save_pretrained(tmp_path)
+    system = build(tmp_path, hubert_kd={"disc_scale": 0.0})
+    batch = samples((8000,))
+    x, lens = system.model.encoder.subsampling(batch.audio, batch.audio_lens)
+    states = system.target.source.states(batch, lens, x.shape[1])
+    with torch.no_grad():
+        expected = theirs(batch.audio, output_hidden_states=True).hidden_states
+    for i in (1, 2, 3):
+        torch.testing.assert_close(states.layers[i], expected[i], rtol=1e-4, atol=1e-4)
+    assert system.losses(batch, 0).total.isfinite()
+    with pytest.raises(ConfigError, match="has no clusters"):
+        build(tmp_path)
+
+
 def test_each_stage_trains_what_it_is_for(teacher, front):
     system = build(teacher, hubert_kd={"frontend_steps": 3, "frontend_scale": 2.0}, **front)
     names = {id(p): n for n, p in system.named_parameters()}
@@ -224,6 +244,42 @@ def test_heads_have_the_published_sizes():
     assert teacher_layers("layer_wise", None, 12, 12) == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    ("structure", "ssl", "hubert_kd", "size", "heads"),
+    [
+        # DistilHuBERT: 4, 8 and 12 of its teacher, one map to three times the width and three of its width.
+        ("shallow_wide", {}, {}, 23_491_200, 768 * 2304 + 2304 + 3 * (768 * 768 + 768)),
+        # The thin student of equal size, one map a layer.
+        ("deep_thin", {"front_end": "fbank"}, {}, 19_107_008, 12 * (480 * 768 + 768)),
+        (
+            "fithubert",
+            {},
+            {"regression": "l2", "cos_scale": 0.0, "layer_scales": [0.1] * 11 + [1.0]},
+            21_200_096,
+            12 * (480 * 480 * 2 + 480 + 480 * 768 + 768),
+        ),
+    ],
+)
+def test_published_students_have_their_sizes(structure, ssl, hubert_kd, size, heads):
+    config = TrainConfig(
+        system="hubert",
+        objective="distil",
+        hubert=HubertConfig(structure=structure),
+        ssl=SslConfig(**{"front_end": "waveform", "extractor_norm": "default", **ssl}),
+        hubert_kd=HubertKdConfig(disc_scale=0.0, **hubert_kd),
+        augment=AugmentConfig(spec_aug=False),
+    )
+    kind = head_kind(config)
+    with torch.device("meta"):
+        encoder = HubertEncoder(config.model, config.hubert, config.ssl)
+        layers = teacher_layers(kind, None, encoder.num_layers, 12)
+        teacher = types.SimpleNamespace(dim=768)
+        system = HubertDistilSystem(config, encoder, Target(teacher, layers, 12, layers))
+    assert layers == ([4, 8, 12] if structure == "shallow_wide" else list(range(1, 13)))
+    assert sum(p.numel() for p in system.model.parameters()) == size
+    assert sum(p.numel() for p in system.heads.parameters()) == heads
+
+
 def test_learning_brings_the_student_to_its_teacher(teacher):
     system = build(teacher, hubert_kd={"disc_scale": 1.0})
     optimizer = torch.optim.Adam(system.parameters(), lr=0.01)
@@ -249,6 +305,8 @@ def test_learning_brings_the_student_to_its_teacher(teacher):
         ({"kd": {"teacher_labels": "stored"}, "hubert_kd": {"disc_scale": 0.0}}, "needs --label-dir"),
         ({"kd": {"kd": "mvq"}}, "--kd is of --system mvq"),
         ({"structure": "fithubert"}, "--disc-scale 0"),
+        ({"hubert_kd": {"kd_quantizers": [Path("q.safetensors")]}}, "decode stored codes"),
+        ({"ssl": {"mask_prob": 0.5}}, "--mask-prob is of"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(teacher, options, message):
