@@ -60,6 +60,8 @@ class KmeansConfig:
     """Clusters K: 100 of MFCC, 500 of a layer of the first model, in the paper."""
     kmeans_utts: int = 1000
     """Utterances of the training sample, drawn with the seed, stratified by duration."""
+    kmeans_frames: int = 2_000_000
+    """About so many frames are drawn of theirs, all if there are fewer: of 768 channels they take 12 GB of memory."""
     kmeans_seed: int = 42
     """Seed of sample and initialisation."""
     kmeans_batch: int = 10000
@@ -70,7 +72,7 @@ class KmeansConfig:
     """Initialisations by k-means++ that are tried (fairseq)."""
 
     def __post_init__(self) -> None:
-        at_least(self, num_clusters=2, kmeans_utts=1, kmeans_batch=1, kmeans_passes=1, kmeans_inits=1)
+        at_least(self, num_clusters=2, kmeans_utts=1, kmeans_frames=2, kmeans_batch=1, kmeans_passes=1, kmeans_inits=1)
         if self.num_clusters > 65536:
             raise ConfigError(f"--num-clusters is {self.num_clusters}; a cluster's number must fit two bytes (65536)")
 
@@ -167,7 +169,7 @@ class ExtractLayersConfig(ExtractConfig):
             if set(QUANTIZED) & set(kinds) or len(layers) > 1:
                 raise ConfigError(
                     f"--kind {','.join(kinds)}: several kinds come from the heads and the last layer of one "
-                    "recogniser; extract codebook_indexes, clusters and other layers in a run of their own"
+                    "recogniser; extract clusters, codebook_indexes and other layers in a run of their own"
                 )
             layers = layers * len(kinds)
         else:

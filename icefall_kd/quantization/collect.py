@@ -134,21 +134,30 @@ def _batches(cuts: Sequence[MonoCut], max_duration: float) -> Iterator[list[Mono
 
 
 @torch.no_grad()
-def collect_frames(sample: Sample, teacher: Teacher, max_duration: float) -> Frames:
+def collect_frames(sample: Sample, teacher: Teacher, max_duration: float, most: int | None = None) -> Frames:
     """Return the teacher's embeddings of a sample's utterances at speed 1.
 
+    Args:
+        sample: the utterances.
+        teacher: gives the embeddings.
+        max_duration: seconds of padded audio a batch.
+        most: frames that are kept, about, each as likely as any other; None: all.
     Raises:
         DataError: nothing could be read, or values do not fit float16.
     """
     parts: list[Tensor] = []
     samples, start = 0, time.monotonic()
-    progress = Progress(len(sample.cuts), "utterances", name="embeddings for the quantizer")
+    total = sum(teacher.num_frames(round(c.duration * teacher.sampling_rate)) for c in sample.cuts.values())
+    share, generator = 1.0 if most is None else most / max(total, 1), torch.Generator().manual_seed(0)
+    progress = Progress(len(sample.cuts), "utterances", name="embeddings of the sample")
     for cuts in _batches(list(sample.cuts.values()), max_duration):
         waves = [(cut.id, wave) for cut in cuts if (wave := _load(cut, teacher)) is not None]
         if waves:
             output = teacher.extract(Batch.from_audio([wave for _, wave in waves], [name for name, _ in waves]))
             embeddings, lens = output.arrays["embeddings"].cpu().float(), output.lens["embeddings"].tolist()
-            parts += [to_float16(e[:length]) for e, length in zip(embeddings, lens, strict=True)]
+            for e, length in zip(embeddings, lens, strict=True):
+                kept = torch.rand(length, generator=generator) < share if share < 1 else slice(length)
+                parts.append(to_float16(e[:length][kept]))
             samples += sum(len(wave) for _, wave in waves)
         progress.update(len(cuts))
     if not parts:

@@ -75,7 +75,7 @@ def train_kmeans(config: TrainKmeansConfig, teacher: Teacher | None = None) -> d
     if (finished := _finished(config.out, report_path, identity)) is not None:
         return finished
     write_text(config.out.with_suffix(".utterances.txt"), "".join(f"{key}\n" for key in sample.cuts))
-    frames = collect_frames(sample, teacher, config.teacher_max_duration).values.float()
+    frames = collect_frames(sample, teacher, config.teacher_max_duration, config.kmeans.kmeans_frames).values.float()
     began = time.monotonic()
     centers = find_centers(frames, config.kmeans)
     seconds = time.monotonic() - began
@@ -87,7 +87,7 @@ def train_kmeans(config: TrainKmeansConfig, teacher: Teacher | None = None) -> d
         "packages": {**environment()["packages"], "scikit-learn": version},
     }
     clusters = Clusters(centers, metadata)
-    report = {**_report(clusters, frames, sample, teacher), "seconds": round(seconds, 1), "sha256": clusters.sha256}
+    report = {**_report(clusters, frames, sample), "seconds": round(seconds, 1), "sha256": clusters.sha256}
     write_json(report_path, report)
     clusters.save(config.out)
     return report
@@ -138,16 +138,14 @@ def _finished(path: Path, report_path: Path, identity: str) -> dict | None:
     return report
 
 
-def _report(clusters: Clusters, frames: Tensor, sample: Sample, teacher: Teacher) -> dict:
+def _report(clusters: Clusters, frames: Tensor, sample: Sample) -> dict:
     """Return how well the clusters stand for the frames (F, C) that they were made of, and how they are used."""
-    numbers = clusters.encode(frames).squeeze(1)
-    error = sum(
-        (part - clusters.centers[ids]).double().square().sum().item()
-        for part, ids in zip(frames.split(1 << 16), numbers.split(1 << 16), strict=True)
-    )
-    variance = sum(
-        (part.double() - frames.double().mean(dim=0)).square().sum().item() for part in frames.split(1 << 16)
-    )
+    numbers, parts = clusters.encode(frames).squeeze(1), frames.split(1 << 16)
+    mean = sum(part.double().sum(dim=0) for part in parts) / len(frames)
+    error = variance = 0.0
+    for part, ids in zip(parts, numbers.split(1 << 16), strict=True):
+        error += (part - clusters.centers[ids]).double().square().sum().item()
+        variance += (part - mean).square().sum().item()
     used = torch.bincount(numbers, minlength=clusters.codebook_size).double()
     shares = used[used > 0] / used.sum()
     return {
@@ -155,7 +153,7 @@ def _report(clusters: Clusters, frames: Tensor, sample: Sample, teacher: Teacher
         "dim": clusters.dim,
         "num_frames": len(frames),
         "num_utterances": len(sample.cuts),
-        "hours": round(len(frames) * teacher.frame_formula.hop / teacher.sampling_rate / 3600, 4),
+        "hours": round(sum(cut.duration for cut in sample.cuts.values()) / 3600, 4),
         "relative_error": error / max(variance, 1e-20),
         "perplexity": float(torch.exp(-(shares * shares.log()).sum())),
         "unused": int((used == 0).sum()),
@@ -165,7 +163,7 @@ def _report(clusters: Clusters, frames: Tensor, sample: Sample, teacher: Teacher
 def describe(report: dict) -> str:
     """Return a report of :func:`train_kmeans` in one line for people."""
     return (
-        f"{report['num_clusters']} clusters of {report['num_frames']} frames ({report['hours']:.2f} h) in "
+        f"{report['num_clusters']} clusters of {report['num_frames']} frames of {report['hours']:.2f} h in "
         f"{format_seconds(report['seconds'])}: relative error {report['relative_error']:.3f}, perplexity of use "
         f"{report['perplexity']:.1f}, {report['unused']} unused"
     )

@@ -1,6 +1,7 @@
 """From cuts to clusters and from clusters to labels."""
 
 import builtins
+import dataclasses
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from icefall_kd.labels.keys import label_key
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.quantization import kmeans
 from icefall_kd.quantization.clusters import Clusters
+from icefall_kd.quantization.collect import collect_frames, draw_sample
 from icefall_kd.quantization.kmeans import TrainKmeansConfig, describe, find_centers, train_kmeans
 from tests.labels.label_toys import ToyTeacher, config_for, write_cuts
 
@@ -82,6 +84,24 @@ def test_clusters_are_made_once_and_labels_of_them_know_where_they_come_from(cut
     assert store.get(label_key(cut))[:, 0].tolist() == nearest(frames.numpy(), clusters.centers.numpy())
     with pytest.raises(DataError, match="set of clusters was trained on a teacher whose weights_sha256 is 'toy-1'"):
         extract_labels(config_for(cuts, tmp_path / "other", kind="clusters", quantizer=path), ToyTeacher(sha="toy-2"))
+
+
+def test_no_more_frames_are_kept_than_wanted_and_the_report_is_that_of_plain_loops(cuts, tmp_path):
+    few = dataclasses.replace(SMALL, kmeans_frames=100)
+    report = train_kmeans(config(cuts, tmp_path, kmeans=few), ToyTeacher())
+    assert 60 < report["num_frames"] < 140
+    sample = draw_sample([cuts], few.kmeans_utts, few.kmeans_seed)
+    assert report["hours"] == pytest.approx(sum(cut.duration for cut in sample.cuts.values()) / 3600, abs=1e-4)
+    every, some = (collect_frames(sample, ToyTeacher(), 100.0, most).values.float() for most in (None, 100))
+    assert len(every) > 200 and len(some) == report["num_frames"]
+    assert {tuple(x) for x in some.tolist()} <= {tuple(x) for x in every.tolist()}
+    centers = Clusters.load(config(cuts, tmp_path).out).centers
+    near = [min(float((x - c).square().sum()) for c in centers) for x in some]
+    around = [float((x - some.mean(dim=0)).square().sum()) for x in some]
+    assert report["relative_error"] == pytest.approx(sum(near) / sum(around), rel=1e-4)
+    used = np.bincount(nearest(some.numpy(), centers.numpy()), minlength=6) / len(some)
+    assert report["perplexity"] == pytest.approx(np.exp(-sum(p * np.log(p) for p in used if p)), rel=1e-4)
+    assert report["unused"] == sum(used == 0)
 
 
 def test_many_clusters_need_two_bytes_and_a_number_too_high_is_found(cuts, tmp_path):
