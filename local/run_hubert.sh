@@ -229,10 +229,14 @@ distil_one() { # distil_one SYSTEM
     "${distil[@]}"
 }
 
+hours_file() { # hours_file HOURS: the cut set of so much
+  echo "$data_dir/hours-seed$teacher_seed/cuts_${hours_part}_$1.jsonl.gz"
+}
+
 tune_one() { # tune_one SYSTEM HOURS SEED
   local dir lang from files distil_files distil layers configs cuts start=() inputs=()
   local train_args="$train_args $tune_args" train_parts=$train_parts
-  [[ $2 == all ]] || train_parts=${hours_part}_$2
+  [[ $2 == all ]] || train_parts=$(hours_file "$2")
   cuts_of "$train_parts"
   dir=$(system_dir "$1" "$2" "$3") lang=$(lang_dir)
   options_of "$1"
@@ -285,12 +289,12 @@ stage_4_hours() { # Choose the transcripts of fine-tuning
   ((${#some[@]})) || return 0
   cuts_of "$hours_part"
   for amount in "${some[@]}"; do
-    files+=("$data_dir/$kind/cuts_${hours_part}_$amount.jsonl.gz")
+    files+=("$(hours_file "$amount")")
   done
   begin --name "$hours_part" --option teacher_seed "hours=${some[*]}" --input "${cuts[@]}" --output "${files[@]}" \
     --code icefall_kd/data/hours.py || return 0
   python3 ../../local/select_hours.py --manifest-dir "$data_dir/$kind" --part "$hours_part" \
-    --hours "$(commas "${some[@]}")" --seed "$teacher_seed"
+    --hours "$(commas "${some[@]}")" --seed "$teacher_seed" --out-dir "${files[0]%/*}"
 }
 
 stage_5_tune() { # Fine-tune every system with each amount of transcripts

@@ -1,6 +1,6 @@
 """What every distillation system offers to the training loop and to the decoder."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 

@@ -103,8 +103,10 @@ def test_transcripts_are_chosen_from_a_part_and_the_distilled_student_is_shared(
     found = trainings(recipe)
     parts = {name: config.data.train_parts for name, config in found.items() if name.startswith("deep")}
     assert parts == {
-        "deep-reg-10min-seed42": ["train_10min"], "deep-reg-1h-seed42": ["train_1h"], "deep-reg-all-seed42": ["train"],
-    }  # fmt: skip
+        "deep-reg-10min-seed42": ["data/trans/hours-seed42/cuts_train_10min.jsonl.gz"],
+        "deep-reg-1h-seed42": ["data/trans/hours-seed42/cuts_train_1h.jsonl.gz"],
+        "deep-reg-all-seed42": ["train"],
+    }
     assert {found[name].loop.init_from.name for name in parts} == {"distil-deep-reg"}
     assert found["deep-reg-1h-seed42"].hubert_asr.freeze_steps == 10000
     assert found["distil-deep-reg"].data.train_parts == ["train"]
