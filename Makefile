@@ -9,7 +9,7 @@
 # make clean  remove caches; data and experiments stay
 #
 # Variables: PYTHON=python3.12 (for a new environment), TESTS=tests/labels (with make test: these paths alone),
-# TEST_JOBS=2 (test files at the same time), SYSTEM=mvq, nar, hkd or dualmode and DEMO_SHORT=1 (with make demo: which, and shortened).
+# TEST_JOBS=2 (test files at the same time), SYSTEM=mvq, nar, hkd, dualmode or hubert and DEMO_SHORT=1 (with make demo: which, and shortened).
 
 SHELL := /bin/bash
 VENV ?= .venv

@@ -74,6 +74,8 @@ class Run:
     labels: list[LabelStorage]
     results: list[dict]
     """The results-*.json files."""
+    start: dict = field(default_factory=dict)
+    """Options of the training that --init-from names, flat; empty: there is none, or it is no more."""
 
 
 @dataclass
@@ -188,6 +190,7 @@ def read_run(exp_dir: Path, decoding_method: str | None = None, suffix: str | No
         summary=read_json(summary_file) if summary_file.exists() else {},
         labels=_labels_of(exp_dir, saved["config"]),
         results=find_results(exp_dir, decoding_method=decoding_method, suffix=suffix),
+        start=_start_of(exp_dir, saved["config"]),
     )
 
 
@@ -262,6 +265,12 @@ def find_folder(exp_dir: Path, folder: str, holds: str) -> Path | None:
     """
     places = (place / folder for place in (Path(), *exp_dir.resolve().parents))
     return next((place for place in places if place.is_dir() and any(place.glob(holds))), None)
+
+
+def _start_of(exp_dir: Path, config: dict) -> dict:
+    start = config.get("init_from")
+    folder = find_folder(exp_dir, start, "config.json") if start else None
+    return read_json(folder / "config.json")["config"] if folder else {}
 
 
 def _labels_of(exp_dir: Path, config: dict) -> list[LabelStorage]:
@@ -375,7 +384,7 @@ def _name_sizes(by_group: list[list[Row]]) -> None:
 
 
 def _rows_of(group: list[Run]) -> list[Row]:
-    name = system_name(group[0].config, group[0].labels)
+    name = system_name(group[0].config, group[0].labels, group[0].start)
     by_decoding: dict[str, Row] = {}
     for run in group:
         for suffix in dict.fromkeys(result["suffix"] for result in run.results):

@@ -1,5 +1,6 @@
 """What trainings are called in tables of results, by their options."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,9 @@ DUAL_EXPERIMENTS = {
 }
 
 
+STRUCTURES = {"base": "HuBERT", "deep_thin": "deep thin", "shallow_wide": "shallow wide", "fithubert": "FitHuBERT"}
+
+
 def distils(config: dict) -> bool:
     """Return whether a training has a distillation loss."""
     return config.get("kd", "none") != "none" or bool(nar_levels(config)) or bool(hkd_losses(config))
@@ -52,13 +56,17 @@ def hkd_losses(config: dict) -> list[str]:
     return [name for name in config.get("text_kd") or () if config.get(f"{name}_scale", 0) > 0]
 
 
-def system_name(config: dict, labels: "Sequence[LabelStorage]" = ()) -> str:
+def system_name(config: dict, labels: "Sequence[LabelStorage]" = (), start: dict | None = None) -> str:
     """Return what a training is called in tables.
 
     Args:
         config: its options.
         labels: its label sets; of a language model's states they tell which it was, and whether it has learnt anything.
+        start: the options of the training that it started from, where they are known.
     """
+    if config.get("system") == "hubert":
+        words = hubert_model(config), hubert_origin(config, start or {}), transcripts(config)
+        return ", ".join(filter(None, words))
     if config.get("system") == "hkd":
         name = " + ".join(["CIF", *(loss.upper() for loss in hkd_losses(config))])
         of = [f"{s.teacher}, RANDOM weights" if s.random else s.teacher for s in labels if s.kind == TEXT_KIND]
@@ -84,3 +92,40 @@ def _dual_name(config: dict) -> str:
     name = " ".join([*filter(None, words), {"dual": "both modes"}.get(modes, f"{modes} mode")])
     name += ", streams sparse" if sparse and modes == "dual" else ""
     return name + (f", {arm} pre-training" if arm else "")
+
+
+def hubert_model(config: dict) -> str:
+    """Return structure and front end of a training of --system hubert."""
+    name = STRUCTURES.get(config.get("structure", "base"), "?")
+    return name + (" log-mel" if config.get("front_end") == "fbank" else "")
+
+
+def hubert_origin(config: dict, start: dict) -> str:
+    """Return what a training of --system hubert learns, or what the one learnt that it starts from.
+
+    Args:
+        config: its options.
+        start: those of the training of --init-from; empty: not known.
+    """
+    if config.get("objective") != "asr":
+        start = config
+    elif not config.get("init_from"):
+        return "from scratch"
+    if start.get("objective") == "ssl":
+        return "pre-trained"
+    if start.get("objective") != "distil":
+        return f"from {Path(config['init_from']).name}"
+    losses = ["L_reg"] if start["rec_scale"] > 0 or start["cos_scale"] > 0 else []
+    if start["disc_scale"] > 0:
+        losses.append(f"L_disc ({start['disc_type']})")
+    stages = ""
+    if start.get("front_end") == "fbank":
+        stages = "two stages, " if start["frontend_steps"] > 0 else "one stage, "
+    return stages + " + ".join(losses)
+
+
+def transcripts(config: dict) -> str:
+    """Return how much a recogniser was fine-tuned with, by the name of its one part; empty: all there is, or none."""
+    parts = config.get("train_parts", ()) if config.get("objective") == "asr" else ()
+    found = re.search(r"_(\d+(?:\.\d+)?(?:s|min|h))(?:\.jsonl(?:\.gz)?)?$", parts[0]) if len(parts) == 1 else None
+    return found[1] if found else ""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from icefall_kd.errors import DataError
 from icefall_kd.results import Row, Run, compare, part_order
+from icefall_kd.results_names import hubert_model, hubert_origin, transcripts
 from icefall_kd.scoring import RATE_NAMES
 
 
@@ -107,6 +108,53 @@ def dual_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
+def hubert_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of the table of fine-tuned HuBERT models, those with the least transcripts first.
+
+    The difference is that of the error rate, in points with its paired interval: of a student that learnt more than the
+    teacher's states to the one of the same model that learnt those alone; of that one, and where there is none, to the
+    same model from scratch; each with the same transcripts and search.  The seconds are those of fine-tuning alone.
+    """
+    rows = sorted(rows, key=lambda row: (_amount_order(transcripts(row.runs[0].config)), _search(row)))
+    parts = part_order(rows)
+    header = ["model", "learnt", "transcripts", "search", "seeds", "parameters"]
+    for part in parts:
+        header += [f"{rate_name(rows, part)} {part}", f"difference {part}"]
+    header += ["RTF", "seconds"]
+    cells = []
+    for row in rows:
+        model, learnt, amount = _hubert_words(row)
+        base = _hubert_base(rows, row)
+        line = [model, learnt + row.system.removeprefix(", ".join(filter(None, (model, learnt, amount))))]
+        line += [amount or "all", row.search, ", ".join(str(run.seed) for run in row.runs), _count(row.parameters)]
+        for part in parts:
+            line += [_rate(row, part), _difference(base, row, part, _hubert_words(base)[1])]
+        cells.append([*line, "-" if row.rtf is None else f"{row.rtf:.4f}", _seconds(row)])
+    return header, cells
+
+
+def _amount_order(amount: str) -> tuple[int, float]:
+    """Return what sorts "10min", "1h" and, the largest, "" by how much they are."""
+    number = amount.rstrip("hmins")
+    return ("s", "min", "h", "").index(amount.removeprefix(number)), float(number or 0)
+
+
+def _hubert_words(row: Row) -> tuple[str, str, str]:
+    run = row.runs[0]
+    return hubert_model(run.config), hubert_origin(run.config, run.start), transcripts(run.config)
+
+
+def _hubert_base(rows: Sequence[Row], row: Row) -> Row:
+    """Return the row that one of :func:`hubert_table` is compared with, itself where there is none."""
+    model, learnt, amount = _hubert_words(row)
+    stages, found, _ = learnt.rpartition(", ")
+    wanted = [f"{stages}{found}L_reg", "from scratch"]
+    if learnt in wanted:
+        del wanted[: wanted.index(learnt) + 1]
+    same = {_hubert_words(r): r for r in reversed(rows) if r.how == row.how}
+    return next((same[model, name, amount] for name in wanted if (model, name, amount) in same), row)
+
+
 def _told(row: Row, name: str, default=None):
     """Return what the results of a row say, equal in all of them, or the default where they say nothing."""
     return next((r[name] for results in row.results.values() for r in results if r.get(name) is not None), default)
@@ -130,14 +178,14 @@ def _count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
-def _difference(base: Row, row: Row, part: str) -> str:
-    """Return the difference of error rates in points with its interval, behind the first word of the baseline."""
+def _difference(base: Row, row: Row, part: str, name: str | None = None) -> str:
+    """Return the difference of error rates in points with its interval, behind the baseline's name or first word."""
     if base is row or row.rate(part) is None or base.rate(part) is None:
         return "-"
     both = [base.results[part], row.results[part]]
     names = [f"{r.system}, seed {run.seed}" for r in (base, row) for run in r.runs]
     found = compare(*both, names, num_samples=1000).difference
-    return f"{base.system.split()[0]} {found.value:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+    return f"{name or base.system.split()[0]} {found.value:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
 def _tell_decodings(rows: Sequence[Row], header: list[str], cells: list[list[str]]) -> None:

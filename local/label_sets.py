@@ -57,14 +57,16 @@ def verify(paths: list[Path]) -> None:
         raise DataError(f"{len(problems)} problems:\n" + "\n".join(problems))
 
 
-def join(path: Path, cuts: list[Path], min_coverage: float) -> None:
-    """Print how the keys of cut sets meet those of a set."""
+def join(path: Path, cuts: list[Path], min_coverage: float, pieces: float | None) -> None:
+    """Print how the keys of cut sets meet those of a set, of pieces of at most so many seconds or of utterances."""
+    from icefall_kd.data.filters import cut_into_pieces
     from icefall_kd.data.manifests import iterate_cuts
     from icefall_kd.labels.keys import key_of
     from icefall_kd.labels.store import LabelStore
 
     store = LabelStore(path)
-    keys = (key_of(cut, store.info.key_kind) for file in cuts for cut in iterate_cuts(file))
+    heard = (cut for file in cuts for cut in iterate_cuts(file))
+    keys = (key_of(cut, store.info.key_kind) for cut in (heard if pieces is None else cut_into_pieces(heard, pieces)))
     print(store.join(keys, min_coverage))
 
 
@@ -97,6 +99,7 @@ def main() -> None:
     joined.add_argument("dir", type=Path)
     joined.add_argument("--cuts", type=Path, nargs="+", required=True, help="cut sets")
     joined.add_argument("--min-coverage", type=float, default=1.0, help="least fraction with labels (default: 1.0)")
+    joined.add_argument("--pieces", type=float, help="of a set that was extracted with --pieces: that number")
     aligned = commands.add_parser("align", help="a language model's pieces against tokens")
     aligned.add_argument("dir", type=Path)
     aligned.add_argument("--cuts", type=Path, nargs="+", required=True, help="cut sets")
@@ -114,7 +117,7 @@ def main() -> None:
     elif args.command == "align":
         align(args.dir, args.cuts, args.lang_dir)
     else:
-        join(args.dir, args.cuts, args.min_coverage)
+        join(args.dir, args.cuts, args.min_coverage, args.pieces)
 
 
 if __name__ == "__main__":

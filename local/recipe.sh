@@ -68,15 +68,17 @@ prepare_data() { # the corpus; the stages of prepare.sh have markers of their ow
     ${speed_perturb:+--speed-perturb "$speed_perturb"} $prepare_args
 }
 
-extract_and_verify() { # extract_and_verify DIR,... OPTION ...: all shards of label sets, then a check of every byte
+# extract_and_verify DIR,... OPTION ...: all shards of label sets, of utterances or pieces of $pieces seconds, then a check of
+# every byte.
+extract_and_verify() {
   local dirs dir
   IFS=, read -r -a dirs <<< "$1"
   run_cmd --log "${dirs[0]}/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
     python3 "../../local/${extractor:-extract_labels.py}" --cuts "$cuts_list" --label-dir "$1" --shard JOB \
-    --num-shards "$num_shards" "${@:2}"
+    --num-shards "$num_shards" ${pieces:+--pieces "$pieces"} "${@:2}"
   python3 ../../local/label_sets.py verify "${dirs[@]}"
   for dir in "${dirs[@]}"; do
-    python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}"
+    python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}" ${pieces:+--pieces "$pieces"}
   done
 }
 

@@ -18,6 +18,7 @@ from icefall_kd.results_table import (
     dual_table,
     full_table,
     hkd_table,
+    hubert_table,
     markdown_table,
     nar_table,
     print_table,
@@ -25,7 +26,14 @@ from icefall_kd.results_table import (
 )
 from icefall_kd.runtime.files import write_json, write_text
 
-TABLES = {"demo": demo_table, "full": full_table, "nar": nar_table, "hkd": hkd_table, "dualmode": dual_table}
+TABLES = {
+    "demo": demo_table,
+    "full": full_table,
+    "nar": nar_table,
+    "hkd": hkd_table,
+    "dualmode": dual_table,
+    "hubert": hubert_table,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +42,12 @@ class ResultsConfig:
 
     exp_dirs: list[Path]
     """Folders of trainings; those that differ in their seed alone become one row."""
-    table: Literal["demo", "full", "nar", "hkd", "dualmode"] = "full"
+    table: Literal["demo", "full", "nar", "hkd", "dualmode", "hubert"] = "full"
     """demo: system, size, labels, error rates, seconds; full: also decoding, seeds, commands and git states; nar:
     systems of --system nar by search, with masked tokens, speed and the change against scratch of the same size; hkd:
     those of --system hkd, with the change against CIF alone; dualmode: each mode of those of --system dualmode, with
-    weights that are not zero, size, latency and the difference to the first of the same mode."""
+    weights that are not zero, size, latency and the difference to the first of the same mode; hubert: fine-tuned models
+    of --system hubert by structure, what they learnt before and transcripts."""
     name: str | None = None
     """Name in the markers <!-- results:NAME begin/end -->; None: the name of the table."""
     out: Path | None = None

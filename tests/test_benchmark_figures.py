@@ -89,6 +89,38 @@ def test_block_sparsity():
     assert "non-square blocks" in rows["BSR", 0.7]["impossible"] and "non-square blocks" in page
 
 
+def test_the_front_ends_of_hubert():
+    page = " ".join((REPO / "docs" / "hubert.md").read_text(encoding="utf-8").split())
+    figures = result("hubert_frontend_cpu")
+    sizes = {size["model"]: size for size in figures["models"]}
+    # Of the specification, for 50 frames a second; 10 s are 499.  Log-mel students have no projection of 512 channels.
+    assert figures["seconds"] == 10 and figures["baseline"] == "deep_thin"
+    expected = {
+        "teacher": (2.45, 4.96),
+        "shallow_wide": (2.45, 1.04),
+        "deep_thin": (2.45, 1.22),
+        "deep_thin, log-mel": (0.03, 1.21),
+        "shallow_wide, log-mel": (0.06, 1.02),
+    }
+    gmacs = {name: (size["front_end_gmacs"], size["transformer_gmacs"]) for name, size in sizes.items()}
+    for name, both in gmacs.items():
+        assert all(abs(ours - theirs) < 0.011 for ours, theirs in zip(both, expected[name], strict=True)), name
+    assert sizes.keys() == expected.keys()
+    rows = {row["model"]: row for row in figures["rows"] if row["threads"] == 1}
+    base = rows["deep_thin"]["cpu_seconds"]["total"]
+    for name, size in sizes.items():
+        text = name.replace("teacher", "teacher, `base`").replace("deep_thin", "`deep_thin`")
+        cells = [text.replace("shallow_wide", "`shallow_wide`"), f"{size['parameters'] / 1e6:.2f} M"]
+        cells += [f"{x:.2f}" for x in gmacs[name]]
+        cells += [f"{rows[name]['cpu_seconds'][part] / base:.2f}" for part in ("front_end", "transformer", "total")]
+        assert f"| {' | '.join(cells)} |" in page, name
+    small = sizes["deep_thin, log-mel"]["parameters"] / sizes["deep_thin"]["parameters"]
+    faster = rows["deep_thin, log-mel"]["faster"]["total"]
+    assert f"{100 * (1 - small):.1f} % of the parameters and make it {faster:.1f} times as fast" in page
+    (twice,) = [r for r in figures["rows"] if r["model"] == "deep_thin, log-mel" and r["threads"] == 2]
+    assert f"with two threads {twice['faster']['total']:.1f} times by the clock" in page
+
+
 def test_exported_models():
     page = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
     files = sorted((REPO / "benchmarks/results/exported").glob("*.json"))

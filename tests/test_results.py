@@ -20,6 +20,7 @@ from icefall_kd.results_table import (
     dual_table,
     full_table,
     hkd_table,
+    hubert_table,
     markdown_table,
     nar_table,
     replace_block,
@@ -263,6 +264,57 @@ def test_modes_of_one_checkpoint_are_rows_that_are_compared_with_their_own_kind(
     other = folder("free", [8, None, None], modes="dual", init_from="elsewhere/some-run")
     (row,) = build_rows([read_run(other)])
     assert row.system == "both modes, some-run pre-training"  # no experiment of the list
+
+
+def test_students_of_hubert_are_named_by_what_they_learnt_and_compared_with_those_that_learnt_less(tmp_path):
+    losses = {"objective": "distil", "rec_scale": 1.0, "cos_scale": 1.0, "disc_type": "type2", "frontend_steps": 0}
+    losses |= {"system": "hubert", "structure": "deep_thin", "front_end": "waveform"}
+    for name, more in {
+        "reg": {"disc_scale": 0},
+        "both": {"disc_scale": 1.0},
+        "disc": {"disc_scale": 1.0, "rec_scale": 0, "cos_scale": 0, "disc_type": "type1"},
+        "one": {"disc_scale": 0, "front_end": "fbank"},
+        "two": {"disc_scale": 0, "front_end": "fbank", "frontend_steps": 0.2},
+        "ssl": {"objective": "ssl"},
+    }.items():
+        exp_dir(tmp_path / f"exp/{name}", [], **losses | more)
+
+    def tuned(start, amount, wrong, seeds=(1,), **options):
+        more = {"train_parts": [f"data/hours/cuts_train_{amount}.jsonl.gz"], "init_from": start and f"exp/{start}"}
+        more |= {"system": "hubert", "structure": "deep_thin", "front_end": "waveform", **options}
+        found = []
+        for seed in seeds:
+            folder = tmp_path / f"exp/{start}-{amount}-{options.get('front_end')}-seed{seed}"
+            found.append(exp_dir(folder, [result("dev", wrong)], seed=seed, **more))
+        return found
+
+    log_mel = {"front_end": "fbank"}
+    folders = [
+        *tuned("both", "10h", 4), *tuned("reg", "10h", 6), *tuned(None, "10h", 10),
+        *tuned(None, "1h", 24, (1, 2)), *tuned("reg", "1h", 16, (1, 2)), *tuned("both", "1h", 8, (1, 2)),
+        *tuned("disc", "1h", 20, (1, 2)), *tuned("one", "1h", 16, **log_mel), *tuned("two", "1h", 12, **log_mel),
+        *tuned("ssl", "1h", 2, structure="base"), *tuned("gone", "1h", 2, structure="base"),
+    ]  # fmt: skip
+    header, cells = hubert_table(build_rows([read_run(f) for f in folders]))
+    lines = [dict(zip(header, line, strict=True)) for line in cells]
+    # Of 160 words: 24 errors to 16 are 5 points less.
+    shown = ("model", "learnt", "transcripts", "seeds", "difference dev")
+    for line in lines:
+        line["difference dev"] = line["difference dev"].split(" (")[0]
+    assert [tuple(line[name] for name in shown) for line in lines] == [
+        ("deep thin", "from scratch", "1h", "1, 2", "-"),
+        ("deep thin", "L_reg", "1h", "1, 2", "from scratch -5.00"),
+        ("deep thin", "L_reg + L_disc (type2)", "1h", "1, 2", "L_reg -5.00"),
+        ("deep thin", "L_disc (type1)", "1h", "1, 2", "L_reg +2.50"),
+        ("deep thin log-mel", "one stage, L_reg", "1h", "1", "-"),
+        ("deep thin log-mel", "two stages, L_reg", "1h", "1", "-"),
+        ("HuBERT", "pre-trained", "1h", "1", "-"),
+        ("HuBERT", "from gone", "1h", "1", "-"),
+        ("deep thin", "L_reg + L_disc (type2)", "10h", "1", "L_reg -1.25"),
+        ("deep thin", "L_reg", "10h", "1", "from scratch -2.50"),
+        ("deep thin", "from scratch", "10h", "1", "-"),
+    ]
+    assert lines[0]["parameters"] == "1,234,567" and lines[0]["WER dev"].startswith("15.00 % (")
 
 
 def test_seeds_that_share_one_teacher_are_one_experiment(tmp_path):

@@ -35,6 +35,6 @@ def write_report(config: ReportConfig) -> Path:
         sections += hkd_sections(run, config)
     sections.append(options_section(run.config))
     out = config.out or config.exp_dir / "report.html"
-    title = f"{system_name(run.config, run.labels)}: {config.exp_dir.resolve().name}"
+    title = f"{system_name(run.config, run.labels, run.start)}: {config.exp_dir.resolve().name}"
     write_text(out, page(title, f"Training in {code(config.exp_dir)}", sections))
     return out

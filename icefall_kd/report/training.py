@@ -45,7 +45,7 @@ def read_log(exp_dir: Path) -> list[dict]:
 def trained_section(run: Run) -> Section:
     """Return the facts of a training: system, size, length, labels, provenance."""
     summary, config = run.summary, run.config
-    facts = [("system", f"{text(system_name(config, run.labels))} ({code('--system ' + config['system'])})")]
+    facts = [("system", f"{text(system_name(config, run.labels, run.start))} ({code('--system ' + config['system'])})")]
     if run.summary.get("parameters") is not None:
         facts.append(("parameters", f"{summary['parameters']:,}"))
     facts.append(("seed", text(run.seed)))

@@ -19,10 +19,10 @@ PAGES = ["README.md", "egs/librispeech/README.md", "egs/aishell/README.md", *sor
 )]  # fmt: skip
 # Commands of ours: scripts of a recipe, and the tools in local/.
 OURS = re.compile(r"^(\./(run_\w+|prepare)\.sh|\./(train|decode)\.py|(\.\./\.\./)?(local|benchmarks)/\w+\.py)\b")
-SYSTEMS = ("mvq", "nar", "hkd", "dualmode")
-DEMO, NAR_DEMO, HKD_DEMO, DUAL_DEMO = (f"./run_{system}.sh --corpus demo" for system in SYSTEMS)
+SYSTEMS = ("mvq", "nar", "hkd", "dualmode", "hubert")
+DEMO, NAR_DEMO, HKD_DEMO, DUAL_DEMO, HUBERT_DEMO = (f"./run_{system}.sh --corpus demo" for system in SYSTEMS)
 # Steps that the second run of a demo finds done, prepare.sh's five among them.
-SKIPPED = {DEMO: 12, NAR_DEMO: 10, HKD_DEMO: 13, DUAL_DEMO: 11}
+SKIPPED = {DEMO: 12, NAR_DEMO: 10, HKD_DEMO: 13, DUAL_DEMO: 11, HUBERT_DEMO: 15}
 TINY = "--encoder-dim 16 --feedforward-dim 16 --num-heads 2"
 
 
@@ -126,6 +126,11 @@ class Checkout:
         if name == "run_dualmode.sh":  # masks change until the last of so few epochs
             one = ["--decode-args", "--use-averaged-model false", "--decode-chunks", "16", "--systems", "a3 c2"]
             return [*every, *one, "--train-args", f"{TINY} {epochs} --decoder-dim 16 --joiner-dim 16"]
+        if name == "run_hubert.sh":
+            sizes = "--extractor-channels 8 --conv-pos 8 --conv-pos-groups 2 --num-encoder-layers 1"
+            some = ["--num-clusters", "8", "--systems", "fbank-both deep-both"]
+            some += ["--hours", "20s"] if "--hours" in words else []
+            return [*every, *some, "--train-args", f"{TINY} {sizes} {epochs}"]
         quantizer = ["--phase1-steps", "10", "--phase2-steps", "10"]
         return [*every, *quantizer, "--decoding-methods", "greedy_search", "--train-args", f"{TINY} {epochs}"]
 
@@ -194,6 +199,12 @@ def dualmode_demo_run(checkout) -> str:
     return checkout.run("README.md", DUAL_DEMO)
 
 
+@pytest.fixture(scope="module")
+def hubert_demo_run(checkout) -> str:
+    """The same of the demo of system hubert."""
+    return checkout.run("README.md", HUBERT_DEMO)
+
+
 def test_the_pages_show_commands():
     assert len(documented_commands()) >= 10
 
@@ -220,6 +231,12 @@ def test_the_demo_of_dualmode_ends_in_its_table(dualmode_demo_run, checkout):
     assert stages_done("run_dualmode.sh", dualmode_demo_run) == [*"122333"]
 
 
+def test_the_demo_of_hubert_ends_in_its_table(hubert_demo_run, checkout):
+    assert "| deep thin | L_reg + L_disc (type2) | all | ctc_greedy_search |" in hubert_demo_run
+    assert "| deep thin log-mel | two stages, L_reg + L_disc (type2) | all |" in hubert_demo_run
+    assert stages_done("run_hubert.sh", hubert_demo_run) == [*"1112335566"]
+
+
 def stages_done(script: str, output: str) -> list[str]:
     return re.findall(rf"\({re.escape(script)}\) stage (\d) \w+(?: \[.*\])?: done", output)
 
@@ -228,7 +245,7 @@ def stages_done(script: str, output: str) -> list[str]:
 def test_documented_command_runs(page: str, command: str, checkout, request):
     first = ""
     if "demo" in command and "aishell" not in page:
-        system = next((f"{name}_" for name in ("nar", "hkd", "dualmode") if name in command), "")
+        system = next((f"{name}_" for name in ("nar", "hkd", "dualmode", "hubert") if name in command), "")
         first = request.getfixturevalue(f"{system}demo_run")
     output = checkout.run(page, command)
     if command in SKIPPED and first:  # the second time: the same table, and nothing is done twice
