@@ -127,5 +127,5 @@ def hubert_origin(config: dict, start: dict) -> str:
 def transcripts(config: dict) -> str:
     """Return how much a recogniser was fine-tuned with, by the name of its one part; empty: all there is, or none."""
     parts = config.get("train_parts", ()) if config.get("objective") == "asr" else ()
-    found = re.search(r"_(\d+(?:\.\d+)?(?:s|min|h))$", parts[0]) if len(parts) == 1 else None
+    found = re.search(r"_(\d+(?:\.\d+)?(?:s|min|h))(?:\.jsonl(?:\.gz)?)?$", parts[0]) if len(parts) == 1 else None
     return found[1] if found else ""

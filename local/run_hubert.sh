@@ -68,7 +68,7 @@ if [[ $short == true ]]; then
   train_args="--num-epochs 2 $train_args"
 fi
 if [[ $corpus == demo ]]; then
-  : "${systems:=scratch deep-reg deep-both fbank-both}" "${hours:=all}" "${teacher:=own}"
+  : "${systems:=fbank-scratch fbank-two fbank-both deep-both}" "${hours:=all}" "${teacher:=own}"
   : "${num_clusters:=50}" "${cluster_layer:=3}" "${kmeans_utts:=1000}" "${num_shards:=$nj}"
 fi
 : "${hours:=1h 10h 100h}" "${num_clusters:=100 500}" "${cluster_layer:=6}" "${kmeans_utts:=28000}" "${num_shards:=8}"
@@ -88,7 +88,7 @@ if [[ -z $systems ]]; then
 fi
 read -r -a clusters <<< "$num_clusters"
 iterations=${#clusters[@]}
-cmvn=$data_dir/$kind/cmvn.safetensors
+cmvn=$exp_dir/cmvn.safetensors
 
 
 # options_of SYSTEM: sets files, the option files beside NAME.yaml (NAME_deep.yaml and its like) of all its trainings;
@@ -229,14 +229,14 @@ distil_one() { # distil_one SYSTEM
     "${distil[@]}"
 }
 
-tune_parts() { # tune_parts HOURS: the parts that fine-tuning reads, with commas
-  if [[ $1 == all ]]; then echo "$train_parts"; else echo "${hours_part}_$1"; fi
+hours_file() { # hours_file HOURS: the cut set of so much
+  echo "$data_dir/hours-seed$teacher_seed/cuts_${hours_part}_$1.jsonl.gz"
 }
 
 tune_one() { # tune_one SYSTEM HOURS SEED
-  local dir lang from files distil_files distil layers configs cuts start=() inputs=() train_parts
-  local train_args="$train_args $tune_args"
-  train_parts=$(tune_parts "$2")
+  local dir lang from files distil_files distil layers configs cuts start=() inputs=()
+  local train_args="$train_args $tune_args" train_parts=$train_parts
+  [[ $2 == all ]] || train_parts=$(hours_file "$2")
   cuts_of "$train_parts"
   dir=$(system_dir "$1" "$2" "$3") lang=$(lang_dir)
   options_of "$1"
@@ -289,12 +289,12 @@ stage_4_hours() { # Choose the transcripts of fine-tuning
   ((${#some[@]})) || return 0
   cuts_of "$hours_part"
   for amount in "${some[@]}"; do
-    files+=("$data_dir/$kind/cuts_${hours_part}_$amount.jsonl.gz")
+    files+=("$(hours_file "$amount")")
   done
   begin --name "$hours_part" --option teacher_seed "hours=${some[*]}" --input "${cuts[@]}" --output "${files[@]}" \
     --code icefall_kd/data/hours.py || return 0
   python3 ../../local/select_hours.py --manifest-dir "$data_dir/$kind" --part "$hours_part" \
-    --hours "$(commas "${some[@]}")" --seed "$teacher_seed"
+    --hours "$(commas "${some[@]}")" --seed "$teacher_seed" --out-dir "${files[0]%/*}"
 }
 
 stage_5_tune() { # Fine-tune every system with each amount of transcripts

@@ -15,7 +15,9 @@ class SelectHoursConfig:
     """Which sets are made of which part."""
 
     manifest_dir: Path
-    """Folder of cuts_<part>.jsonl.gz; cuts_<part>_<amount>.jsonl.gz and <part>_<amount>.list are written there."""
+    """Folder of cuts_<part>.jsonl.gz."""
+    out_dir: Path | None = None
+    """Folder of cuts_<part>_<amount>.jsonl.gz and <part>_<amount>.list; None: the same."""
     part: str = "train"
     """The part."""
     hours: list[str] = field(default_factory=lambda: ["10min", "1h", "10h"])
@@ -28,7 +30,7 @@ def main() -> None:
     """Write the sets."""
     config = parse_config(SelectHoursConfig)
     setup_logging()
-    select_hours(config.manifest_dir, config.part, config.hours, config.seed)
+    select_hours(config.manifest_dir, config.part, config.hours, config.seed, config.out_dir)
 
 
 if __name__ == "__main__":

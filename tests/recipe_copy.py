@@ -21,7 +21,7 @@ case $1 in
   *train_kmeans.py) echo "$* " >> "$LOG.words"; write "${o[--out]}" x ;;
   *select_hours.py)
     IFS=, read -r -a amounts <<< "${o[--hours]}"
-    for amount in "${amounts[@]}"; do write "${o[--manifest-dir]}/cuts_${o[--part]}_$amount.jsonl.gz" x; done
+    for amount in "${amounts[@]}"; do write "${o[--out-dir]}/cuts_${o[--part]}_$amount.jsonl.gz" x; done
     ;;
   *make_manifests.py)
     write "$data/corpus.json" x

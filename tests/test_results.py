@@ -280,8 +280,8 @@ def test_students_of_hubert_are_named_by_what_they_learnt_and_compared_with_thos
         exp_dir(tmp_path / f"exp/{name}", [], **losses | more)
 
     def tuned(start, amount, wrong, seeds=(1,), **options):
-        more = {"train_parts": [f"train_{amount}"], "init_from": start and f"exp/{start}", "system": "hubert"}
-        more |= {"structure": "deep_thin", "front_end": "waveform", **options}
+        more = {"train_parts": [f"data/hours/cuts_train_{amount}.jsonl.gz"], "init_from": start and f"exp/{start}"}
+        more |= {"system": "hubert", "structure": "deep_thin", "front_end": "waveform", **options}
         found = []
         for seed in seeds:
             folder = tmp_path / f"exp/{start}-{amount}-{options.get('front_end')}-seed{seed}"

@@ -64,8 +64,10 @@ def balanced_order(utterances: Sequence[tuple[str, str, float]], seed: int) -> l
     return order
 
 
-def select_hours(manifest_dir: Path, part: str, amounts: Sequence[str], seed: int) -> dict[str, Path]:
-    """Write ``cuts_<part>_<amount>.jsonl.gz`` and ``<part>_<amount>.list`` beside ``cuts_<part>.jsonl.gz``.
+def select_hours(
+    manifest_dir: Path, part: str, amounts: Sequence[str], seed: int, out_dir: Path | None = None
+) -> dict[str, Path]:
+    """Write ``cuts_<part>_<amount>.jsonl.gz`` and ``<part>_<amount>.list`` for a part ``cuts_<part>.jsonl.gz``.
 
     A set is the shortest beginning of one order of the part that lasts as long as the amount.  Speed copies follow
     their utterances and do not count.  The list has a line an utterance: its name, speaker and seconds.
@@ -75,6 +77,7 @@ def select_hours(manifest_dir: Path, part: str, amounts: Sequence[str], seed: in
         part: which is divided.
         amounts: as :func:`seconds_of` reads them.
         seed: of the draw.
+        out_dir: where to; None: beside the part.
     Returns:
         The files of cuts by amount.
     Raises:
@@ -90,7 +93,7 @@ def select_hours(manifest_dir: Path, part: str, amounts: Sequence[str], seed: in
         logger.warning("%s names no speakers; the sets are drawn at random", cuts_file(manifest_dir, part))
     order = balanced_order([(key, speaker, seconds) for key, (_, speaker, seconds) in facts.items()], seed)
     total = sum(seconds for *_, seconds in facts.values())
-    files = {}
+    files, out_dir = {}, out_dir or manifest_dir
     for amount, seconds in wanted.items():
         if total < seconds:
             raise DataError(f"--hours {amount}: part {part} of {manifest_dir} lasts {total / 3600:.3f} h in all")
@@ -100,10 +103,10 @@ def select_hours(manifest_dir: Path, part: str, amounts: Sequence[str], seed: in
                 break
             chosen.append(key)
             lasts += facts[key][2]
-        file = files[amount] = cuts_file(manifest_dir, f"{part}_{amount}")
+        file = files[amount] = cuts_file(out_dir, f"{part}_{amount}")
         inside = set(chosen)
         count = write_cuts(file, (cut for key, cuts in copies.items() if key in inside for cut in cuts))
-        with atomic_write(manifest_dir / f"{part}_{amount}.list", "w") as stream:
+        with atomic_write(out_dir / f"{part}_{amount}.list", "w") as stream:
             stream.writelines("{}\t{}\t{:.3f}\n".format(*facts[key]) for key in chosen)
         speakers = len({facts[key][1] for key in chosen})
         logger.info("%s: %d utterances, %d cuts, %.0f s, %d speakers", file, len(chosen), count, lasts, speakers)

@@ -34,12 +34,13 @@ def recipe(tmp_path) -> RecipeCopy:
 
 def words_of(recipe: RecipeCopy, script: str) -> list[list[str]]:
     lines = Path(f"{recipe.log}.words").read_text().splitlines()
-    return [line.replace("--config=", f"--config={recipe.folder}/").split() for line in lines if script in line]
+    found = [line.split() for line in lines if line.split()[0].endswith(script)]
+    return [[word.replace("--config=", f"--config={recipe.folder}/") for word in words] for words in found]
 
 
 def trainings(recipe: RecipeCopy) -> dict[str, TrainConfig]:
     """Return the options of each training by the name of its exp_dir, in the order of their starts."""
-    found = (parse_config(TrainConfig, words[1:]) for words in words_of(recipe, "train.py") if "train.py" in words[0])
+    found = (parse_config(TrainConfig, words[1:]) for words in words_of(recipe, "train.py"))
     return {config.loop.exp_dir.name: config for config in found}
 
 
@@ -102,8 +103,10 @@ def test_transcripts_are_chosen_from_a_part_and_the_distilled_student_is_shared(
     found = trainings(recipe)
     parts = {name: config.data.train_parts for name, config in found.items() if name.startswith("deep")}
     assert parts == {
-        "deep-reg-10min-seed42": ["train_10min"], "deep-reg-1h-seed42": ["train_1h"], "deep-reg-all-seed42": ["train"],
-    }  # fmt: skip
+        "deep-reg-10min-seed42": ["data/trans/hours-seed42/cuts_train_10min.jsonl.gz"],
+        "deep-reg-1h-seed42": ["data/trans/hours-seed42/cuts_train_1h.jsonl.gz"],
+        "deep-reg-all-seed42": ["train"],
+    }
     assert {found[name].loop.init_from.name for name in parts} == {"distil-deep-reg"}
     assert found["deep-reg-1h-seed42"].hubert_asr.freeze_steps == 10000
     assert found["distil-deep-reg"].data.train_parts == ["train"]
