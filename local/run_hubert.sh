@@ -20,6 +20,7 @@ valid_parts=               # Parts to validate and choose on
 test_parts=                # Parts to decode, with commas
 data_dir=                  # Prepared data; empty: data/CORPUS
 exp_dir=                   # Experiments; empty: exp/CORPUS-hubert
+audio_dir=                 # Folder of ssl1, distil-SYSTEM, cmvn.safetensors that are trained already; empty: train them
 systems=                   # Rows, with spaces; empty: four for the demo, else all that the teacher serves but the types and -disc
 hours=                     # Transcripts of fine-tuning, with spaces: 10min, 1h and the like, or all; empty: all for the demo, else 1h 10h 100h
 hours_part=                # Part that these are chosen from; empty: the first of --train-parts
@@ -55,6 +56,7 @@ short=false                # A few utterances and epochs, to see that everything
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 parse_options "$@"
 while [[ $teacher == ?*/ ]]; do teacher=${teacher%/}; done
+while [[ $audio_dir == ?*/ ]]; do audio_dir=${audio_dir%/}; done
 exp_tag=-hubert
 # shellcheck source=local/recipe.sh
 . "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
@@ -88,7 +90,8 @@ if [[ -z $systems ]]; then
 fi
 read -r -a clusters <<< "$num_clusters"
 iterations=${#clusters[@]}
-cmvn=$exp_dir/cmvn.safetensors
+audio_exp=${audio_dir:-$exp_dir} # where what is trained without transcripts lies
+cmvn=$audio_exp/cmvn.safetensors
 
 
 # options_of SYSTEM: sets files, the option files beside NAME.yaml (NAME_deep.yaml and its like) of all its trainings;
@@ -130,7 +133,7 @@ conf_files() { # conf_files LAYER ...: sets configs, NAME.yaml and its layers; w
 }
 
 ssl_dir() { # ssl_dir ITERATION: the exp_dir of a pre-training
-  echo "$exp_dir/ssl$1"
+  echo "$audio_exp/ssl$1"
 }
 
 teacher_dir() { # what students learn from
@@ -151,6 +154,13 @@ for system in $systems; do # a wrong word is told before anything runs
   [[ $from != distil || $clusters_known == true || " ${distil[*]} " == *" --disc-scale 0 "* ]] ||
     fail 2 "--systems names $system, but $teacher is a folder of the hub, which holds no clusters: name fairseq's state dict, \
 an exp_dir, or own"
+  case $from in
+    distil) trained=distil-$system/train_summary.json ;;
+    teacher) trained=ssl$iterations/train_summary.json ;;
+    *) trained=. ;;
+  esac
+  [[ -z $audio_dir || $teacher != own && $from == teacher || -e $audio_dir/$trained ]] ||
+    fail 2 "--systems names $system, but --audio-dir $audio_dir has no $trained"
 done
 for amount in $hours; do
   [[ $amount =~ ^([0-9.]+(s|min|h)|all)$ ]] || fail 2 "--hours names $amount; an amount is written 90s, 10min, 1h, or all"
@@ -196,7 +206,7 @@ audio_training() { # audio_training NAME DIR INPUT ... -- OPTION ...: a training
 pretrain_one() { # pretrain_one ITERATION: k-means, labels, masked prediction
   local dir labels kmeans cuts cuts_list train_cuts configs words source=() train_args="$train_args $ssl_args"
   local pieces=$crop_duration
-  dir=$(ssl_dir "$1") kmeans=$exp_dir/kmeans$1/kmeans.safetensors labels=$exp_dir/labels/clusters$1
+  dir=$(ssl_dir "$1") kmeans=$audio_exp/kmeans$1/kmeans.safetensors labels=$audio_exp/labels/clusters$1
   cuts_of "$ssl_parts,$ssl_valid_parts" # validation, too, needs labels: there is no other loss
   train_cuts=("${cuts[@]}") cuts_list=$(commas "${cuts[@]}")
   cuts_of "$ssl_parts"
@@ -225,7 +235,7 @@ distil_one() { # distil_one SYSTEM
   options_of "$1"
   conf_files "${files[@]}" "${distil_files[@]}"
   [[ " ${files[*]} " != *" fbank "* ]] || inputs+=("$cmvn")
-  audio_training "$1" "$exp_dir/distil-$1" "${inputs[@]}" -- --objective distil --teacher "$(teacher_dir)" \
+  audio_training "$1" "$audio_exp/distil-$1" "${inputs[@]}" -- --objective distil --teacher "$(teacher_dir)" \
     "${distil[@]}"
 }
 
@@ -244,7 +254,7 @@ tune_one() { # tune_one SYSTEM HOURS SEED
   [[ ! -f ${config%.yaml}_tuned_$2.yaml ]] || layers+=("tuned_$2")
   case $from in
     teacher) layers+=(teacher) start=(--init-from "$(teacher_dir)") inputs=("${teacher_files[@]}") ;;
-    distil) start=(--init-from "$exp_dir/distil-$1") inputs=("$exp_dir/distil-$1/train_summary.json") ;;
+    distil) start=(--init-from "$audio_exp/distil-$1") inputs=("$audio_exp/distil-$1/train_summary.json") ;;
     *)
       layers+=(scratch)
       [[ $1 != fbank-* ]] || start=(--cmvn "$cmvn") inputs=("$cmvn")
@@ -263,7 +273,7 @@ stage_0_data() { # Prepare the corpus (its stages have markers of their own)
 
 stage_1_pretrain() { # Pre-train the teacher: k-means, labels and masked prediction, once or several times
   local iteration
-  [[ $teacher == own && $needs_teacher == true ]] || return 0
+  [[ $teacher == own && $needs_teacher == true && -z $audio_dir ]] || return 0
   for ((iteration = 1; iteration <= iterations; iteration++)); do
     pretrain_one "$iteration"
   done
@@ -271,14 +281,14 @@ stage_1_pretrain() { # Pre-train the teacher: k-means, labels and masked predict
 
 stage_2_cmvn() { # Mean and deviation of log-mel features
   local cuts
-  [[ " $systems " == *" fbank-"* ]] || return 0
+  [[ " $systems " == *" fbank-"* && -z $audio_dir ]] || return 0
   cuts_of "$ssl_parts"
   begin --input "${cuts[@]}" --output "$cmvn" --code icefall_kd/data/features.py icefall_kd/data/cmvn.py || return 0
   python3 ../../local/compute_cmvn.py --manifest-dir "$data_dir/$kind" --parts "$ssl_parts" --out "$cmvn"
 }
 
 stage_3_distil() { # Distil every student
-  ((${#students[@]} == 0)) || side_by_side distil_one "${students[@]}"
+  [[ ${#students[@]} == 0 || -n $audio_dir ]] || side_by_side distil_one "${students[@]}"
 }
 
 stage_4_hours() { # Choose the transcripts of fine-tuning

@@ -112,6 +112,21 @@ def test_transcripts_are_chosen_from_a_part_and_the_distilled_student_is_shared(
     assert found["distil-deep-reg"].data.train_parts == ["train"]
 
 
+def test_teacher_and_students_that_are_trained_already_serve_another_experiment(recipe):
+    options = ["--systems", "teacher fbank-both", "--teacher", "own", "--num-clusters", "10", "--num-shards", "1"]
+    recipe.run(*options, "--exp-dir", "exp/heard", "--stop-stage", "3")
+    before = list(trainings(recipe))
+    assert before == ["ssl1", "distil-fbank-both"]
+    started, _ = recipe.run(*options, "--exp-dir", "exp/tuned", "--audio-dir", "exp/heard/", "--stop-stage", "5")
+    assert started == ["train.py"] * 2
+    found = trainings(recipe)
+    starts = {name: found[name].loop.init_from for name in ("teacher-all-seed42", "fbank-both-all-seed42")}
+    assert list(map(str, starts.values())) == ["exp/heard/ssl1", "exp/heard/distil-fbank-both"]
+    assert found["fbank-both-all-seed42"].loop.exp_dir == Path("exp/tuned/fbank-both-all-seed42")
+    started, log = recipe.run("--systems", "deep-reg", "--teacher", "own", "--audio-dir", "exp/heard", code=2)
+    assert started == [] and "--audio-dir exp/heard has no distil-deep-reg/train_summary.json" in log
+
+
 def test_what_changed_runs_again_and_nothing_else(recipe):
     options = ["--systems", "scratch fbank-both", "--teacher", "own", "--num-clusters", "10", "--num-shards", "1"]
     labels = ["train_kmeans.py", "extract_labels.py", "label_sets.py", "label_sets.py"]
