@@ -45,7 +45,7 @@ class Target:
 
     source: StateSource
     layers: list[int]
-    """i of the H[i] that are predicted."""
+    """i of the H[i] that are predicted; none: clusters alone are learnt."""
     last: int
     """The teacher's last layer, of which clusters are made."""
     wanted: list[int]
@@ -67,10 +67,10 @@ class HubertDistilSystem(System):
         self.model = DistilModel(encoder)
         log_parameter_counts(self.model)
         dim, teacher_dim, count = encoder.dim, target.source.dim, len(target.layers)
-        scales = self.cfg.layer_scales or [1 / count] * count
+        scales = self.cfg.layer_scales or [1 / max(count, 1)] * count
         self.register_buffer("layer_scales", torch.tensor(scales), persistent=False)
         self.heads = nn.ModuleDict()
-        if self.cfg.rec_scale or self.cfg.cos_scale:
+        if target.layers:
             layer_wise = head_kind(config) == "layer_wise"
             self.heads["states"] = (
                 LayerWise(dim, teacher_dim, count, encoder.time_reduction is not None)
@@ -302,6 +302,8 @@ def _layers(config: TrainConfig, encoder: HubertEncoder, depth: int, known: Sequ
         known: those of the label sets; None: all.
     """
     cfg, kind = config.hubert_kd, head_kind(config)
+    if cfg.rec_scale == cfg.cos_scale == 0:
+        return []
     chosen = cfg.teacher_layers or known
     if kind == "layer_wise" and chosen is None and encoder.num_layers != depth:
         raise ConfigError(

@@ -110,6 +110,16 @@ def test_divergence_compares_with_the_teachers_clusters(teacher, kind, scaled):
     assert all(p.grad is None for p in clusters.parameters())
 
 
+def test_clusters_alone_need_no_heads_of_states(teacher):
+    alone = {"rec_scale": 0.0, "cos_scale": 0.0}
+    system = build(teacher, hubert_kd=alone, model={"num_encoder_layers": 2})  # whatever the depths
+    found = system.losses(samples(), 0)
+    assert set(found.terms) == {"disc_loss"} and set(system.heads) == {"clusters"}
+    assert list(system.target.source.states(samples(), torch.tensor([24, 20, 21]), 24).layers) == [3]
+    found.total.backward()
+    assert not parameters_without_gradient(system)
+
+
 def test_padding_counts_only_where_it_is_asked_for(teacher):
     batch = samples((8000, 4000))
     system = build(teacher, hubert_kd={"disc_scale": 0.0}).eval()
