@@ -48,6 +48,7 @@ num_shards=                # Shards of each label set: tasks of the extraction; 
 extract_jobs=              # Shards extracted at the same time; empty: 1, or nj for the demo
 train_jobs=                # Trainings at the same time; empty: 1, or nj for the demo
 decoding_methods=ctc_greedy_search  # Searches, with spaces
+similarity=                # Compare the layers of students, before and after fine-tuning, with the teacher's; empty: not for the demo
 decode_args=               # More options of decode.py, in one string; empty: --avg 3, or --avg 1 with --short
 nj=2                       # Processes of data preparation, threads of decoding on a CPU
 short=false                # A few utterances and epochs, to see that everything runs
@@ -71,10 +72,10 @@ if [[ $short == true ]]; then
 fi
 if [[ $corpus == demo ]]; then
   : "${systems:=fbank-scratch fbank-two fbank-both deep-both}" "${hours:=all}" "${teacher:=own}"
-  : "${num_clusters:=50}" "${cluster_layer:=3}" "${kmeans_utts:=1000}" "${num_shards:=$nj}"
+  : "${num_clusters:=50}" "${cluster_layer:=3}" "${kmeans_utts:=1000}" "${num_shards:=$nj}" "${similarity:=false}"
 fi
 : "${hours:=1h 10h 100h}" "${num_clusters:=100 500}" "${cluster_layer:=6}" "${kmeans_utts:=28000}" "${num_shards:=8}"
-: "${decode_args:=--avg 3}" "${ssl_parts:=$train_parts}" "${hours_part:=${train_parts%%,*}}" "${ssl_valid_parts:=$valid_parts}"
+: "${decode_args:=--avg 3}" "${similarity:=true}" "${ssl_parts:=$train_parts}" "${hours_part:=${train_parts%%,*}}" "${ssl_valid_parts:=$valid_parts}"
 case $recipe in
   *aishell) : "${teacher:=TencentGameMate/chinese-hubert-base}" ;;
   *) : "${teacher:=facebook/hubert-base-ls960}" ;;
@@ -341,7 +342,33 @@ stage_6_decode() { # Decode and score
   all_systems decode_one
 }
 
-stage_7_results() { # Print the table of results
+compare_layers() { # compare_layers NAME EXP_DIR: with those of the teacher, on the first part of --ssl-valid-parts
+  local cuts out=$exp_dir/similarity/$1.json
+  [[ $1 != fithubert* ]] || return 0 # half the teacher's frames
+  cuts_of "${ssl_valid_parts%%,*}"
+  begin --name "$1" --input "${cuts[@]}" "$2/train_summary.json" "${teacher_files[@]}" --output "$out" \
+    --code icefall_kd/report/similarity.py || return 0
+  OMP_NUM_THREADS=$nj python3 ../../local/similarity.py --student "$2" --teacher "$(teacher_dir)" \
+    --cuts "$(commas "${cuts[@]}")" --out "$out"
+  finish
+}
+
+compare_tuned() { # compare_tuned SYSTEM HOURS SEED
+  local from files distil_files distil
+  options_of "$1"
+  [[ -z $from ]] || compare_layers "$1-$2-seed$3" "$(system_dir "$@")"
+}
+
+stage_7_similarity() { # Compare layers of students with those of the teacher (--similarity true)
+  local system
+  [[ $similarity == true && $needs_teacher == true ]] || return 0
+  for system in "${students[@]}"; do
+    compare_layers "$system" "$exp_dir/distil-$system"
+  done
+  all_systems compare_tuned
+}
+
+stage_8_results() { # Print the table of results
   local dirs
   mapfile -t dirs < <(all_systems system_dir)
   python3 ../../local/results.py --exp-dirs "$(commas "${dirs[@]}")" --table hubert --out "$exp_dir/results.md"

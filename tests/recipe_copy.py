@@ -17,7 +17,8 @@ for ((i = 1; i < ${#words[@]}; i++)); do [[ ${words[i]} != --* ]] || o[${words[i
 data=${o[--data-dir]:-}
 write() { mkdir -p "$(dirname "$1")" && echo "$2" > "$1"; }
 case $1 in
-  *check_corpus.py | *check_teacher.py | *train_quantizer.py | *compute_cmvn.py) write "${o[--out]}" x ;;
+  *check_corpus.py | *check_teacher.py | *train_quantizer.py) write "${o[--out]}" x ;;
+  *compute_cmvn.py | *similarity.py) write "${o[--out]}" x ;;
   *train_kmeans.py) echo "$* " >> "$LOG.words"; write "${o[--out]}" x ;;
   *select_hours.py)
     IFS=, read -r -a amounts <<< "${o[--hours]}"

@@ -29,7 +29,7 @@ SYSTEMS = {
 
 @pytest.fixture
 def recipe(tmp_path) -> RecipeCopy:
-    return RecipeCopy(tmp_path / "a copy", "run_hubert.sh", "--hours", "all")
+    return RecipeCopy(tmp_path / "a copy", "run_hubert.sh", "--hours", "all", "--similarity", "false")
 
 
 def words_of(recipe: RecipeCopy, script: str) -> list[list[str]]:
@@ -142,8 +142,17 @@ def test_what_changed_runs_again_and_nothing_else(recipe):
 
 
 def test_without_a_student_no_teacher_is_trained(recipe):
-    started = recipe.run("--systems", "scratch", "--teacher", "own")[0]
+    started = recipe.run("--systems", "scratch", "--teacher", "own", "--similarity", "true")[0]
     assert started == [*PREPARED, "train.py", "decode.py", "results.py"]
+
+
+def test_layers_are_compared_before_and_after_fine_tuning(recipe):
+    (recipe.root / "hubert.pt").write_text("x")
+    options = ["--systems", "scratch deep-reg", "--teacher", str(recipe.root / "hubert.pt")]
+    started = recipe.run(*options, "--similarity", "true")[0]
+    assert started == [*PREPARED, *["train.py"] * 3, *["decode.py"] * 2, *["similarity.py"] * 2, "results.py"]
+    found = sorted(file.name for file in (recipe.folder / "exp/trans-hubert/similarity").iterdir())
+    assert found == ["deep-reg-all-seed42.json", "deep-reg.json"]
 
 
 def test_a_teacher_that_cannot_serve_a_system_is_told_before_anything_runs(recipe):
