@@ -198,11 +198,11 @@ def run_chain(config: RealHubertConfig, bed: str, seed: int, corpus: Path) -> No
 
 
 def choose_hours(config: RealHubertConfig) -> None:
-    """Choose the transcripts of every bed."""
+    """Choose the transcripts of every bed, whose data are prepared first."""
     for name in config.beds:
         bed = BEDS[name]
         some = " ".join(amount for amount in bed.amounts if amount != "all")
-        options = ["--systems", "scratch", "--hours", some, "--stage", 4, "--stop-stage", 4]
+        options = ["--systems", "scratch", "--hours", some, "--stop-stage", 4]
         run_command(recipe_line(config, name, source_dir(name, config), *options))
 
 

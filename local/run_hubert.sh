@@ -158,9 +158,9 @@ an exp_dir, or own"
   case $from in
     distil) trained=distil-$system/train_summary.json ;;
     teacher) trained=ssl$iterations/train_summary.json ;;
-    *) trained=. ;;
+    *) trained="" ;;
   esac
-  [[ -z $audio_dir || $teacher != own && $from == teacher || -e $audio_dir/$trained ]] ||
+  [[ -z $audio_dir || -z $trained || $teacher != own && $from == teacher || -e $audio_dir/$trained ]] ||
     fail 2 "--systems names $system, but --audio-dir $audio_dir has no $trained"
 done
 for amount in $hours; do

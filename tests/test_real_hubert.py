@@ -100,8 +100,8 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
     assert {line["--hours"]: line["--tune-args"] for line in tuned} == {
         amount: f"--num-epochs {epochs}" for amount, epochs in driver.BEDS["hubert_barista"].amounts.items()
     }
-    (chosen,) = [line for line in started if line.get("--stage") == "4"]
-    assert chosen["--hours"] == "3min"
+    (chosen,) = [line for line in started if line.get("--stop-stage") == "4"]
+    assert chosen["--hours"] == "3min" and "--stage" not in chosen and chosen["--systems"] == "scratch"
     run_all(driver, config)
     assert len([line for line in started if line.get("--stage") in ("1", "5")]) == 1 + len(tuned)
 

@@ -155,13 +155,23 @@ class FbankExtractor:
 
 
 @functools.cache
-def _snipped(device: torch.device) -> torch.nn.Module:
-    """Return lhotse's batched filter bank of whole windows on a device."""
-    from lhotse.features.kaldi.layers import Wav2LogFilterBank
+def _snipped(kind: str, device: torch.device) -> torch.nn.Module:
+    """Return lhotse's batched extractor of whole windows on a device: "fbank" with our options, "mfcc" with Kaldi's."""
+    from lhotse.features.kaldi import layers
 
     with warnings.catch_warnings():  # that lhotse's manifests count frames otherwise
         warnings.simplefilter("ignore")
-        return Wav2LogFilterBank(sampling_rate=16000, **{**_OPTIONS, "snip_edges": True}).eval().to(device)
+        if kind == "fbank":
+            made = layers.Wav2LogFilterBank(sampling_rate=16000, **{**_OPTIONS, "snip_edges": True})
+        else:
+            made = layers.Wav2MFCC(sampling_rate=16000, num_ceps=13, low_freq=20.0, high_freq=0.0, snip_edges=True)
+    return made.eval().to(device)
+
+
+def _whole_windows(kind: str, audio: Tensor) -> Tensor:
+    if audio.shape[1] < 400:
+        raise DataError(f"a batch of {audio.shape[1]} samples gives no frame; utterances need 400")
+    return _snipped(kind, audio.device)(audio)
 
 
 def snipped_fbank(audio: Tensor) -> Tensor:
@@ -174,21 +184,7 @@ def snipped_fbank(audio: Tensor) -> Tensor:
     Raises:
         DataError: S is less than one window of 400 samples.
     """
-    if audio.shape[1] < 400:
-        raise DataError(f"a batch of {audio.shape[1]} samples gives no frame; utterances need 400")
-    return _snipped(audio.device)(audio)
-
-
-@functools.cache
-def _snipped_mfcc(device: torch.device) -> torch.nn.Module:
-    """Return lhotse's batched MFCC of whole windows on a device, with Kaldi's default options."""
-    from lhotse.features.kaldi.layers import Wav2MFCC
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return (
-            Wav2MFCC(sampling_rate=16000, num_ceps=13, low_freq=20.0, high_freq=0.0, snip_edges=True).eval().to(device)
-        )
+    return _whole_windows("fbank", audio)
 
 
 def snipped_mfcc(audio: Tensor) -> Tensor:
@@ -201,9 +197,7 @@ def snipped_mfcc(audio: Tensor) -> Tensor:
     Raises:
         DataError: S is less than one window of 400 samples.
     """
-    if audio.shape[1] < 400:
-        raise DataError(f"a batch of {audio.shape[1]} samples gives no frame; utterances need 400")
-    return _snipped_mfcc(audio.device)(audio)
+    return _whole_windows("mfcc", audio)
 
 
 def _make_lhotse(sampling_rate: int):

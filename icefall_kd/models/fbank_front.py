@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icefall_kd.data.features import NUM_BINS, snipped_fbank
@@ -18,6 +16,7 @@ from icefall_kd.frames import FBANK_GLU, FBANK_SNIPPED, waveform_seconds
 from icefall_kd.models.dropout import Dropout
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.waveform import frame_lens
+from icefall_kd.runtime.tensors import read_tensors
 
 
 class FbankFrontEnd(nn.Module):
@@ -60,9 +59,9 @@ class FbankFrontEnd(nn.Module):
         if not path.is_file():
             raise ConfigError(f"--cmvn {path} does not exist; make it with local/compute_cmvn.py")
         try:
-            found = load_file(path)
-        except SafetensorError as error:
-            raise DataError(f"{path} is damaged ({error}); make it again with local/compute_cmvn.py") from error
+            _, found = read_tensors(path)
+        except DataError as error:
+            raise DataError(f"--cmvn {error}; make it again with local/compute_cmvn.py") from error
         for name in ("mean", "std"):
             x = found.get(name)
             if x is None or x.shape != (NUM_BINS,) or not x.isfinite().all() or (name == "std" and not (x > 0).all()):

@@ -5,7 +5,6 @@ front end); Chang et al. 2021, arXiv 2110.01900 (DistilHuBERT); Lee et al. 2022,
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +21,14 @@ from icefall_kd.models.streaming import WHOLE_UTTERANCE, Chunks
 from icefall_kd.models.waveform import WaveformFrontEnd
 from icefall_kd.teachers import hf
 
+# FitHuBERT: convolutions of kernel 1 widen, which costs little; frames are those of SSL_CONV.
+THIN_CHANNELS = (128, 256, 256, 256, 256, 256, 512, 512, 512)
+THIN_CONV = FrameFormula(kernels=(10, 1, 3, 3, 3, 3, 1, 2, 2), strides=(5, 1, 2, 2, 2, 2, 1, 2, 2))
 
-class _Structure(NamedTuple):
-    """What --structure names."""
+
+@dataclass(frozen=True)
+class HubertShape:
+    """Sizes of a model."""
 
     num_layers: int
     dim: int
@@ -35,29 +39,6 @@ class _Structure(NamedTuple):
     thin: bool = False
     """FitHuBERT's convolutions, and layers at half the frame rate."""
 
-
-STRUCTURES = {
-    "base": _Structure(12, 768, 3072, 12, True),
-    "shallow_wide": _Structure(2, 768, 3072, 12, False),
-    "deep_thin": _Structure(12, 480, 480, 12, False),
-    "fithubert": _Structure(12, 480, 480, 12, True, True),
-}
-# FitHuBERT: convolutions of kernel 1 widen, which costs little; frames are those of SSL_CONV.
-THIN_CHANNELS = (128, 256, 256, 256, 256, 256, 512, 512, 512)
-THIN_CONV = FrameFormula(kernels=(10, 1, 3, 3, 3, 3, 1, 2, 2), strides=(5, 1, 2, 2, 2, 2, 1, 2, 2))
-
-
-@dataclass(frozen=True)
-class HubertShape:
-    """Resolved sizes of a model."""
-
-    num_layers: int
-    dim: int
-    feedforward_dim: int
-    num_heads: int
-    output_norm: bool
-    thin: bool
-
     @classmethod
     def from_config(cls, model: ModelConfig, hubert: HubertConfig) -> "HubertShape":
         """Return the sizes that the options name.
@@ -65,7 +46,7 @@ class HubertShape:
         Raises:
             ConfigError: the dimension is no multiple of heads, or of the groups of the positional convolution.
         """
-        shape = cls(*STRUCTURES[hubert.structure])
+        shape = STRUCTURES[hubert.structure]
         given = {
             "num_layers": model.num_encoder_layers,
             "dim": model.encoder_dim,
@@ -77,6 +58,15 @@ class HubertShape:
             if shape.dim % divisor:
                 raise ConfigError(f"--encoder-dim {shape.dim} is no multiple of {flag} {divisor}")
         return shape
+
+
+# What --structure names.
+STRUCTURES = {
+    "base": HubertShape(12, 768, 3072, 12, True),
+    "shallow_wide": HubertShape(2, 768, 3072, 12, False),
+    "deep_thin": HubertShape(12, 480, 480, 12, False),
+    "fithubert": HubertShape(12, 480, 480, 12, True, True),
+}
 
 
 class HubertEncoder(nn.Module):
@@ -177,42 +167,22 @@ class HubertEncoder(nn.Module):
         return EncoderOutput(x, lens, kept)
 
 
-def hubert_states(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of a waveform HubertEncoder by the names of transformers' HubertModel.
-
-    Args:
-        own: names of :class:`HubertEncoder`.
-    """
-    return {_their_name(name): value for name, value in own.items()}
-
-
 def own_states(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters of transformers' HubertModel by the names of :class:`HubertEncoder`."""
     return {_own_name(name): value for name, value in theirs.items()}
 
 
-# Own name without what follows the number of a convolution or the module -> transformers' name.
+# Beginnings of transformers' names and of ours.
 _NAMES = {
-    "subsampling.norm.": "feature_projection.layer_norm.",
-    "subsampling.out.": "feature_projection.projection.",
-    "body.": "encoder.",
+    "feature_projection.layer_norm.": "subsampling.norm.",
+    "feature_projection.projection.": "subsampling.out.",
+    "encoder.": "body.",
 }
-
-
-def _their_name(name: str) -> str:
-    kind, _, rest = name.removeprefix("subsampling.").partition(".")
-    if kind in ("convolutions", "inner_norms"):
-        number, _, parameter = rest.partition(".")
-        return (
-            f"feature_extractor.conv_layers.{number}.{'conv' if kind == 'convolutions' else 'layer_norm'}.{parameter}"
-        )
-    own = next((own for own in _NAMES if name.startswith(own)), "")
-    return _NAMES.get(own, "") + name.removeprefix(own)
 
 
 def _own_name(name: str) -> str:
     if name.startswith("feature_extractor.conv_layers."):
         number, module, parameter = name.split(".")[2:]
         return f"subsampling.{'convolutions' if module == 'conv' else 'inner_norms'}.{number}.{parameter}"
-    own, their = next(((own, their) for own, their in _NAMES.items() if name.startswith(their)), ("", ""))
-    return own + name.removeprefix(their)
+    their = next((their for their in _NAMES if name.startswith(their)), "")
+    return _NAMES.get(their, "") + name.removeprefix(their)

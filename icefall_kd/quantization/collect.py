@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.audio import clean_audio
 from icefall_kd.labels.keys import label_key, parse_key, speech_track
+from icefall_kd.quantization.clusters import Clusters
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.quantization.report import quantizer_report
 from icefall_kd.quantization.sampling import Candidate, candidate, sample_hash, sample_utterances
@@ -204,7 +205,7 @@ def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None
     report_path = config.out.with_suffix(".report.json")
     frames_path, state_path = (config.out.with_suffix(f".{name}.safetensors") for name in ("frames", "state"))
     remove_leftovers(config.out.parent, f"{config.out.stem}.*")
-    finished = _finished(config.out, report_path, identity)
+    finished = finished_report(Quantizer.load, config.out, report_path, identity)
     if finished is not None:
         _remove_intermediate(config, frames_path, state_path)  # a kill may have come before the same line below
         return finished
@@ -239,17 +240,19 @@ def _remove_intermediate(config: TrainQuantizerConfig, frames_path: Path, state_
         frames_path.unlink(missing_ok=True)
 
 
-def _finished(path: Path, report_path: Path, identity: str) -> dict | None:
-    """Return the report of a finished quantizer of the same options."""
+def finished_report(
+    load: Callable[[Path], Quantizer | Clusters], path: Path, report_path: Path, identity: str
+) -> dict | None:
+    """Return the report of a finished quantizer, or clusters, of the same options; None: it is to be made."""
     if not path.exists() or not report_path.exists():
         return None
     try:
-        metadata, report = Quantizer.load(path).metadata, read_json(report_path)
+        metadata, report = load(path).metadata, read_json(report_path)
     except DataError as error:
-        logger.warning("%s; it is trained again", error)
+        logger.warning("%s; it is made again", error)
         return None
     if metadata.get("identity") != identity:
-        logger.info("%s was made with other options or data; it is trained again", path)
+        logger.info("%s was made with other options or data; it is made again", path)
         return None
     logger.info("%s is finished already", path)
     return report

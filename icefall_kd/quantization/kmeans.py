@@ -16,9 +16,9 @@ from torch import Tensor
 from icefall_kd.config import KmeansConfig, TeacherConfig
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.quantization.clusters import Clusters
-from icefall_kd.quantization.collect import Sample, collect_frames, draw_sample
+from icefall_kd.quantization.collect import Sample, collect_frames, draw_sample, finished_report
 from icefall_kd.runtime.env import environment, package_version
-from icefall_kd.runtime.files import fingerprint, read_json, write_json, write_text
+from icefall_kd.runtime.files import fingerprint, write_json, write_text
 from icefall_kd.runtime.log import format_seconds
 from icefall_kd.teachers import build_teacher
 from icefall_kd.teachers.base import Teacher
@@ -72,7 +72,7 @@ def train_kmeans(config: TrainKmeansConfig, teacher: Teacher | None = None) -> d
     version = package_version("scikit-learn")
     identity = fingerprint([provenance, sample.sha256, config.teacher_max_duration, asdict(config.kmeans), version])
     report_path = config.out.with_suffix(".report.json")
-    if (finished := _finished(config.out, report_path, identity)) is not None:
+    if (finished := finished_report(Clusters.load, config.out, report_path, identity)) is not None:
         return finished
     write_text(config.out.with_suffix(".utterances.txt"), "".join(f"{key}\n" for key in sample.cuts))
     frames = collect_frames(sample, teacher, config.teacher_max_duration, config.kmeans.kmeans_frames).values.float()
@@ -120,22 +120,6 @@ def find_centers(frames: Tensor, config: KmeansConfig) -> Tensor:
     )
     kmeans.fit(frames.numpy())
     return torch.from_numpy(kmeans.cluster_centers_).float()
-
-
-def _finished(path: Path, report_path: Path, identity: str) -> dict | None:
-    """Return the report of finished clusters of the same options."""
-    if not path.exists() or not report_path.exists():
-        return None
-    try:
-        metadata, report = Clusters.load(path).metadata, read_json(report_path)
-    except DataError as error:
-        logger.warning("%s; they are made again", error)
-        return None
-    if metadata.get("identity") != identity:
-        logger.info("%s was made with other options or data; it is made again", path)
-        return None
-    logger.info("%s is finished already", path)
-    return report
 
 
 def _report(clusters: Clusters, frames: Tensor, sample: Sample) -> dict:

@@ -143,13 +143,13 @@ class StoredStates:
             if not name.startswith("H"):
                 continue
             layer = int(name.removeprefix("H"))
+            _check(batch.ids, labels.lens, lens, missing_ok=True)
             counts.append(labels.lens)
             values = labels.values
             if not values.is_floating_point():
                 values = self._decode(layer, values, labels.lens)
             arrays[layer] = _to_frames(values, num_frames)
         found = torch.stack(counts).amin(dim=0)  # an utterance that one of the sets lacks has no states
-        _check(batch.ids, found, lens, missing_ok=True)
         return States(arrays, found)
 
     def _decode(self, layer: int, codes: Tensor, lens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.ssl import SslConfig
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import FBANK_GLU, SSL_CONV
-from icefall_kd.models.hubert import THIN_CONV, HubertEncoder, hubert_states, own_states
+from icefall_kd.models.hubert import THIN_CONV, HubertEncoder, own_states
 
 TINY = {"num_encoder_layers": 2, "encoder_dim": 32, "num_heads": 4, "feedforward_dim": 48, "dropout": 0.0}
 SMALL_POSITIONS = {"conv_pos": 8, "conv_pos_groups": 4}
@@ -104,15 +104,15 @@ def test_it_computes_what_transformers_computes(norm):
         mask_time_prob=0.0,
     )  # fmt: skip
     theirs = transformers.HubertModel(config).eval()
-    theirs.load_state_dict(hubert_states(encoder.state_dict()))
+    own = own_states(theirs.state_dict())
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in encoder.state_dict().items()}
+    encoder.load_state_dict(own)
     audio = torch.randn(2, 8000)
     with torch.no_grad():
         expected = theirs(audio, output_hidden_states=True).hidden_states
         out = encoder(audio, torch.tensor([8000, 8000]), taps=(0, 1, 2))
     for i in range(3):
         torch.testing.assert_close(out.taps[i], expected[i], rtol=1e-4, atol=1e-5)
-    back = own_states(theirs.state_dict())
-    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in encoder.state_dict().items()}
 
 
 def test_sizes_that_do_not_fit_are_refused():
