@@ -218,6 +218,23 @@ def test_what_is_said_of_the_real_recordings_of_hkd():
     assert f"from {rates[0]} % to {rates[1]} %: {points.split(',')[0]} points, 95 % interval {low} to {high}." in said
 
 
+def test_what_is_said_of_the_demo_of_dualmode():
+    page = (REPO / "RESULTS.md").read_text(encoding="utf-8")
+    said = "two of one mode within their intervals, but for streams of 320 ms of the test part"
+    assert said in " ".join(page.split())
+    block = page.split("<!-- results:demo_dualmode begin -->")[1].split("<!-- results:demo_dualmode end -->")[0]
+    header, _, *lines = [line for line in block.splitlines() if line]
+    names = [cell.strip() for cell in header.split("|")]
+    rows = [dict(zip(names, (cell.strip() for cell in line.split("|")), strict=True)) for line in lines]
+    compared = [row for row in rows if row["system"][:2] in ("A5", "C2")]
+    assert len(compared) == 8
+    for row in compared:
+        for part in ("dev-demo", "test-demo"):
+            other, _, low, _, _ = row[f"difference {part}"].replace("(", "").replace(")", "").split()
+            assert other == ("A1" if row["mode"] == "full" else "A3")
+            assert (float(low) > 0) == (part == "test-demo" and row["mode"] == "streaming, 320 ms")
+
+
 def test_what_is_said_of_the_real_recordings_of_dualmode():
     text = " ".join((REPO / "RESULTS.md").read_text(encoding="utf-8").split())
     compared = result("real_dualmode/dualmode_digits_comparisons")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icefall_kd.errors import DataError
 from icefall_kd.quantization.quantizer import check_teacher
-from icefall_kd.runtime.tensors import read_tensors, write_tensors
+from icefall_kd.runtime.tensors import read_tensors, stated, write_tensors
 
 FORMAT = "icefall_kd clusters 1"
 _CHUNK = 1 << 16
@@ -90,7 +90,7 @@ class Clusters:
             header, tensors = read_tensors(path)
         except DataError as error:
             raise DataError(f"clusters {error}; make them with local/train_kmeans.py") from error
-        metadata = json.loads(header.get("metadata", "{}"))
+        metadata = stated(header, path)
         if metadata.get("format") != FORMAT or "centers" not in tensors:
             raise DataError(f"{path} holds no clusters of local/train_kmeans.py, but {sorted(tensors)}")
         result = cls(tensors["centers"], metadata)

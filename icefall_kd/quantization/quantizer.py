@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.quantization.search import SearchTables, refine
-from icefall_kd.runtime.tensors import read_tensors, write_tensors
+from icefall_kd.runtime.tensors import read_tensors, stated, write_tensors
 
 # exp(10 s) gives the two global scales a ten times larger effective learning rate.
 SCALE_SPEED = 10.0
@@ -279,7 +279,7 @@ class Quantizer(nn.Module):
         except DataError as error:
             raise DataError(f"quantizer file {error}; train it with local/train_quantizer.py") from error
         result = cls.from_state_dict(state, where=str(path)).to(device)
-        result.metadata = json.loads(header.get("metadata", "{}"))
+        result.metadata = stated(header, path)
         stored = result.metadata.get("sha256")
         if stored is not None and stored != result.sha256:
             raise DataError(f"quantizer file {path} is damaged: its header says sha256 {stored}, "

@@ -1,5 +1,6 @@
 """Safetensors files as a whole: written atomically, and a damaged one is a DataError."""
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise DataError(f"{path} cannot be read ({error})") from error
     except SafetensorError as error:
         raise DataError(f"{path} is damaged ({error})") from error
+
+
+def stated(header: dict[str, str], path: str | Path) -> dict:
+    """Return the plain data that a file's metadata hold as JSON, under the key "metadata"; {} where there are none.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    try:
+        found = json.loads(header.get("metadata", "{}"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: its metadata are no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged: its metadata are {type(found).__name__}, not names and values")
+    return found
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from icefall_kd.quantization import kmeans
 from icefall_kd.quantization.clusters import Clusters
 from icefall_kd.quantization.collect import collect_frames, draw_sample
 from icefall_kd.quantization.kmeans import TrainKmeansConfig, describe, find_centers, train_kmeans
+from icefall_kd.runtime.tensors import write_tensors
 from tests.labels.label_toys import ToyTeacher, config_for, write_cuts
 
 SMALL = KmeansConfig(num_clusters=6, kmeans_utts=4, kmeans_batch=64, kmeans_passes=10, kmeans_inits=2)
@@ -158,3 +159,11 @@ def test_without_scikit_learn_one_error_names_the_command(cuts, tmp_path, monkey
     with pytest.raises(ConfigError, match="pip install scikit-learn") as caught:
         find_centers(torch.randn(50, 3), SMALL)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", ["{broken", "[1, 2]"])
+def test_damaged_metadata_are_named(tmp_path, metadata):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"centers": torch.zeros(2, 3)}, {"metadata": metadata})
+    with pytest.raises(DataError, match=r"x\.safetensors is damaged: its metadata are"):
+        Clusters.load(path)

@@ -10,12 +10,13 @@ import torch
 from hubert_toys import hubert_config, samples, write_cmvn, write_teacher
 
 from icefall_kd.config import AugmentConfig, HubertConfig, HubertKdConfig, SslConfig, TrainConfig
+from icefall_kd.data.batch import Batch, Labels
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.models.hubert import HubertEncoder
 from icefall_kd.models.hubert_heads import ExpandLast, LayerWise, teacher_layers
 from icefall_kd.systems import build_system
 from icefall_kd.systems.hubert_distil import HubertDistilSystem, Target, head_kind
-from icefall_kd.systems.hubert_states import States
+from icefall_kd.systems.hubert_states import States, StoredStates
 from icefall_kd.train.guards import parameters_without_gradient
 from tests.teachers.tiny_models import ssl_model
 
@@ -345,3 +346,18 @@ def test_the_heads_are_left_out_of_what_goes_on(teacher):
     kept = system.inference_state_dict()
     assert kept and all(name.startswith("model.encoder.") for name in kept)
     assert not any("clusters.final_proj" in n or "label_embs" in n for n in system.state_dict())
+
+
+def test_no_stored_set_has_other_frames_than_the_student_whatever_the_others_have():
+    info = types.SimpleNamespace(dim=4, teacher_sha256="a")
+    source = StoredStates({layer: (Path("x"), info) for layer in (1, 2)}, {})
+
+    def states(first, second):
+        counts = {"H1": first, "H2": second}
+        labels = {name: Labels(torch.zeros(1, n, 4), torch.tensor([n])) for name, n in counts.items()}
+        return source.states(Batch(ids=["one"], labels=labels), torch.tensor([5]), 5)
+
+    assert states(5, 5).lens.tolist() == [5] and states(5, 0).lens.tolist() == [0]
+    for wrong in ((6, 5), (5, 6), (4, 5), (0, 6)):
+        with pytest.raises(DataError, match=r"utterance one: the teacher has \d frames, the student 5"):
+            states(*wrong)
