@@ -46,8 +46,8 @@ SEARCH = "ctc_greedy_search"
 TEACHER_SEED = 42
 # The models of the demo, and how long they hear 1.45 h; two pre-trainings, as HuBERT's.
 CONF = "egs/librispeech/conf/hubert_demo.yaml"
-AUDIO_OPTIONS = ["--num-clusters", "50 100", "--cluster-layer", 3, "--ssl-args", "--num-epochs 6"]
-AUDIO_OPTIONS += ["--distil-args", "--num-epochs 4"]
+AUDIO_OPTIONS = ["--num-clusters", "50 100", "--cluster-layer", 3, "--ssl-args", "--num-epochs 5"]
+AUDIO_OPTIONS += ["--distil-args", "--num-epochs 3", "--train-args", "--valid-utts 100"]
 
 
 @dataclass(frozen=True)
