@@ -98,7 +98,8 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
     ]
     assert {line["--audio-dir"] for line in tuned} == {str(driver.audio_dir(config))}
     assert {line["--hours"]: line["--tune-args"] for line in tuned} == {
-        amount: f"--num-epochs {epochs}" for amount, epochs in driver.BEDS["hubert_barista"].amounts.items()
+        amount: f"--valid-utts 20 --num-epochs {epochs}"
+        for amount, epochs in driver.BEDS["hubert_barista"].amounts.items()
     }
     (chosen,) = [line for line in started if line.get("--stop-stage") == "4"]
     assert chosen["--hours"] == "3min" and "--stage" not in chosen and chosen["--systems"] == "scratch"
@@ -111,7 +112,7 @@ def test_what_is_missing_is_run_once_compared_and_tabled(driver, config, started
     assert relative["scratch-all", "deep-reg-all"] == "-50.0 %" == relative["deep-reg-all", "deep-both-all"]
     assert relative["scratch-3min", "deep-both-3min"] == "-60.0 %" and ("wide-reg-all", "deep-reg-all") not in relative
     rows = rows_of(driver.table(config))
-    assert [row[1:3] for row in rows[:2]] == [["3min", "scratch"], ["3min", "deep-reg"]] and len(rows) == len(tuned)
+    assert [row[1:3] for row in rows[:2]] == [["3min", "fbank-both"], ["3min", "teacher"]] and len(rows) == len(tuned)
     (both,) = [row for row in rows if row[1:3] == ["all", "deep-both"]]
     assert both[7] == "deep-reg" and both[9] == "-50.0 %"
 
@@ -127,7 +128,7 @@ def test_beds_know_their_homes_and_their_conf_is_there(driver, repo):
     ("options", "said"),
     [
         ({"beds": ["digits"]}, "--beds names 'digits'; there are hubert_digits, hubert_barista"),
-        ({"systems": ["best-all"]}, "--systems names 'best-all'; there are scratch-2min, "),
+        ({"systems": ["best-all"]}, "--systems names 'best-all'; there are fbank-scratch-2min, "),
     ],
 )
 def test_wrong_options_are_told(driver, options, said):
