@@ -35,6 +35,7 @@ COMPARED_WITH = {
     "scratch": None,
     "deep-reg": "scratch",
     "deep-both": "deep-reg",
+    "deep-disc": "scratch",
     "fbank-one": "fbank-scratch",
     "wide-reg": "scratch",
     "wide-both": "wide-reg",
@@ -43,6 +44,14 @@ COMPARED_WITH = {
 PAIRS = [("wide-reg", "deep-reg"), ("deep-both", "fbank-both"), ("deep-reg", "fbank-two"), ("scratch", "deep-both"),
          ("fbank-scratch", "fbank-both"), ("fbank-one", "fbank-two"), ("teacher", "deep-both"),
          ("teacher", "fbank-both")]  # fmt: skip
+# Systems that differ in one thing; of each table, whichever are there.
+GRIDS = {
+    "T1, structures (L_reg)": ["deep-reg", "wide-reg"],
+    "T2, losses": ["deep-reg", "deep-disc", "deep-both"],
+    "T3, front ends": ["deep-reg", "fbank-one", "fbank-two", "fbank-both"],
+}
+# Students whose layers are compared with the teacher's, before and after fine-tuning with all transcripts (T4).
+COMPARED_LAYERS = ["deep-reg", "deep-both", "fbank-both"]
 SEARCH = "ctc_greedy_search"
 TEACHER_SEED = 42
 # The models of the demo, and how long they hear 1.45 h; two pre-trainings, as HuBERT's.
@@ -247,6 +256,70 @@ def table(config: RealHubertConfig) -> str:
     return markdown_table(header, cells)
 
 
+def grids(config: RealHubertConfig) -> str:
+    """Return the tables of systems that differ in one thing: error rates of the seeds that all of a table have."""
+    parts = []
+    for bed, title in ((bed, title) for bed in BEDS for title in GRIDS):
+        results = {
+            (word, amount): chains.finished(config, bed, BEDS[bed].seeds, f"{word}-{amount}")
+            for word in GRIDS[title]
+            for amount in BEDS[bed].amounts
+        }
+        words = [w for w in GRIDS[title] if all(results[w, amount] for amount in BEDS[bed].amounts)]
+        if len(words) < 2:
+            continue
+        seeds = sorted(set.intersection(*(set(results[w, amount]) for w in words for amount in BEDS[bed].amounts)))
+        if not seeds:
+            continue
+        cells = []
+        for word in words:
+            found = [[results[word, a][seed]["decodings"][SEARCH] for seed in seeds] for a in BEDS[bed].amounts]
+            parameters = results[word, "all"][seeds[0]]["training"]["parameters"]
+            fastest = min(r["rtf"] for some in found for r in some)
+            cells.append([word, f"{parameters:,}", *map(chains.rate_text, found), f"{fastest:.4f}"])
+        told = "seed" + "s" * (len(seeds) > 1)
+        parts.append(f"{title}: {bed}, {told} {', '.join(map(str, seeds))}")
+        parts.append(markdown_table(["system", "parameters", *BEDS[bed].amounts, "RTF"], cells))
+    return "\n\n".join(parts)
+
+
+def similarity_file(config: RealHubertConfig, name: str) -> Path:
+    """Return where the comparison of a student's layers with the teacher's lies."""
+    return config.results / f"hubert_similarity_{name}.json"
+
+
+def compare_layers(config: RealHubertConfig) -> None:
+    """Compare layers of the students that are there, before and after fine-tuning, with the teacher's."""
+    audio, bed = audio_dir(config), "hubert_digits"
+    for word in COMPARED_LAYERS:
+        models = {f"distil-{word}": audio / f"distil-{word}"}
+        models[f"{word}-all-seed1"] = (config.exp_root / bed).resolve() / f"{word}-all-seed1"
+        for name, student in models.items():
+            out = similarity_file(config, name)
+            if out.exists() or not (student / "train_summary.json").exists():
+                continue
+            raw = config.exp_root.resolve() / f"similarity_{name}.json"
+            line = ["python3", "local/similarity.py", "--student", student, "--teacher", audio / "ssl2", "--out", raw]
+            run_command([*line, "--cuts", data_dir(BEDS[bed].home, config) / "fbank/cuts_dev.jsonl.gz"])
+            found = {"bed": bed, "system": name, "seed": TEACHER_SEED, **read_json(raw)}
+            result = without_machine_paths(found, config)
+            chains.keep(out, result, config.commit)
+
+
+def similarity_table(config: RealHubertConfig) -> str:
+    """Return table T4: of each layer of a student the alignment with each of the teacher's, before and after."""
+    cells, header = [], []
+    for word in COMPARED_LAYERS:
+        files = [similarity_file(config, name) for name in (f"distil-{word}", f"{word}-all-seed1")]
+        if not all(file.exists() for file in files):
+            continue
+        before, after = map(read_json, files)
+        header = ["student", "its layer", *(f"teacher's {layer}" for layer in before["teacher_layers"])]
+        for layer, *rows in zip(before["student_layers"], before["cka"], after["cka"], strict=True):
+            cells.append([word, str(layer), *(f"{a:.2f} / {b:.2f}" for a, b in zip(*rows, strict=True))])
+    return "T4, linear CKA after distillation / after fine-tuning\n\n" + markdown_table(header, cells) if cells else ""
+
+
 def audio_table(config: RealHubertConfig) -> str:
     """Return the table of teacher and students: last validation, and seconds."""
     header = ["training", "parameters", "steps", "loss", "L_rec", "L_cos", "L_disc", "accuracy", "seconds"]
@@ -275,9 +348,11 @@ def main() -> None:
         teach(config)
         choose_hours(config)
         chains.run_missing(config, BEDS, source_dir, prepare_line, run_chain)
+        compare_layers(config)
     for bed in config.beds:
         chains.compare(config, bed, BEDS[bed], pairs_of(bed))
-    chains.publish("\n\n".join([audio_table(config), table(config)]), config.report, "real_hubert")
+    parts = [audio_table(config), table(config), grids(config), similarity_table(config)]
+    chains.publish("\n\n".join(filter(None, parts)), config.report, "real_hubert")
 
 
 if __name__ == "__main__":

@@ -134,3 +134,40 @@ def test_beds_know_their_homes_and_their_conf_is_there(driver, repo):
 def test_wrong_options_are_told(driver, options, said):
     with pytest.raises(ConfigError, match=said):
         driver.RealHubertConfig(**options)
+
+
+def test_systems_that_differ_in_one_thing_stand_in_one_table(driver, config, started):
+    run_all(driver, config)
+    text = driver.grids(config)
+    # Of the first and the third table too few systems are there.
+    titles = [line for line in text.splitlines() if line.startswith("T")]
+    assert titles == ["T2, losses: hubert_barista, seed 1", "T3, front ends: hubert_barista, seed 1"]
+    rows = rows_of(text.split("\n\n")[1])
+    assert [row[0] for row in rows] == ["deep-reg", "deep-both"]
+    assert [row[2].split()[1] for row in rows] == ["60.00", "40.00"]  # 3 and 2 of 5 words with few transcripts
+    assert [row[3].split()[1] for row in rows] == ["40.00", "20.00"]
+
+
+def test_layers_are_compared_before_and_after_fine_tuning(driver, config, started, monkeypatch):
+    run_all(driver, config)
+    assert driver.similarity_table(config) == ""
+    audio, tuned = driver.audio_dir(config), config.exp_root.resolve() / "hubert_digits/deep-both-all-seed1"
+    write_training(tuned, [{"kind": "train", "loss": 2.0}])
+    compared = []
+
+    def run(command):
+        words = dict(zip(command[2::2], command[3::2], strict=True))
+        compared.append(words["--student"])
+        assert words["--teacher"] == audio / "ssl2"
+        value = 0.25 if words["--student"] == tuned else 0.75
+        found = {"student": str(tuned), "student_layers": [1, 2], "teacher_layers": [1, 2, 3], "cka": [[value] * 3] * 2}
+        write_json(Path(words["--out"]), found)
+
+    monkeypatch.setattr(driver, "run_command", run)
+    driver.compare_layers(config)
+    driver.compare_layers(config)
+    before = [audio / f"distil-{word}" for word in ("deep-reg", "deep-both", "fbank-both")]
+    assert compared == [*before[:2], tuned, before[2]]
+    assert str(tuned) not in driver.similarity_file(config, "deep-both-all-seed1").read_text()
+    rows = rows_of(driver.similarity_table(config).split("\n\n")[1])
+    assert rows == [["deep-both", layer, *["0.75 / 0.25"] * 3] for layer in ("1", "2")]
