@@ -21,7 +21,7 @@ test_parts=                # Parts to decode, with commas
 data_dir=                  # Prepared data; empty: data/CORPUS
 exp_dir=                   # Experiments; empty: exp/CORPUS-hubert
 audio_dir=                 # Folder of ssl1, distil-SYSTEM, cmvn.safetensors that are trained already; empty: train them
-systems=                   # Rows, with spaces; empty: four for the demo, else all that the teacher serves but the types and -disc
+systems=                   # Rows, with spaces; empty: three for the demo, else all that the teacher serves but the types and -disc
 hours=                     # Transcripts of fine-tuning, with spaces: 10min, 1h and the like, or all; empty: all for the demo, else 1h 10h 100h
 hours_part=                # Part that these are chosen from; empty: the first of --train-parts
 seeds=42                   # Seeds of fine-tuning, with spaces
@@ -71,7 +71,7 @@ if [[ $short == true ]]; then
   train_args="--num-epochs 2 $train_args"
 fi
 if [[ $corpus == demo ]]; then
-  : "${systems:=fbank-scratch fbank-two fbank-both deep-both}" "${hours:=all}" "${teacher:=own}"
+  : "${systems:=fbank-scratch fbank-two fbank-both}" "${hours:=all}" "${teacher:=own}"
   : "${num_clusters:=50}" "${cluster_layer:=3}" "${kmeans_utts:=1000}" "${num_shards:=$nj}" "${similarity:=false}"
 fi
 : "${hours:=1h 10h 100h}" "${num_clusters:=100 500}" "${cluster_layer:=6}" "${kmeans_utts:=28000}" "${num_shards:=8}"
