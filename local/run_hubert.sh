@@ -34,6 +34,11 @@ ssl_parts=                 # Parts (or paths of cut sets) to pre-train and disti
 ssl_valid_parts=           # Parts to validate these on; empty: --valid-parts
 crop_duration=15.6         # Longer utterances are cut into equal pieces of at most so many seconds, for pre-training and distillation
 frontend_steps=0.2         # First stage of fbank-two and fbank-both: steps, or their share
+states=online              # Teacher states of distillation: online; stored (fp16 on disk); mvq (codes of a quantizer a layer: our extension of the paper)
+num_codebooks=8            # mvq: bytes a frame and layer
+phase1_steps=              # mvq: quantizer steps with 2N codebooks of 16 entries; empty: 10000, or 100 for the demo
+phase2_steps=              # mvq: quantizer steps with N codebooks of 256 entries; empty: 10000, or 300 for the demo
+quantizer_utts=            # mvq: utterances that quantizers are trained on; empty: 1000, or 200 for the demo
 token_kind=char            # Tokens: bpe, char or pinyin
 vocab_size=                # BPE tokens; empty: prepare.sh's own
 speed_perturb=false        # Speed copies of the training parts
@@ -69,11 +74,14 @@ fi
 if [[ $short == true ]]; then
   : "${systems:=deep-both fbank-both}" "${decode_args:=--avg 1}"
   train_args="--num-epochs 2 $train_args"
+  : "${phase1_steps:=30}" "${phase2_steps:=20}" "${quantizer_utts:=20}"
 fi
 if [[ $corpus == demo ]]; then
   : "${systems:=fbank-scratch fbank-two fbank-both}" "${hours:=all}" "${teacher:=own}"
   : "${num_clusters:=50}" "${cluster_layer:=3}" "${kmeans_utts:=1000}" "${num_shards:=$nj}" "${similarity:=false}"
+  : "${phase1_steps:=100}" "${phase2_steps:=300}" "${quantizer_utts:=200}"
 fi
+: "${phase1_steps:=10000}" "${phase2_steps:=10000}" "${quantizer_utts:=1000}"
 : "${hours:=1h 10h 100h}" "${num_clusters:=100 500}" "${cluster_layer:=6}" "${kmeans_utts:=28000}" "${num_shards:=8}"
 : "${decode_args:=--avg 3}" "${similarity:=true}" "${ssl_parts:=$train_parts}" "${hours_part:=${train_parts%%,*}}" "${ssl_valid_parts:=$valid_parts}"
 case $recipe in
@@ -93,7 +101,12 @@ read -r -a clusters <<< "$num_clusters"
 iterations=${#clusters[@]}
 audio_exp=${audio_dir:-$exp_dir} # where what is trained without transcripts lies
 cmvn=$audio_exp/cmvn.safetensors
-
+tag="" # at the names of students that learn from stored states
+case $states in
+  online) ;;
+  stored | mvq) tag=-$states ;;
+  *) fail 2 "--states is $states; teacher states are online, stored or mvq" ;;
+esac
 
 # options_of SYSTEM: sets files, the option files beside NAME.yaml (NAME_deep.yaml and its like) of all its trainings;
 # distil_files, more of its distillation; distil, options of that; from: teacher, distil, or nothing: where fine-tuning starts.
@@ -141,8 +154,19 @@ teacher_dir() { # what students learn from
   if [[ $teacher == own ]]; then ssl_dir "$iterations"; else echo "$teacher"; fi
 }
 
+name_of() { # name_of SYSTEM: in names of folders and markers
+  case $1 in
+    teacher | scratch | fbank-scratch) echo "$1" ;;
+    *) echo "$1$tag" ;;
+  esac
+}
+
+distil_dir() { # distil_dir SYSTEM: the exp_dir of a student
+  echo "$audio_exp/distil-$(name_of "$1")"
+}
+
 system_dir() { # system_dir SYSTEM HOURS SEED: the exp_dir of a fine-tuning
-  echo "$exp_dir/$1-$2-seed$3"
+  echo "$exp_dir/$(name_of "$1")-$2-seed$3"
 }
 
 [[ -f $config ]] || fail 2 "--config $config is no file (relative paths are relative to $PWD)"
@@ -156,7 +180,7 @@ for system in $systems; do # a wrong word is told before anything runs
     fail 2 "--systems names $system, but $teacher is a folder of the hub, which holds no clusters: name fairseq's state dict, \
 an exp_dir, or own"
   case $from in
-    distil) trained=distil-$system/train_summary.json ;;
+    distil) trained=distil-$system$tag/train_summary.json ;;
     teacher) trained=ssl$iterations/train_summary.json ;;
     *) trained="" ;;
   esac
@@ -231,13 +255,84 @@ pretrain_one() { # pretrain_one ITERATION: k-means, labels, masked prediction
   audio_training "ssl$1" "$dir" "$labels/label_set.json" -- --objective ssl --label-dir "$labels"
 }
 
-distil_one() { # distil_one SYSTEM
-  local from files distil_files distil configs inputs=("${teacher_files[@]}") train_args="$train_args $distil_args"
+student_options() { # student_options SYSTEM: sets configs, inputs and words of its distillation
   options_of "$1"
   conf_files "${files[@]}" "${distil_files[@]}"
+  inputs=("${teacher_files[@]}")
   [[ " ${files[*]} " != *" fbank "* ]] || inputs+=("$cmvn")
-  audio_training "$1" "$audio_exp/distil-$1" "${inputs[@]}" -- --objective distil --teacher "$(teacher_dir)" \
-    "${distil[@]}"
+  words=(--objective distil --teacher "$(teacher_dir)" "${distil[@]}")
+}
+
+layers_file() { # layers_file SYSTEM: the list of the teacher layers that it compares with, 0,4,12
+  echo "$audio_exp/labels/layers-$1.txt"
+}
+
+find_layers() { # find_layers SYSTEM
+  local from files distil_files distil configs inputs words train_args="$train_args $distil_args"
+  student_options "$1"
+  begin --name "layers-$1" --option train_args "options=${words[*]}" --input "${configs[@]}" "${inputs[@]}" \
+    --output "$(layers_file "$1")" --code icefall_kd/systems/hubert_distil.py icefall_kd/models/hubert_heads.py || return 0
+  # shellcheck disable=SC2086
+  python3 ../../local/teacher_layers.py --out "$(layers_file "$1")" "${configs[@]/#/--config=}" --system hubert \
+    "${words[@]}" $train_args
+  finish
+}
+
+state_sets() { # state_sets LAYER,...: sets layers, and the label set (label_dirs) and quantizer (mvq) of each
+  local layer name
+  name=$(short_name "$(teacher_dir)")
+  IFS=, read -r -a layers <<< "$1"
+  label_dirs=() quantizers=()
+  for layer in "${layers[@]}"; do
+    if [[ $states == mvq ]]; then
+      label_dirs+=("$audio_exp/labels/$name-layer$layer-q$num_codebooks")
+      quantizers+=("$audio_exp/quantizers/$name-layer$layer-q$num_codebooks/quantizer.safetensors")
+    else
+      label_dirs+=("$audio_exp/labels/$name-layer$layer-states")
+    fi
+  done
+}
+
+store_states() { # label sets of all layers that students compare with, in one pass of the teacher
+  local system found i layers label_dirs quantizers cuts cuts_list train_cuts pieces=$crop_duration
+  local words=(--teacher "$(teacher_dir)" --teacher-dtype float32) more=(--kind embeddings) # float32: as it runs online
+  for system in "${students[@]}"; do
+    find_layers "$system"
+  done
+  found=$(for system in "${students[@]}"; do tr , '\n' < "$(layers_file "$system")"; done | sort -nu | paste -sd ,)
+  state_sets "$found"
+  cuts_of "$ssl_parts"
+  for i in "${!quantizers[@]}"; do
+    begin --name "quantizer-layer${layers[i]}" --option num_codebooks phase1_steps phase2_steps quantizer_utts \
+      teacher_seed "words=${words[*]}" --input "${cuts[@]}" "${teacher_files[@]}" --output "${quantizers[i]}" \
+      --code 'icefall_kd/quantization/*.py' 'icefall_kd/quantization/csrc/*.cpp' 'icefall_kd/teachers/*.py' || continue
+    OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$(commas "${cuts[@]}")" --out "${quantizers[i]}" \
+      --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
+      --quantizer-utts "$quantizer_utts" --quantizer-seed "$teacher_seed" --layer "${layers[i]}" "${words[@]}"
+    finish
+  done
+  [[ $states != mvq ]] || more=(--kind codebook_indexes --quantizer "$(commas "${quantizers[@]}")")
+  cuts_of "$ssl_parts,$ssl_valid_parts" # validation, too, needs states: there is no other loss
+  train_cuts=("${cuts[@]}") cuts_list=$(commas "${cuts[@]}")
+  # Other students may need other layers: each list has a marker, and sets that are there stay as they are.
+  begin --name "$states-layers-$found" --option num_shards crop_duration "words=${words[*]}" --input "${train_cuts[@]}" \
+    "${teacher_files[@]}" "${quantizers[@]}" --output "${label_dirs[@]/%//label_set.json}" \
+    --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
+  extract_and_verify "$(commas "${label_dirs[@]}")" --layer "$found" "${words[@]}" "${more[@]}"
+  finish
+}
+
+distil_one() { # distil_one SYSTEM
+  local from files distil_files distil configs inputs words train_args="$train_args $distil_args"
+  local layers label_dirs quantizers
+  student_options "$1"
+  if [[ $states != online ]]; then
+    state_sets "$(< "$(layers_file "$1")")"
+    words+=(--teacher-labels stored --label-dir "$(commas "${label_dirs[@]}")")
+    [[ $states != mvq ]] || words+=(--kd-quantizers "$(commas "${quantizers[@]}")")
+    inputs+=("${label_dirs[@]/%//label_set.json}")
+  fi
+  audio_training "$(name_of "$1")" "$(distil_dir "$1")" "${inputs[@]}" -- "${words[@]}"
 }
 
 hours_file() { # hours_file HOURS: the cut set of so much
@@ -255,14 +350,14 @@ tune_one() { # tune_one SYSTEM HOURS SEED
   [[ ! -f ${config%.yaml}_tuned_$2.yaml ]] || layers+=("tuned_$2")
   case $from in
     teacher) layers+=(teacher) start=(--init-from "$(teacher_dir)") inputs=("${teacher_files[@]}") ;;
-    distil) start=(--init-from "$audio_exp/distil-$1") inputs=("$audio_exp/distil-$1/train_summary.json") ;;
+    distil) start=(--init-from "$(distil_dir "$1")") inputs=("$(distil_dir "$1")/train_summary.json") ;;
     *)
       layers+=(scratch)
       [[ $1 != fbank-* ]] || start=(--cmvn "$cmvn") inputs=("$cmvn")
       ;;
   esac
   conf_files "${layers[@]}"
-  begin --name "$1-$2-seed$3" --option train_args train_parts valid_parts "options=${start[*]}" \
+  begin --name "$(name_of "$1")-$2-seed$3" --option train_args train_parts valid_parts "options=${start[*]}" \
     --input "${configs[@]}" "${cuts[@]}" "$lang/tokenizer.json" "${inputs[@]}" --output "$dir/train_summary.json" || return 0
   train_in "$dir" "${configs[@]/#/--config=}" --system hubert --seed "$3" --lang-dir "$lang" "${start[@]}"
   finish
@@ -288,8 +383,10 @@ stage_2_cmvn() { # Mean and deviation of log-mel features
   python3 ../../local/compute_cmvn.py --manifest-dir "$data_dir/$kind" --parts "$ssl_parts" --out "$cmvn"
 }
 
-stage_3_distil() { # Distil every student
-  [[ ${#students[@]} == 0 || -n $audio_dir ]] || side_by_side distil_one "${students[@]}"
+stage_3_distil() { # Store the teacher's states (--states stored, mvq), and distil every student
+  [[ ${#students[@]} != 0 && -z $audio_dir ]] || return 0
+  [[ $states == online ]] || store_states
+  side_by_side distil_one "${students[@]}"
 }
 
 stage_4_hours() { # Choose the transcripts of fine-tuning
@@ -334,7 +431,7 @@ all_systems() { # all_systems COMMAND ...: the command with system, hours and se
 decode_one() { # decode_one SYSTEM HOURS SEED: all test parts by each search
   local method
   for method in $decoding_methods; do
-    decode_step "$1-$2-seed$3-$method" "$(system_dir "$@")" "$method"
+    decode_step "$(name_of "$1")-$2-seed$3-$method" "$(system_dir "$@")" "$method"
   done
 }
 
@@ -356,14 +453,14 @@ compare_layers() { # compare_layers NAME EXP_DIR: with those of the teacher, on 
 compare_tuned() { # compare_tuned SYSTEM HOURS SEED
   local from files distil_files distil
   options_of "$1"
-  [[ -z $from ]] || compare_layers "$1-$2-seed$3" "$(system_dir "$@")"
+  [[ -z $from ]] || compare_layers "$(name_of "$1")-$2-seed$3" "$(system_dir "$@")"
 }
 
 stage_7_similarity() { # Compare layers of students with those of the teacher (--similarity true)
   local system
   [[ $similarity == true && $needs_teacher == true ]] || return 0
   for system in "${students[@]}"; do
-    compare_layers "$system" "$exp_dir/distil-$system"
+    compare_layers "$(name_of "$system")" "$(distil_dir "$system")"
   done
   all_systems compare_tuned
 }
@@ -371,7 +468,7 @@ stage_7_similarity() { # Compare layers of students with those of the teacher (-
 stage_8_results() { # Print the table of results
   local dirs
   mapfile -t dirs < <(all_systems system_dir)
-  python3 ../../local/results.py --exp-dirs "$(commas "${dirs[@]}")" --table hubert --out "$exp_dir/results.md"
+  python3 ../../local/results.py --exp-dirs "$(commas "${dirs[@]}")" --table hubert --out "$exp_dir/results$tag.md"
 }
 
 run_stages

@@ -1,9 +1,11 @@
-"""A tiny pre-trained HuBERT in an exp_dir, students of it, and batches; as a program, one rank of a distillation."""
+"""A tiny pre-trained HuBERT in an exp_dir, students of it, and batches; as a program, one rank of a training."""
 
 import dataclasses
 import json
 import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from icefall_kd.config import (
     DataConfig,
     HubertConfig,
     HubertKdConfig,
+    HubertSslConfig,
     KdConfig,
     LoopConfig,
     ModelConfig,
@@ -22,12 +25,15 @@ from icefall_kd.config import (
     TeacherConfig,
     TrainConfig,
 )
-from icefall_kd.data.batch import Batch
+from icefall_kd.data.batch import IGNORE, Batch, Labels
 from icefall_kd.errors import run_main
+from icefall_kd.frames import SSL_CONV
 from icefall_kd.models.cluster_head import ClusterHead
 from icefall_kd.models.hubert import HubertEncoder
 from icefall_kd.runtime import dist
 from icefall_kd.systems import build_system
+from icefall_kd.systems.base import System
+from icefall_kd.systems.hubert_ssl import HubertSslSystem
 from icefall_kd.train.checkpoint import save_checkpoint, state_sha256
 from icefall_kd.train.loop import train
 
@@ -122,43 +128,79 @@ def arguments(config: TrainConfig) -> list[str]:
     return argv
 
 
-class DistilData:
-    """Three batches an epoch and a rank; one rank alone has those of two, one after the other."""
+CLUSTERS = 7
+
+
+def with_clusters(batch: Batch) -> Batch:
+    """Return a batch of audio with a cluster of every frame, which its loudness tells."""
+    lens = [SSL_CONV.num_frames(n) for n in batch.audio_lens.tolist()]
+    values = torch.full((len(lens), max(lens), 1), IGNORE)
+    for row, frames in enumerate(lens):
+        loud = batch.audio[row].unfold(0, 400, 320)[:frames].square().mean(dim=1).sqrt()
+        values[row, :frames, 0] = (loud * 40).long().clamp(max=CLUSTERS - 1)
+    return dataclasses.replace(batch, labels={"clusters": Labels(values, torch.tensor(lens))})
+
+
+class TwoRanksData:
+    """Three batches an epoch and a rank, with clusters; one rank alone has those of two, one after the other."""
 
     def train_batches(self, epoch, skip):
         ranks = range(2) if dist.get_world_size() == 1 else [dist.get_rank()]
         batches = [samples((5000 + 700 * r, 4000), 100 * epoch + 10 * i + r) for i in range(3) for r in ranks]
+        batches = [with_clusters(batch) for batch in batches]
         return iter(batches[skip:])
 
     def num_batches(self, epoch):
         return 6 // dist.get_world_size()
 
     def valid_batches(self):
-        return iter([samples(seed=99)])
+        return iter([with_clusters(samples(seed=99))])
 
     def worst_batches(self):
-        return [samples(seed=98)]
+        return [with_clusters(samples(seed=98))]
 
     def state(self):
         return {"train": "toy"}
 
 
+class SameMasks(HubertSslSystem):
+    """Pre-training whose masks the batch tells, whichever rank has it."""
+
+    def losses(self, batch, step):
+        torch.manual_seed(zlib.crc32("|".join(batch.ids).encode()))
+        return super().losses(batch, step)
+
+
+def pretraining(loop: dict) -> tuple[TrainConfig, System]:
+    """Return a pre-training behind convolutions."""
+    ssl = {"mask_prob": 0.5, "mask_span": 2}
+    config = hubert_config("ssl", "base", ssl=ssl, hubert_ssl=HubertSslConfig(cluster_dim=16), loop=loop)
+    torch.manual_seed(7)
+    encoder = HubertEncoder(config.model, config.hubert, config.ssl)
+    return config, SameMasks(config, encoder, "labels", SimpleNamespace(codebook_size=CLUSTERS))
+
+
+def distillation(loop: dict, teacher: str, cmvn: str) -> tuple[TrainConfig, System]:
+    """Return a distillation in two stages behind log-mel features."""
+    front = {"ssl": {"front_end": "fbank"}, "hubert": {"cmvn": Path(cmvn)}, "hubert_kd": {"frontend_steps": 0.5}}
+    config = hubert_config(teacher=teacher, loop=loop, **front)
+    torch.manual_seed(7)
+    return config, build_system(config, 0)
+
+
 def main() -> int:
-    """Distil in a process of its own: hubert_toys.py EXP_DIR '{"teacher": ..., "cmvn": ..., "accum_grad": 1}'."""
+    """Train in a process of its own: hubert_toys.py EXP_DIR '{"teacher": ..., "cmvn": ..., "accum_grad": 1}'.
+
+    Without a teacher it pre-trains.
+    """
     torch.set_num_threads(1)
     options = json.loads(sys.argv[2])
     dist.init(timeout=120)
     try:
-        config = hubert_config(
-            teacher=options["teacher"],
-            ssl={"front_end": "fbank"},
-            hubert={"cmvn": Path(options["cmvn"])},
-            hubert_kd={"frontend_steps": 0.5},
-            loop={"exp_dir": Path(sys.argv[1]), "oom_scan": True, "accum_grad": options["accum_grad"]},
-        )
-        torch.manual_seed(7)
-        system = build_system(config, 0)
-        result = train(system, DistilData(), config)
+        loop = {"exp_dir": Path(sys.argv[1]), "oom_scan": True, "accum_grad": options["accum_grad"]}
+        teacher = {name: options[name] for name in ("teacher", "cmvn") if name in options}
+        config, system = distillation(loop, **teacher) if teacher else pretraining(loop)
+        result = train(system, TwoRanksData(), config)
         result["equal_weights"] = len(set(dist.gather_objects(state_sha256(system.state_dict())))) == 1
     finally:
         dist.shutdown()

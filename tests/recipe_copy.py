@@ -17,9 +17,14 @@ for ((i = 1; i < ${#words[@]}; i++)); do [[ ${words[i]} != --* ]] || o[${words[i
 data=${o[--data-dir]:-}
 write() { mkdir -p "$(dirname "$1")" && echo "$2" > "$1"; }
 case $1 in
-  *check_corpus.py | *check_teacher.py | *train_quantizer.py) write "${o[--out]}" x ;;
+  *check_corpus.py | *check_teacher.py) write "${o[--out]}" x ;;
+  *train_quantizer.py) echo "$* " >> "$LOG.quantizers"; write "${o[--out]}" x ;;
   *compute_cmvn.py | *similarity.py) write "${o[--out]}" x ;;
   *train_kmeans.py) echo "$* " >> "$LOG.words"; write "${o[--out]}" x ;;
+  *teacher_layers.py)
+    echo "$* " >> "$LOG.layers"
+    if [[ -n ${o[--frontend-steps]:-} ]]; then write "${o[--out]}" 0,2; else write "${o[--out]}" 2,4; fi
+    ;;
   *select_hours.py)
     IFS=, read -r -a amounts <<< "${o[--hours]}"
     for amount in "${amounts[@]}"; do write "${o[--out-dir]}/cuts_${o[--part]}_$amount.jsonl.gz" x; done

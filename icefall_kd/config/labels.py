@@ -17,7 +17,8 @@ class TeacherConfig:
     ours, FILE.py:CLASS, the name of a pip-supplied model (whisper-tiny.en, whisper-base), or mfcc: no model, but 13
     MFCC with differences every 20 ms."""
     layer: int = -1
-    """Transformer block whose output is taken, 1-based; -1: the last block."""
+    """Transformer block whose output is taken, 1-based; -1: the last block; 0: the input of the first, for a quantizer
+    and beside other layers."""
     normalize_embeddings: bool = False
     """Apply LayerNorm without parameters to the embeddings."""
     long_utterances: Literal["window", "reject"] = "window"
@@ -139,7 +140,8 @@ class LayersConfig(TeacherConfig):
     """Which teacher, which layers, and how it is run."""
 
     layer: list[int] = field(default_factory=lambda: [-1])
-    """Transformer blocks whose outputs are taken, 1-based, several as 6,12; -1: the last block."""
+    """Transformer blocks whose outputs are taken, 1-based, several as 6,12; -1: the last block; beside others 0, the
+    input of the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

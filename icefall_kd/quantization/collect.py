@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from icefall_kd.runtime.files import fingerprint, read_json, remove_leftovers, w
 from icefall_kd.runtime.log import Progress
 from icefall_kd.runtime.tensors import read_tensors, write_tensors
 from icefall_kd.teachers import build_teacher
-from icefall_kd.teachers.base import Teacher
+from icefall_kd.teachers.base import Teacher, tap
 from icefall_kd.teachers.windows import WindowedTeacher
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ def _batches(cuts: Sequence[MonoCut], max_duration: float) -> Iterator[list[Mono
 
 
 @torch.no_grad()
-def collect_frames(sample: Sample, teacher: Teacher, max_duration: float, most: int | None = None) -> Frames:
+def collect_frames(
+    sample: Sample, teacher: Teacher, max_duration: float, most: int | None = None, array: str = "embeddings"
+) -> Frames:
     """Return the teacher's embeddings of a sample's utterances at speed 1.
 
     Args:
@@ -143,6 +145,7 @@ def collect_frames(sample: Sample, teacher: Teacher, max_duration: float, most: 
         teacher: gives the embeddings.
         max_duration: seconds of padded audio a batch.
         most: frames that are kept, about, each as likely as any other; None: all.
+        array: of the teacher's output (teachers/base.py: tap).
     Raises:
         DataError: nothing could be read, or values do not fit float16.
     """
@@ -155,7 +158,7 @@ def collect_frames(sample: Sample, teacher: Teacher, max_duration: float, most: 
         waves = [(cut.id, wave) for cut in cuts if (wave := _load(cut, teacher)) is not None]
         if waves:
             output = teacher.extract(Batch.from_audio([wave for _, wave in waves], [name for name, _ in waves]))
-            embeddings, lens = output.arrays["embeddings"].cpu().float(), output.lens["embeddings"].tolist()
+            embeddings, lens = output.arrays[array].cpu().float(), output.lens[array].tolist()
             for e, length in zip(embeddings, lens, strict=True):
                 kept = torch.rand(length, generator=generator) < share if share < 1 else slice(length)
                 parts.append(to_float16(e[:length][kept]))
@@ -194,11 +197,14 @@ def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    teacher = teacher if teacher is not None else build_teacher(config.teacher)
+    first = config.teacher.layer == 0  # no block's output, but the input of block 1: that one is tapped
+    if teacher is None:
+        teacher = build_teacher(replace(config.teacher, layer=1) if first else config.teacher)
     if teacher.max_samples is not None and config.teacher.long_utterances == "window":
         teacher = WindowedTeacher(teacher)
     sample = draw_sample(config.cuts, config.quantizer.quantizer_utts, config.quantizer.quantizer_seed)
-    provenance = json.loads(json.dumps(teacher.provenance()))
+    array = tap(teacher, [0])[0] if first else "embeddings"
+    provenance = json.loads(json.dumps({**teacher.provenance(), **({"layer": 0} if first else {})}))
     options = asdict(config.quantizer)
     frames_identity = fingerprint([provenance, sample.sha256, config.teacher_max_duration])
     identity = fingerprint([frames_identity, options, TRAINING_VERSION])
@@ -212,7 +218,7 @@ def train_quantizer(config: TrainQuantizerConfig, teacher: Teacher | None = None
     write_text(config.out.with_suffix(".utterances.txt"), "".join(f"{key}\n" for key in sample.cuts))
     logger.info("%d utterances for the quantizer", len(sample.cuts))
     frames = cached_frames(
-        frames_path, frames_identity, lambda: collect_frames(sample, teacher, config.teacher_max_duration)
+        frames_path, frames_identity, lambda: collect_frames(sample, teacher, config.teacher_max_duration, array=array)
     )
     device = pick_device(config.teacher.teacher_device)
     trainer = QuantizerTrainer(frames.values, config.quantizer, state_path, config.save_every, device)

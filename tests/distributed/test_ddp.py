@@ -121,10 +121,13 @@ def test_two_ranks_of_self_supervised_training_exchange_what_both_passes_added_u
     assert lean["train_loss"] == pytest.approx(joint["train_loss"], rel=1e-4)
 
 
-def test_two_ranks_of_a_distillation_in_two_stages_equal_one(repo, tmp_path):
-    write_teacher(tmp_path / "teacher")
-    files = {"teacher": str(tmp_path / "teacher"), "cmvn": str(write_cmvn(tmp_path / "cmvn.safetensors"))}
-    results = []
+@pytest.mark.parametrize("objective", ["distil", "ssl"])
+def test_two_ranks_of_a_training_of_hubert_equal_one(repo, tmp_path, objective):
+    files = {}
+    if objective == "distil":  # in two stages
+        write_teacher(tmp_path / "teacher")
+        files = {"teacher": str(tmp_path / "teacher"), "cmvn": str(write_cmvn(tmp_path / "cmvn.safetensors"))}
+    results, metrics = [], []
     for world_size in (1, 2):
         run = start(
             repo,
@@ -137,10 +140,16 @@ def test_two_ranks_of_a_distillation_in_two_stages_equal_one(repo, tmp_path):
         found = finish(run)
         assert not any(code for code, _, _ in found), "".join(err for _, _, err in found)
         results.append(json.loads(found[0][1]))
-        metrics = read_metrics(tmp_path / str(world_size) / "log" / "metrics.jsonl", "train")
-        assert ["frontend_loss" in m for m in metrics] == [True] * 3 + [False] * 3
+        metrics.append(read_metrics(tmp_path / str(world_size) / "log" / "metrics.jsonl", "train"))
+        assert ["frontend_loss" in m for m in metrics[-1]] == [objective == "distil"] * 3 + [False] * 3
     one, two = results
     assert one["steps"] == two["steps"] == 6 and two["equal_weights"]
+    # Every step has the losses of one rank that had all batches.
+    losses = [[{n: v for n, v in row.items() if n.endswith("_loss")} for row in rows] for rows in metrics]
+    second = {"distil": {"rec_loss", "cos_loss", "disc_loss"}, "ssl": {"masked_loss", "unmasked_loss"}}
+    assert losses[0][-1].keys() == second[objective]
+    for a, b in zip(*losses, strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
     for name, value in one["valid"].items():
         assert two["valid"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
 

@@ -128,6 +128,30 @@ def test_an_unreadable_utterance_is_left_out_and_nothing_readable_is_an_error(co
         train_quantizer(replace(config, out=tmp_path / "none" / "q.safetensors"), SpectrumTeacher())
 
 
+def test_the_input_of_the_first_block_has_a_quantizer_too(config, monkeypatch):
+    class Tapped(SpectrumTeacher):
+        def tap(self, layers):
+            assert layers == [0]
+            return ["layer0"]
+
+        def extract(self, batch):
+            found = super().extract(batch)
+            spectrum, lens = found.arrays["embeddings"], found.lens["embeddings"]
+            arrays = {"embeddings": torch.full_like(spectrum, float("nan")), "layer0": spectrum}
+            return TeacherOutput(arrays, dict.fromkeys(arrays, lens))
+
+    built = []
+    monkeypatch.setattr(collect, "build_teacher", lambda teacher: built.append(teacher.layer) or Tapped())
+    report = train_quantizer(replace(config, teacher=replace(config.teacher, layer=0)))
+    quantizer = Quantizer.load(config.out)
+    # No teacher is cut behind block 0; the quantizer fits labels of layer 0, and no others.
+    assert built == [1] and quantizer.metadata["teacher"] == {**Tapped().provenance(), "layer": 0}
+    assert report["sha256"] == quantizer.sha256
+    quantizer.check_teacher({**Tapped().provenance(), "layer": 0})
+    with pytest.raises(DataError, match="whose layer is 0, this one's is 1"):
+        quantizer.check_teacher(Tapped().provenance())
+
+
 def test_wrong_options_are_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="safetensors"):
         replace(config, out=tmp_path / "quantizer.pt")

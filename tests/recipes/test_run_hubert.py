@@ -1,13 +1,18 @@
 """What run_hubert.sh starts, with what options, and starts again."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
+from hubert_toys import write_teacher
 from recipe_copy import PREPARED, REPO, RecipeCopy
+from ssl_toys import write_speech
 
 from icefall_kd.cli import parse_config
 from icefall_kd.config import TrainConfig
+from icefall_kd.labels.store import LabelStore
 from icefall_kd.models.hubert import HubertShape
+from icefall_kd.train.metrics import read_metrics
 
 # Structure, front end, weights of states and clusters (None: no teacher), whether the front end learns alone at first.
 SYSTEMS = {
@@ -32,8 +37,8 @@ def recipe(tmp_path) -> RecipeCopy:
     return RecipeCopy(tmp_path / "a copy", "run_hubert.sh", "--hours", "all", "--similarity", "false")
 
 
-def words_of(recipe: RecipeCopy, script: str) -> list[list[str]]:
-    lines = Path(f"{recipe.log}.words").read_text().splitlines()
+def words_of(recipe: RecipeCopy, script: str, log: str = "words") -> list[list[str]]:
+    lines = Path(f"{recipe.log}.{log}").read_text().splitlines()
     found = [line.split() for line in lines if line.split()[0].endswith(script)]
     return [[word.replace("--config=", f"--config={recipe.folder}/") for word in words] for words in found]
 
@@ -127,6 +132,110 @@ def test_teacher_and_students_that_are_trained_already_serve_another_experiment(
     assert started == [] and "--audio-dir exp/heard has no distil-deep-reg/train_summary.json" in log
 
 
+STORED = ["--systems", "wide-both fbank-two", "--teacher", "own", "--num-clusters", "10", "--num-shards", "1"]
+
+
+def stored_paths(layer: int, end: str, folder: str = "labels") -> str:
+    return f"exp/trans-hubert/{folder}/trans-hubert-ssl1-layer{layer}-{end}"
+
+
+def test_stored_states_are_of_the_layers_that_students_compare_with(recipe):
+    options = [*STORED, "--states", "stored", "--stop-stage", "3"]
+    before = [*PREPARED, "train_kmeans.py", "extract_labels.py", "label_sets.py", "label_sets.py", "train.py"]
+    labels = ["extract_labels.py", *["label_sets.py"] * 4]  # three sets: one check, and what each covers
+    started = recipe.run(*options)[0]
+    assert started == [*before, "compute_cmvn.py", *["teacher_layers.py"] * 2, *labels, *["train.py"] * 2]
+    # Layers are asked for with the options of the training, but for where its states come from.
+    for words in words_of(recipe, "teacher_layers.py", "layers"):
+        assert words[1] == "--out"
+        config = parse_config(TrainConfig, words[3:])
+        assert (config.system, config.objective, config.kd.teacher_labels) == ("hubert", "distil", "online")
+    extraction = words_of(recipe, "extract_labels.py")[-1]
+    told = {name: extraction[extraction.index(f"--{name}") + 1] for name in ("teacher", "layer", "kind", "label-dir")}
+    sets = {layer: stored_paths(layer, "states") for layer in (0, 2, 4)}
+    assert told["label-dir"] == ",".join(sets.values())
+    assert (told["teacher"], told["layer"], told["kind"]) == ("exp/trans-hubert/ssl1", "0,2,4", "embeddings")
+    # The audio is what the training hears, validation included, and the teacher's precision that of online states.
+    assert extraction[extraction.index("--pieces") + 1] == "15.6" and "--quantizer" not in extraction
+    assert "cuts_dev.jsonl.gz" in extraction[extraction.index("--cuts") + 1]
+    assert extraction[extraction.index("--teacher-dtype") + 1] == "float32"
+    found = trainings(recipe)
+    for name, layers in (("distil-wide-both-stored", (2, 4)), ("distil-fbank-two-stored", (0, 2))):
+        kd = found[name].kd
+        assert (kd.teacher_labels, kd.label_dir) == ("stored", [Path(sets[layer]) for layer in layers])
+        assert found[name].ssl.crop_duration == 15.6 and found[name].hubert_kd.kd_quantizers == []
+    assert recipe.run(*options)[0] == []
+    # Fewer students: the list of layers is another, once; online students have folders of their own.
+    fewer = [*options, "--systems", "fbank-two"]
+    assert recipe.run(*fewer)[0] == [*labels[:-1]] and recipe.run(*fewer)[0] == [] and recipe.run(*options)[0] == []
+    assert recipe.run(*fewer, "--states", "online", "--stop-stage", "5")[0] == ["train.py"] * 2
+    assert recipe.run(*fewer, "--stop-stage", "5")[0] == ["train.py"]
+    # What learns of no states is the same, whatever these are.
+    assert recipe.run(*fewer, "--systems", "scratch teacher", "--stop-stage", "5")[0] == ["train.py"] * 2
+    assert recipe.run(*fewer, "--systems", "scratch teacher", "--states", "online", "--stop-stage", "5")[0] == []
+    starts = {name: str(c.loop.init_from) for name, c in trainings(recipe).items() if name.startswith("fbank-two")}
+    names = {f"fbank-two{tag}-all-seed42": f"exp/trans-hubert/distil-fbank-two{tag}" for tag in ("", "-stored")}
+    assert starts == names
+
+
+def test_stored_codes_have_a_quantizer_a_layer(recipe):
+    options = [*STORED, "--states", "mvq", "--num-codebooks", "4", "--stop-stage", "3"]
+    labels = [*["train_quantizer.py"] * 3, "extract_labels.py", *["label_sets.py"] * 4, *["train.py"] * 2]
+    assert recipe.run(*options)[0][-len(labels) :] == labels
+    files = {n: f"{stored_paths(n, 'q4', 'quantizers')}/quantizer.safetensors" for n in (0, 2, 4)}
+    made = words_of(recipe, "train_quantizer.py", "quantizers")
+    assert [(words[words.index("--layer") + 1], words[words.index("--out") + 1]) for words in made] == [
+        (str(layer), file) for layer, file in files.items()
+    ]
+    # Codes are made of the training's audio alone.
+    assert not any("cuts_dev" in words[words.index("--cuts") + 1] for words in made)
+    extraction = words_of(recipe, "extract_labels.py")[-1]
+    assert extraction[extraction.index("--quantizer") + 1] == ",".join(files.values())
+    assert extraction[extraction.index("--kind") + 1] == "codebook_indexes"
+    config = trainings(recipe)["distil-wide-both-mvq"]
+    assert config.kd.label_dir == [Path(stored_paths(layer, "q4")) for layer in (2, 4)]
+    assert config.hubert_kd.kd_quantizers == [Path(files[layer]) for layer in (2, 4)]
+    assert recipe.run(*options)[0] == []
+    # Another size: the layers are known, and what hangs on the size is made beside the first.
+    assert recipe.run(*options, "--num-codebooks", "8")[0][:4] == labels[:4]
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """Audio that is prepared, with a longer utterance, and a tiny teacher."""
+    write_speech(tmp_path / "data", "train", [0.6, 0.65, 0.7, 1.3])
+    write_speech(tmp_path / "data", "dev", [0.7], seed=1)
+    write_teacher(tmp_path / "teacher")
+    (tmp_path / "teacher/train_summary.json").write_text("{}")
+    return tmp_path
+
+
+def test_students_of_stored_states_and_of_codes_are_really_trained(place, recipe_env):
+    sizes = "--extractor-channels 16 --conv-pos 8 --conv-pos-groups 4 --num-encoder-layers 1 --encoder-dim 32"
+    small = f"{sizes} --num-heads 4 --feedforward-dim 48 --max-steps 2 --max-duration 2 --log-interval 1 --device cpu"
+    line = ["bash", REPO / "egs/librispeech/run_hubert.sh", "--stage", "3", "--stop-stage", "3", "--data-dir"]
+    line += [place / "data", "--exp-dir", place / "exp", "--train-parts", "train", "--valid-parts", "dev", "--teacher"]
+    line += [place / "teacher", "--systems", "wide-both", "--crop-duration", "0.8", "--num-shards", "1", "--train-args"]
+    line += [small, "--distil-args", "--teacher-layers 2", "--short", "true", "--num-codebooks", "2"]
+
+    def run(states: str) -> str:
+        done = subprocess.run([*map(str, line), "--states", states], capture_output=True, text=True, env=recipe_env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    for states, kind in (("stored", "embeddings"), ("mvq", "codebook_indexes")):
+        run(states)
+        for layer in (2, 3):  # the one that is predicted, and the last, for clusters
+            name = f"{place.name}-teacher-layer{layer}-{'states' if states == 'stored' else 'q2'}"
+            store = LabelStore(place / "exp/labels" / name)
+            # The longer utterance is stored in the two pieces that the training hears.
+            assert (store.info.kind, store.info.layer, len(list(store.keys()))) == (kind, layer, 6)
+        rows = read_metrics(place / f"exp/distil-wide-both-{states}/log/metrics.jsonl", "train")
+        assert {"rec_loss", "cos_loss", "disc_loss", "rec_H2"} <= rows[0].keys() and "rec_H3" not in rows[0]
+    log = run("mvq")
+    assert ": runs, " not in log and log.count("done before, skipped") == 5
+
+
 def test_what_changed_runs_again_and_nothing_else(recipe):
     options = ["--systems", "scratch fbank-both", "--teacher", "own", "--num-clusters", "10", "--num-shards", "1"]
     labels = ["train_kmeans.py", "extract_labels.py", "label_sets.py", "label_sets.py"]
@@ -170,6 +279,8 @@ def test_a_wrong_system_amount_or_config_is_told_before_anything_runs(recipe):
     assert started == [] and "--config conf/none.yaml is no file" in log
     started, log = recipe.run("--systems", "deep-reg tall", code=2)
     assert started == [] and "--systems names tall; there are teacher, scratch" in log
+    started, log = recipe.run("--states", "offline", code=2)
+    assert started == [] and "--states is offline; teacher states are online, stored or mvq" in log
     started, log = recipe.run("--hours", "ten", code=2)
     assert started == [] and "--hours names ten" in log
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from icefall_kd.cli import config_to_dict
 from icefall_kd.config import LoopConfig, ModelConfig, TrainConfig
@@ -11,7 +12,7 @@ from icefall_kd.config.hubert import HubertConfig
 from icefall_kd.config.ssl import SslConfig
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.models.hubert import HubertEncoder
-from icefall_kd.teachers.hubert_weights import load_hubert_weights
+from icefall_kd.teachers.hubert_weights import _from_transformers, load_hubert_weights
 from icefall_kd.train.checkpoint import save_checkpoint
 from tests.teachers.test_state_dicts import export, tiny
 
@@ -171,3 +172,72 @@ def test_a_training_of_another_system_is_refused(tmp_path):
     save_checkpoint(tmp_path / "epoch-1.pt", {"model": {"model.encoder.x": torch.ones(1)}, **saved})
     with pytest.raises(ConfigError, match="--system mvq; a model of --system hubert is needed"):
         load_hubert_weights(tmp_path)
+
+
+# config.json of TencentGameMate/chinese-hubert-base as transformers 4.30 wrote it, without what is of other tasks.
+CHINESE_BASE = {
+    "architectures": ["HubertModel"],
+    "model_type": "hubert",
+    "activation_dropout": 0.1,
+    "apply_spec_augment": True,
+    "attention_dropout": 0.1,
+    "conv_bias": False,
+    "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "do_stable_layer_norm": False,
+    "feat_extract_activation": "gelu",
+    "feat_extract_norm": "group",
+    "feat_proj_dropout": 0.0,
+    "feat_proj_layer_norm": True,
+    "hidden_act": "gelu",
+    "hidden_dropout": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "layerdrop": 0.1,
+    "mask_time_prob": 0.05,
+    "num_attention_heads": 12,
+    "num_conv_pos_embedding_groups": 16,
+    "num_conv_pos_embeddings": 128,
+    "num_feat_extract_layers": 7,
+    "num_hidden_layers": 12,
+    "torch_dtype": "float16",
+    "transformers_version": "4.30.2",
+}
+
+
+def test_a_folder_like_that_of_chinese_hubert_base_is_read(tmp_path):
+    """Its weights are a pytorch_model.bin with the names that weight norm had; here random ones, of two layers."""
+    config = {**CHINESE_BASE, "num_hidden_layers": 2}
+    torch.manual_seed(1)
+    module = transformers.HubertModel(transformers.HubertConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # as float16 holds them
+            parameter.copy_(parameter.half())
+    ends = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    state = {}
+    for name, value in module.state_dict().items():
+        for new, old in ends.items():
+            name = name.replace(new, old)
+        state[name] = value.half()
+    assert {name for name in state if "pos_conv" in name} == {
+        f"encoder.pos_conv_embed.conv.{name}" for name in ("bias", "weight_g", "weight_v")
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, "sampling_rate": 16000}))
+    weights = load_hubert_weights(tmp_path)
+    check_states(weights, module)
+    assert weights.normalize_audio and weights.head is None and weights.extractor_norm == "default"
+    assert all(x.dtype == torch.float32 for x in weights.encoder.values())
+
+
+def test_all_layers_of_chinese_hubert_base_are_those_of_a_base_model():
+    with torch.device("meta"):
+        state = transformers.HubertModel(transformers.HubertConfig(**CHINESE_BASE)).state_dict()
+    weights = _from_transformers(CHINESE_BASE, state, True, None, {"source": "a folder", "sha256": "0"}).checked()
+    assert (weights.num_layers, weights.dim, weights.feedforward_dim, weights.num_heads) == (12, 768, 3072, 12)
+    assert (weights.structure, weights.conv_pos, weights.conv_pos_groups) == ("base", 128, 16)
+    assert f"{sum(x.numel() for x in weights.encoder.values()) / 1e6:.2f}" == "94.37"
