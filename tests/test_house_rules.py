@@ -66,6 +66,91 @@ def test_nobody_imports_what_the_house_refuses():
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
+def calls(tree: ast.AST, *names: str) -> list[ast.Call]:
+    """Return the calls of functions with these names, "tarfile.open" or, for any object's, ".extractall"."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in names or any(name.endswith(n) for n in names if n.startswith(".")):
+                found.append(node)
+    return found
+
+
+def keyword(call: ast.Call, name: str) -> str | None:
+    """Return the text of a keyword argument."""
+    return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
+
+
+def refused_calls(tree: ast.AST) -> list[str]:
+    """Return the calls that run what they read, as "line: call"."""
+    found = calls(tree, "eval", "exec", "compile", "__import__", "os.system", "os.popen", "shutil.unpack_archive")
+    found += calls(tree, ".extractall", "pickle.load", "pickle.loads", "marshal.loads", "shelve.open")
+    found += calls(tree, "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "jsonpickle.decode")
+    for call in calls(tree, "yaml.load", "yaml.compose"):
+        if keyword(call, "Loader") not in ("yaml.SafeLoader", "yaml.CSafeLoader", "yaml.BaseLoader"):
+            found.append(call)
+    for call in calls(tree, ".load"):
+        if keyword(call, "allow_pickle") not in (None, "False"):
+            found.append(call)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            remote = keyword(node, "trust_remote_code")
+            untrusted = ast.unparse(node.func).endswith(".from_pretrained") and remote is None
+            if keyword(node, "shell") not in (None, "False") or remote not in (None, "False") or untrusted:
+                found.append(node)
+    return [f"{call.lineno}: {ast.unparse(call)[:60]}" for call in found]
+
+
+def test_nothing_that_is_read_is_run():
+    """No call in the library and its tools unpickles, evaluates, starts a shell or unpacks an archive."""
+    ours = {name: tree for name, tree in python_files().items() if not name.startswith("tests/")}
+    assert len(ours) > 200
+    assert {name: found for name, tree in ours.items() if (found := refused_calls(tree))} == {}
+    # A file of Python that the user names is imported in one place; archives are looked into in two.
+    where = defaultdict(set)
+    for name, tree in ours.items():
+        for call in calls(tree, ".exec_module", ".import_module"):
+            where[ast.unparse(call.func).rpartition(".")[2]].add(name)
+        for module in imported_modules(tree) & {"tarfile", "zipfile"}:
+            where[module].add(name)
+    assert where == {
+        "exec_module": {"icefall_kd/teachers/own.py"},
+        "import_module": {"icefall_kd/runtime/optional.py"},
+        "tarfile": {"icefall_kd/data/corpora.py"},
+        "zipfile": {"icefall_kd/train/checkpoint.py"},
+    }
+
+
+def test_the_search_for_calls_that_run_what_they_read_finds_them():
+    bad = [
+        "eval(text)", "exec(text)", "os.system(text)", "subprocess.run(text, shell=True)", "tar.extractall(folder)",
+        "shutil.unpack_archive(a)", "yaml.load(text)", "yaml.load(text, Loader=yaml.Loader)", "yaml.full_load(text)",
+        "np.load(file, allow_pickle=True)", "AutoModel.from_pretrained(x)", "pickle.loads(content)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)", "f(shell=flag)",
+    ]  # fmt: skip
+    good = [
+        "yaml.safe_load(text)", "yaml.load(text, Loader=yaml.BaseLoader)", "re.compile(text)", "model.eval()",
+        "subprocess.run(words)", "AutoModel.from_pretrained(x, trust_remote_code=False)", "np.load(file)",
+        "ast.literal_eval(text)",
+    ]  # fmt: skip
+    assert [line for line in bad if not refused_calls(ast.parse(line))] == []
+    assert [line for line in good if refused_calls(ast.parse(line))] == []
+
+
+def test_no_shell_script_evaluates_text():
+    """No eval, and no text of a variable as the command of a shell; what runs tasks is told its command as words."""
+    pattern = re.compile(r"(^|[;&|(\s])(eval|source <\(|(ba)?sh -c [\"$])")
+    found = [
+        f"{relative(path)}:{n}"
+        for path in files()
+        if path.suffix == ".sh" or relative(path) == ".ci/run"
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line.split("#")[0])
+    ]
+    assert found == []
+
+
 def test_an_optional_dependency_is_imported_in_one_module():
     optional = {"k2", "fast_rnnt", "kaldifeat", "espeakng_loader", "pypinyin", "h5py", "sklearn"}
     optional |= {"onnx", "onnxruntime", "sherpa_onnx", "espnet", "espnet2", "matplotlib", "flashlight"}
