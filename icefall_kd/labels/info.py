@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_type_hints
 
-from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.errors import ConfigError, DataError, KdError
 from icefall_kd.frames import FrameFormula
 from icefall_kd.runtime.files import fingerprint, read_json, reading
 
@@ -121,7 +121,12 @@ class LabelSetInfo:
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise TypeError(f"{name} is {str(value)[:80]!r}")
             if info.kind != TEXT_KIND:
-                FrameFormula.from_dict(info.frame_formula)
+                try:
+                    formula = FrameFormula.from_dict(info.frame_formula)
+                except KdError as error:
+                    raise ValueError(str(error)) from error
+                if not all(type(x) is int for x in (*formula.kernels, *formula.strides)):
+                    raise TypeError(f"frame_formula is {info.frame_formula}")
             _ = info.fingerprint  # of numbers that are finite
         return info
 

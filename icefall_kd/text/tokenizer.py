@@ -194,10 +194,10 @@ class Tokenizer:
                 tokenizer = cls(content["kind"], content["tokens"], content["unit"], model, pieces)
             except (OSError, KdError) as error:
                 raise ValueError(f"{type(error).__name__}: {error}") from error
-            stored = content["hash"]
-        if tokenizer.hash != stored:
+            stored, found = content["hash"], tokenizer.hash
+        if found != stored:
             raise DataError(
-                f"the tokenizer in {folder} was changed: its hash is {tokenizer.hash}, recorded is {stored}; "
+                f"the tokenizer in {folder} was changed: its hash is {found}, recorded is {stored}; "
                 "restore it or run the token stage again"
             )
         return tokenizer

@@ -132,8 +132,15 @@ def make_kinds(root: Path) -> dict[str, Kind]:
     torch.manual_seed(0)
     kinds: dict[str, Kind] = {}
 
-    def add(name: str, folder: Path, layers: dict, read: Callable[[Path], Any], covered: tuple = ("bytes",)) -> None:
-        kinds[name] = Kind(_contents(folder), layers, read, covered)
+    def add(
+        name: str,
+        folder: Path,
+        layers: dict,
+        read: Callable[[Path], Any],
+        covered: tuple[str, ...] = ("bytes",),
+        may_ask: bool = False,
+    ) -> None:
+        kinds[name] = Kind(_contents(folder), layers, read, covered, may_ask)
 
     cuts = write_part(root / "corpus", "train", [0.5, 0.7, 0.9], speeds=["1", "9/10"])
     labels = write_labels(root / "labels", cuts)
@@ -183,7 +190,7 @@ def make_kinds(root: Path) -> dict[str, Kind]:
         (root / name / "hubert.json").write_text('{"num_attention_heads": 2}')
     layers = {"hubert.pt": ("bytes", "bytes", "saved"), "hubert.json": ("bytes", "json")}
     add("fairseq", root / "fairseq", layers, _state_dict, ())
-    add("old_fairseq", root / "old_fairseq", layers, _state_dict, ())
+    add("old_fairseq", root / "old_fairseq", layers, _state_dict, (), may_ask=True)  # torch's unpickler
 
     Tokenizer.train_char(TEXTS).save(root / "char")
     Tokenizer.train_bpe(TEXTS, 16).save(root / "bpe")
