@@ -111,7 +111,10 @@ def load_lm(file: Path, tokenizer_hash: str) -> TokenLm:
     if digest is not None and digest != state_sha256(tensors):
         raise DataError(f"{file} is not as it was written (its checksum differs); copy it again, or train it again")
     with reading(str(file), "train one with local/train_lm.py"):
-        config, vocab_size = LmConfig(**content["model"]), content["vocab_size"]
+        try:
+            config, vocab_size = LmConfig(**content["model"]), content["vocab_size"]
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         # Memory is asked for only where the tensors of the file are as large.
         sizes = {"embedding.weight": (vocab_size, config.lm_embedding_dim)}
         sizes[f"lstm.weight_hh_l{config.lm_layers - 1}"] = (4 * config.lm_hidden_dim, config.lm_hidden_dim)

@@ -242,8 +242,12 @@ def test_statistics_and_language_models_have_checksums(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"vocab_size": 2**40}, {"vocab_size": "x"}, {"model": {"lm_hidden_dim": 2**30}}, {"model": None}]
-)
+    "changes",
+    [
+        {"vocab_size": 2**40}, {"vocab_size": "x"}, {"model": None}, {"model": {"lm_hidden_dim": 2**30}},
+        {"model": {"lm_hidden_dim": 0}},
+    ],
+)  # fmt: skip
 def test_a_language_model_that_claims_other_sizes(tmp_path, changes):
     file = tmp_path / "lm.safetensors"
     save_lm(file, TokenLm(LmConfig(lm_embedding_dim=4, lm_hidden_dim=4), 9), "t", {})
