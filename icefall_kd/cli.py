@@ -159,18 +159,27 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def config_from_dict(config_class: type[T], values: dict[str, Any]) -> T:
+def config_from_dict(config_class: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build a configuration from what :func:`config_to_dict` returned; absent options get their defaults.
+
+    Args:
+        config_class: A dataclass of options and groups.
+        values: Options by name.
+        where: The file that they are from, for messages.
 
     Raises:
         ConfigError: Unknown key or wrong value.
     """
     options = options_of(config_class)
     converted = {}
+    prefix = f"{where}: " if where else ""
     for key, value in _flatten(config_class, values).items():
-        name = _known(key, options, f"{config_class.__name__}: unknown option {key!r}", prefix="")
-        converted[name] = _convert(options[name], _raw(value), name)
-    return _build(config_class, options, converted)
+        name = _known(key, options, f"{where or config_class.__name__}: unknown option {key!r}", prefix="")
+        converted[name] = _convert(options[name], _raw(value), f"{prefix}{name}")
+    try:
+        return _build(config_class, options, converted)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def _flatten(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -251,11 +260,15 @@ def _read_yaml(file: Path, options: dict[str, Option]) -> dict[str, Raw]:
         content, node = yaml.load(text, Loader=yaml.BaseLoader), yaml.compose(text, Loader=yaml.BaseLoader)
     except FileNotFoundError:
         raise ConfigError(f"--config {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {file} cannot be read as YAML: {error}") from error
     content = content or {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {file} holds a {type(content).__name__}; it must be a mapping of options")
+    # Lists in lists are no values of options, and by YAML's aliases a few lines can hold billions of them.
+    nested = [key for key, x in content.items() if isinstance(x, list) and not all(isinstance(i, str) for i in x)]
+    if nested:
+        raise ConfigError(f"{file}: {', '.join(nested)} has a list or mapping in a list; write single values")
     # YAML itself takes the last of two equal keys without a word.
     names = [str(key.value).replace("-", "_") for key, _ in node.value] if content else []
     repeated = sorted({name for name in names if names.count(name) > 1})

@@ -19,7 +19,7 @@ from icefall_kd.errors import ConfigError
 from icefall_kd.results import parts_by_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
-from icefall_kd.runtime.files import atomic_write, read_json
+from icefall_kd.runtime.files import atomic_write, read_record
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.systems.base import TRAINING_ONLY, System
@@ -118,7 +118,7 @@ def load_system(config: DecodeConfig) -> Trained:
             config.exp_dir, config.epoch, config.iter, config.avg, config.use_averaged_model, tokenizer.hash
         )
     logger.info("parameters from %s", used)
-    train_config = config_from_dict(TrainConfig, saved)
+    train_config = config_from_dict(TrainConfig, saved, str(config.exp_dir))
     system = build_system(train_config, tokenizer.vocab_size, inference=True)
     # Distillation heads and the like are of no use here; anything else must fit.
     kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(TRAINING_ONLY)}
@@ -130,7 +130,7 @@ def load_system(config: DecodeConfig) -> Trained:
 
 def _refuse_self_supervised(exp_dir: Path) -> None:
     file = exp_dir / "config.json"
-    objective = read_json(file)["config"].get("objective", "asr") if file.exists() else "asr"
+    objective = read_record(file, config=dict)["config"].get("objective", "asr") if file.exists() else "asr"
     if objective != "asr":
         raise ConfigError(
             f"--exp-dir {exp_dir} holds a training without transcripts (--objective {objective}), which recognises "

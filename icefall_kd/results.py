@@ -18,7 +18,7 @@ from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import INFO_NAME, RECOGNISER_ROWS, TEXT_KIND, LabelSetInfo
 from icefall_kd.labels.shard import Shard
 from icefall_kd.results_names import distils, hkd_losses, system_name
-from icefall_kd.runtime.files import read_json, write_json
+from icefall_kd.runtime.files import read_json, read_record, write_json
 
 # Options in which repetitions of one experiment may differ.
 _NOT_THE_EXPERIMENT = ("seed", "exp_dir", "device", "num_threads", "num_workers", "log_interval", "oom_scan")
@@ -270,7 +270,7 @@ def find_folder(exp_dir: Path, folder: str, holds: str) -> Path | None:
 def _start_of(exp_dir: Path, config: dict) -> dict:
     start = config.get("init_from")
     folder = find_folder(exp_dir, start, "config.json") if start else None
-    return read_json(folder / "config.json")["config"] if folder else {}
+    return read_record(folder / "config.json", config=dict)["config"] if folder else {}
 
 
 def _labels_of(exp_dir: Path, config: dict) -> list[LabelStorage]:

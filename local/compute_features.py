@@ -10,7 +10,7 @@ from icefall_kd.cli import parse_config
 from icefall_kd.data.features import FbankExtractor, store_features
 from icefall_kd.data.manifests import cuts_file
 from icefall_kd.errors import run_main
-from icefall_kd.runtime.files import read_json
+from icefall_kd.runtime.files import read_record
 from icefall_kd.runtime.log import setup_logging
 
 logger = logging.getLogger("compute_features")
@@ -34,7 +34,7 @@ def main() -> None:
     """Compute the features of every part."""
     config = parse_config(FeaturesConfig)
     setup_logging()
-    parts = config.parts or list(read_json(config.data_dir / "corpus.json")["parts"])
+    parts = config.parts or list(read_record(config.data_dir / "corpus.json", parts=dict)["parts"])
     manifests = [cuts_file(config.data_dir / "manifests", part) for part in parts]
     extractor = FbankExtractor(backend=config.backend)
     counts = store_features(manifests, config.data_dir / "fbank", extractor, config.nj)

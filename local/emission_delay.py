@@ -27,7 +27,7 @@ from icefall_kd.decode.alignment import (
 from icefall_kd.errors import ConfigError, DataError, run_main
 from icefall_kd.models.streaming import WHOLE_UTTERANCE, widest_chunks
 from icefall_kd.recipe import load_system, part_batches, part_cuts
-from icefall_kd.runtime.files import read_json, write_json
+from icefall_kd.runtime.files import read_record, write_json
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.text.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ def _aligned(config: DelayConfig, tokenizer: Tokenizer) -> dict[str, list[Timed]
 def _refuse_other_frames(exp_dir: Path) -> None:
     """Raise a ConfigError for a CIF recogniser, which hears whole utterances, and for frames of another length."""
     file = exp_dir / "config.json"
-    options = read_json(file)["config"] if file.exists() else {}
+    options = read_record(file, config=dict)["config"] if file.exists() else {}
     if options.get("system") == "hkd":
         raise ConfigError(f"{exp_dir} is of --system hkd, which emits when an utterance is over; there is no delay")
     if options.get("system") == "dualmode" and options.get("front_end") == "waveform":

@@ -45,6 +45,9 @@
 #
 # Exit codes: 0 fine, 2 wrong usage, 4 a missing input or output, else that of the failed command.
 
+# Since bash 5.2 an & in what replaces a pattern, as in a folder's name, stands for what was matched.
+shopt -u patsub_replacement 2> /dev/null || true
+
 stage=0           # first stage
 stop_stage=1000   # last stage
 skip_stages=""    # stages to leave out

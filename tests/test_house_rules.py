@@ -66,6 +66,101 @@ def test_nobody_imports_what_the_house_refuses():
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
+def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    """Return all calls with the names of their functions, as "tarfile.open"; of any other object as ".open"."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Attribute):
+                owner = function.value.id if isinstance(function.value, ast.Name) else ""
+                found.append((f"{owner}.{function.attr}", node))
+            elif isinstance(function, ast.Name):
+                found.append((function.id, node))
+    return found
+
+
+def keyword(call: ast.Call, name: str) -> str | None:
+    """Return the text of a keyword argument."""
+    return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
+
+
+RUNS = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "shutil.unpack_archive"),
+    *("pickle.load", "pickle.loads", "marshal.load", "marshal.loads", "shelve.open"),
+    *("yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+}
+LOADERS = (None, "yaml.SafeLoader", "yaml.CSafeLoader", "yaml.BaseLoader")
+
+
+def refused_calls(tree: ast.AST) -> list[str]:
+    """Return the calls that run what they read, as "line: call"."""
+    found = []
+    for name, call in calls(tree):
+        method, remote = name.rpartition(".")[2], keyword(call, "trust_remote_code")
+        if (
+            name in RUNS
+            or (method == "extractall" and keyword(call, "filter") != "'data'")
+            or (name in ("yaml.load", "yaml.compose") and keyword(call, "Loader") not in LOADERS[1:])
+            or keyword(call, "allow_pickle") not in (None, "False")
+            or keyword(call, "shell") not in (None, "False")
+            or remote not in (None, "False")
+            or (method == "from_pretrained" and remote is None)
+        ):
+            found.append(f"{call.lineno}: {ast.unparse(call)[:60]}")
+    return found
+
+
+def test_nothing_that_is_read_is_run():
+    """No call in the library and its tools unpickles, evaluates, starts a shell or unpacks an archive."""
+    ours = {name: tree for name, tree in python_files().items() if not name.startswith("tests/")}
+    assert len(ours) > 200
+    assert {name: found for name, tree in ours.items() if (found := refused_calls(tree))} == {}
+    # A file of Python that the user names is imported in one place; archives are looked into in two.
+    where = defaultdict(set)
+    for name, tree in ours.items():
+        for function, _ in calls(tree):
+            if (method := function.rpartition(".")[2]) in ("exec_module", "import_module"):
+                where[method].add(name)
+        for module in imported_modules(tree) & {"tarfile", "zipfile"}:
+            where[module].add(name)
+    assert where == {
+        "exec_module": {"icefall_kd/teachers/own.py"},
+        "import_module": {"icefall_kd/runtime/optional.py"},
+        "tarfile": {"icefall_kd/data/corpora.py"},
+        "zipfile": {"icefall_kd/train/checkpoint.py"},
+    }
+
+
+def test_the_search_for_calls_that_run_what_they_read_finds_them():
+    bad = [
+        "eval(text)", "exec(text)", "os.system(text)", "subprocess.run(text, shell=True)", "tar.extractall(folder)",
+        "shutil.unpack_archive(a)", "yaml.load(text)", "yaml.load(text, Loader=yaml.Loader)", "yaml.full_load(text)",
+        "np.load(file, allow_pickle=True)", "AutoModel.from_pretrained(x)", "pickle.loads(content)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)", "f(shell=flag)",
+    ]  # fmt: skip
+    good = [
+        "yaml.safe_load(text)", "yaml.load(text, Loader=yaml.BaseLoader)", "re.compile(text)", "model.eval()",
+        "subprocess.run(words)", "AutoModel.from_pretrained(x, trust_remote_code=False)", "np.load(file)",
+        "ast.literal_eval(text)",
+    ]  # fmt: skip
+    assert [line for line in bad if not refused_calls(ast.parse(line))] == []
+    assert [line for line in good if refused_calls(ast.parse(line))] == []
+
+
+def test_no_shell_script_evaluates_text():
+    """No eval, and no text of a variable as the command of a shell; what runs tasks is told its command as words."""
+    pattern = re.compile(r"(^|[;&|(\s])(eval|source <\(|(ba)?sh -c [\"$])")
+    found = [
+        f"{relative(path)}:{n}"
+        for path in files()
+        if path.suffix == ".sh" or relative(path) == ".ci/run"
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line.split("#")[0])
+    ]
+    assert found == []
+
+
 def test_an_optional_dependency_is_imported_in_one_module():
     optional = {"k2", "fast_rnnt", "kaldifeat", "espeakng_loader", "pypinyin", "h5py", "sklearn"}
     optional |= {"onnx", "onnxruntime", "sherpa_onnx", "espnet", "espnet2", "matplotlib", "flashlight"}

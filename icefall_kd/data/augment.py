@@ -15,6 +15,7 @@ from torch import Tensor
 
 from icefall_kd.config import AugmentConfig
 from icefall_kd.data.filters import check_cuts
+from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import DataError
 
 # Shorter utterances stay as they are: a mask would hide too much of them.
@@ -84,7 +85,7 @@ class NoiseAugment:
         path = Path(config.musan_cuts)
         if not path.is_file():
             raise DataError(f"--musan-cuts {path} does not exist; run prepare.sh with --musan true")
-        self.noises = CutSet.from_file(path).to_eager()
+        self.noises = CutSet.from_cuts(iterate_cuts(path))
         self.config = config
         if len(self.noises) == 0:
             raise DataError(f"--musan-cuts {path} holds no cuts")

@@ -1,5 +1,6 @@
 """Mean and deviation of a training set's log-mel features, for the log-mel front end of HuBERT's students."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import DataError
 from icefall_kd.frames import FBANK_SNIPPED
 from icefall_kd.runtime.tensors import write_tensors
+from icefall_kd.train.checkpoint import state_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def compute_cmvn(manifest_dir: Path, parts: Sequence[str], out: Path, utterances
             "--manifest-dir and --parts"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(out, {"mean": mean.float(), "std": std.float()}, {"frames": str(count)})
+    tensors = {"mean": mean.float(), "std": std.float()}
+    write_tensors(out, tensors, {"metadata": json.dumps({"frames": count, "sha256": state_sha256(tensors)})})
     logger.info("%s: mean and deviation of %d frames", out, count)
     return count

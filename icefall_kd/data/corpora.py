@@ -3,10 +3,14 @@
 Every reader gives plain :class:`Utterance` rows; ``data/recordings.py`` turns rows into cuts.
 """
 
+import contextlib
+import gzip
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +52,8 @@ musan is not here: noise is drawn at random, so a file more or less is no fault,
 """
 # Hours are given to one decimal, and differ a little between decoders.
 HOURS_TOLERANCE = 0.05
+# What unpacking raises when an archive is damaged, or holds what the filter refuses.
+_UNFIT_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +323,8 @@ def download(name: str, folder: Path, parts: Sequence[str] = ()) -> None:
         name: librispeech, mini, aishell or musan.
         folder: where it goes.
         parts: parts of librispeech and mini; none: all.
+    Raises:
+        DataError: an archive is damaged, or would write outside of the folder.
     """
     from lhotse.recipes import download_aishell, download_librispeech, download_musan
 
@@ -328,18 +336,44 @@ def download(name: str, folder: Path, parts: Sequence[str] = ()) -> None:
         ]
         if wanted:
             logger.info("downloading %s: %s", name, ", ".join(wanted))
-            download_librispeech(folder, dataset_parts=wanted)
+            with _unpacked_inside(folder):
+                download_librispeech(folder, dataset_parts=wanted)
     elif name == "aishell":
         root = _descend(folder, "data_aishell")
         if _absent(root / "wav", folder / "data_aishell.tgz", root / ".completed"):
             logger.info("downloading aishell")
-            download_aishell(folder)
+            with _unpacked_inside(folder):
+                download_aishell(folder)
     elif name == "musan":
         if _absent(folder / "musan", folder / "musan.tar.gz", folder / ".musan_completed"):
             logger.info("downloading musan")
-            download_musan(folder)
+            with _unpacked_inside(folder):
+                download_musan(folder)
     else:
         raise ConfigError(f"{name!r} cannot be downloaded; give a folder with --corpus-dir")
+
+
+@contextlib.contextmanager
+def _unpacked_inside(folder: Path) -> Iterator[None]:
+    """Let lhotse unpack what Python's data filter lets through: files and folders inside, no links out of them.
+
+    lhotse itself compares names alone, and follows links that the archive made before.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise ConfigError("this Python unpacks archives without checks (3.11.4 is the first that has them); update it")
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    except Exception as error:
+        # What lhotse raises of names is of no class of its own.
+        if not isinstance(error, _UNFIT_ARCHIVE) and "Path Traversal" not in str(error):
+            raise
+        raise DataError(
+            f"an archive in {folder} is damaged, or would write outside of it ({error}); delete it and start again"
+        ) from error
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 def _absent(folder: Path, archive: Path, completed: Path) -> bool:

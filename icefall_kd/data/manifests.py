@@ -2,15 +2,14 @@
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lhotse import CutSet
 from lhotse.cut import Cut
 
+from icefall_kd.data.manifest_rows import cut_of
 from icefall_kd.errors import DataError
-from icefall_kd.runtime.files import atomic_write
+from icefall_kd.runtime.files import atomic_write, read_lines
 
 PREFIX, SUFFIX = "cuts_", ".jsonl.gz"
 
@@ -45,20 +44,26 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
 
 
 def iterate_cuts(path: Path) -> Iterator[Cut]:
-    """Yield the cuts of a file one after the other.
+    """Yield the cuts of a file one after the other; every row is checked first (data/manifest_rows.py).
 
     Raises:
-        DataError: the file is missing, damaged, or empty.
+        DataError: the file is missing, damaged, or empty, or a row would have a command run.
     """
     if not path.is_file():
         raise DataError(f"there is no cut set {path}; run the stage that writes it")
-    count = 0
+    number = 0
     try:
-        for count, cut in enumerate(CutSet.from_jsonl_lazy(path), 1):  # noqa: B007
+        for number, line in enumerate(read_lines(path), 1):
+            try:
+                cut = cut_of(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"line {number}: {error}") from error
             yield cut
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
-        raise DataError(f"the cut set {path} is damaged ({error!r}); run the stage that writes it again") from error
-    if count == 0:
+    except DataError as error:
+        raise DataError(
+            f"the cut set {path} is damaged or unsafe ({error}); run the stage that writes it again"
+        ) from error
+    if number == 0:
         raise DataError(f"{path} holds no cuts; run the stage that writes it again")
 
 

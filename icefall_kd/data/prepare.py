@@ -14,7 +14,7 @@ from icefall_kd.data.manifests import cuts_file, iterate_cuts, part_of, write_cu
 from icefall_kd.data.recordings import Reject, check_rejects, make_cuts, prepare_cut_set, with_speed_copies
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.keys import label_key
-from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, read_lines, write_json
+from icefall_kd.runtime.files import atomic_write, fingerprint, read_lines, read_record, write_json
 from icefall_kd.text.lexicon import Lexicon
 from icefall_kd.text.normalize import NORMALIZATION, normalize_text
 from icefall_kd.text.tokenizer import Tokenizer
@@ -172,7 +172,7 @@ class TokenConfig:
 
 def training_texts(data_dir: Path) -> list[str]:
     """Return the transcripts of the training parts (of all, where none is for training), speed copies left out."""
-    parts = list(read_json(data_dir / "corpus.json")["parts"])
+    parts = list(read_record(data_dir / "corpus.json", parts=dict)["parts"])
     chosen = [p for p in parts if is_train(p)] or parts
     texts = {
         cut.supervisions[0].id: cut.supervisions[0].text
@@ -225,7 +225,7 @@ def make_lexicon(config: LexiconConfig) -> Lexicon:
         DataError: a file cannot be read, or the lexicon is empty.
     """
     tokenizer = Tokenizer.load(config.lang_dir)
-    language = read_json(config.data_dir / "corpus.json")["language"]
+    language = read_record(config.data_dir / "corpus.json", language=str)["language"]
     if language == "zh" and tokenizer.kind == "bpe" and config.lexicon is None:
         raise ConfigError(
             "decoding graphs of bpe tokens need words, which Mandarin text does not show: use --token-kind char or "

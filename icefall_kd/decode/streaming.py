@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lhotse import Recording
 from torch import Tensor
 
+from icefall_kd.data.manifest_rows import refuse_shell_names
 from icefall_kd.data.online_fbank import OnlineFbank, OnlineSamples
 from icefall_kd.decode.base import Decoder, Hypothesis, StatefulDecoder
 from icefall_kd.errors import ConfigError, DataError
@@ -133,6 +134,7 @@ def read_recording(path: str, size: int) -> Iterator[Tensor]:
         DataError: the file cannot be read or has several channels.
     """
     try:
+        refuse_shell_names(path)
         samples = Recording.from_file(path).resample(16000).load_audio()  # (channels, S)
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as audio: {error}") from error

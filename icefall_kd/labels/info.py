@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
-from icefall_kd.errors import ConfigError, DataError
+from icefall_kd.errors import ConfigError, DataError, KdError
 from icefall_kd.frames import FrameFormula
-from icefall_kd.runtime.files import fingerprint, read_json
+from icefall_kd.runtime.files import fingerprint, read_json, reading
 
 INFO_NAME = "label_set.json"
 # 2: keys in order and front-coded, 8 bytes of their hashes (1: offsets and whole hashes, twice as large).
@@ -114,14 +114,20 @@ class LabelSetInfo:
             )
         if unknown := sorted(set(content) - known):
             raise DataError(f"{file} has unknown fields {unknown}")
-        try:
+        with reading(str(file), "extract the set again"):
             info = cls(**content)
+            for name, kind in get_type_hints(cls).items():
+                value = getattr(info, name)
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise TypeError(f"{name} is {str(value)[:80]!r}")
             if info.kind != TEXT_KIND:
-                FrameFormula.from_dict(info.frame_formula)
-        except (TypeError, KeyError, ValueError) as error:
-            raise DataError(
-                f"{file} is damaged or incomplete ({type(error).__name__}: {error}); extract the set again"
-            ) from error
+                try:
+                    formula = FrameFormula.from_dict(info.frame_formula)
+                except KdError as error:
+                    raise ValueError(str(error)) from error
+                if not all(type(x) is int for x in (*formula.kernels, *formula.strides)):
+                    raise TypeError(f"frame_formula is {info.frame_formula}")
+            _ = info.fingerprint  # of numbers that are finite
         return info
 
     def differences(self, other: "LabelSetInfo") -> list[str]:

@@ -281,11 +281,16 @@ def _follow_stamp(cut: MonoCut, view: _View, stamp: dict) -> ParsedKey:
         recording_id, speed = stamp["recording_id"], as_speed(stamp["speed"])
         start, num_samples = int(stamp["start"]), int(stamp["num_samples"])
         native_rate = int(stamp.get("native_rate", view.native_rate))
-    except KeyError as error:
-        raise DataError(f"cut {cut.id}: its stamp {stamp} lacks {error}; make it with keys.stamp_source") from error
-    of = stamp.get("of") or _assumed_view(view, recording_id, start, num_samples, speed, native_rate)
-    of_speed, of_rate, of_start = as_speed(of["speed"]), int(of["sampling_rate"]), int(of["start"])
-    stamped = of["recording_id"], of_start, int(of["num_samples"]), of_rate, of_speed
+        of = stamp.get("of") or _assumed_view(view, recording_id, start, num_samples, speed, native_rate)
+        of_speed, of_rate, of_start = as_speed(of["speed"]), int(of["sampling_rate"]), int(of["start"])
+        stamped = of["recording_id"], of_start, int(of["num_samples"]), of_rate, of_speed
+        if not isinstance(recording_id, str) or min(native_rate, of_rate) < 1:
+            raise ValueError("an id that is no text, or a rate below 1")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"cut {cut.id}: its stamp {stamp} is of another form ({type(error).__name__}: {error}); make it with "
+            "keys.stamp_source"
+        ) from error
     as_it_is = view.recording_id, view.start, view.num_samples, view.sampling_rate, view.speed
     if as_it_is == stamped and start >= 0 < num_samples:
         return ParsedKey(recording_id, start, num_samples, speed)  # the cut is as it was stamped; most are

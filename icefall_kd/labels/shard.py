@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_origin, get_type_hints
 
 import numpy as np
 
@@ -193,11 +193,12 @@ class Shard:
         try:
             tensors = json.loads(stream.read(length))
             self.header = ShardHeader(**json.loads(tensors.pop("__metadata__")[_META]))
-            if not isinstance(self.header.shard, int) or not isinstance(self.header.checksum, str):
-                raise ValueError("wrong types in its metadata")
+            for name, kind in get_type_hints(ShardHeader).items():
+                if not isinstance(getattr(self.header, name), get_origin(kind) or kind):
+                    raise ValueError(f"its {name} is {str(getattr(self.header, name))[:80]!r}")
             self._check_layout(tensors)
             end = max(t["data_offsets"][1] for t in tensors.values())
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise self._damaged(f"its header is unreadable ({type(error).__name__}: {error})") from error
         if size != 8 + length + end:
             raise self._damaged(f"it has {size} bytes, its header says {8 + length + end}")
@@ -209,6 +210,9 @@ class Shard:
         if values["dtype"] not in DTYPES.values():
             raise ValueError(f"values of type {values['dtype']}")
         (n,), (key_bytes,) = tensors["num_samples"]["shape"], tensors["key_rest"]["shape"]
+        for size in (n, key_bytes, *values["shape"]):
+            if type(size) is not int or size < 0:  # 8.0 equals 8, and True 1
+                raise ValueError(f"a size of {size!r}")
         for name, wanted in _layout(values["dtype"], n, *values["shape"], key_bytes).items():
             if tensors[name] != wanted:
                 raise ValueError(f"array {name!r} is described as {tensors[name]}")
@@ -278,9 +282,15 @@ class Shard:
         """Yield the keys in order."""
         arrays, key = self._opened(), b""
         rests = arrays["key_rest"].tobytes().split(b"\n")[:-1]
+        if len(rests) != self.num_utterances:
+            raise self._damaged(f"it has {len(rests)} keys of {self.num_utterances} utterances")
         for shared, rest in zip(arrays["key_shared"].tolist(), rests, strict=True):
             key = key[:shared] + rest
-            yield key.decode()
+            try:
+                text = key.decode()
+            except UnicodeDecodeError as error:
+                raise self._damaged(f"key {key!r} is no text") from error
+            yield text
 
     def entries(self) -> Iterator[LabelEntry]:
         """Yield all utterances, their values mapped and not copied."""

@@ -16,7 +16,8 @@ from icefall_kd.frames import FBANK_GLU, FBANK_SNIPPED, waveform_seconds
 from icefall_kd.models.dropout import Dropout
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.models.waveform import frame_lens
-from icefall_kd.runtime.tensors import read_tensors
+from icefall_kd.runtime.tensors import read_tensors, stated
+from icefall_kd.train.checkpoint import state_sha256
 
 
 class FbankFrontEnd(nn.Module):
@@ -59,13 +60,15 @@ class FbankFrontEnd(nn.Module):
         if not path.is_file():
             raise ConfigError(f"--cmvn {path} does not exist; make it with local/compute_cmvn.py")
         try:
-            _, found = read_tensors(path)
+            header, found = read_tensors(path)
         except DataError as error:
             raise DataError(f"--cmvn {error}; make it again with local/compute_cmvn.py") from error
         for name in ("mean", "std"):
             x = found.get(name)
             if x is None or x.shape != (NUM_BINS,) or not x.isfinite().all() or (name == "std" and not (x > 0).all()):
                 raise DataError(f"{path} holds no {name} of {NUM_BINS} bins; make it again with local/compute_cmvn.py")
+        if stated(header, path).get("sha256") not in (None, state_sha256(found)):  # None: of an earlier version
+            raise DataError(f"{path} is damaged: its checksum differs; make it again with local/compute_cmvn.py")
         self.cmvn_mean.copy_(found["mean"])
         self.cmvn_std.copy_(found["std"])
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.tensors import read_tensors, write_tensors
+from icefall_kd.runtime.files import reading
+from icefall_kd.runtime.tensors import read_tensors, stated, write_tensors
+from icefall_kd.train.checkpoint import state_sha256
 
 # Hidden state and cell of every layer, each (layers, N, H).
 LmState = tuple[Tensor, Tensor]
@@ -85,7 +87,7 @@ def save_lm(file: Path, lm: TokenLm, tokenizer_hash: str, record: dict) -> None:
         record: anything else worth knowing, as plain data.
     """
     content = {"format": FORMAT_VERSION, "model": asdict(lm.config), "vocab_size": lm.vocab_size, "sos_id": lm.sos_id}
-    content |= {"tokenizer_hash": tokenizer_hash, **record}
+    content |= {"tokenizer_hash": tokenizer_hash, **record, "sha256": state_sha256(lm.state_dict())}
     write_tensors(file, lm.state_dict(), {"lm": json.dumps(content)})
 
 
@@ -97,14 +99,28 @@ def load_lm(file: Path, tokenizer_hash: str) -> TokenLm:
         ConfigError: the model is of another tokenizer.
     """
     metadata, tensors = read_tensors(file)
-    content = json.loads(metadata.get("lm", "{}"))
+    content = stated(metadata, file, "lm")
     if content.get("format") != FORMAT_VERSION:
         raise DataError(f"{file} is no language model of format {FORMAT_VERSION}; train one with local/train_lm.py")
-    if content["tokenizer_hash"] != tokenizer_hash:
+    if content.get("tokenizer_hash") != tokenizer_hash:
         raise ConfigError(
-            f"{file} is a language model of tokenizer {content['tokenizer_hash']}, the model to decode has "
+            f"{file} is a language model of tokenizer {content.get('tokenizer_hash')}, the model to decode has "
             f"{tokenizer_hash}; train one with local/train_lm.py --lang-dir of that training"
         )
-    lm = TokenLm(LmConfig(**content["model"]), content["vocab_size"], content["sos_id"])
-    lm.load_state_dict(tensors)
+    digest = content.pop("sha256", None)  # files before this version have none
+    if digest is not None and digest != state_sha256(tensors):
+        raise DataError(f"{file} is not as it was written (its checksum differs); copy it again, or train it again")
+    with reading(str(file), "train one with local/train_lm.py"):
+        try:
+            config, vocab_size = LmConfig(**content["model"]), content["vocab_size"]
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        # Memory is asked for only where the tensors of the file are as large.
+        sizes = {"embedding.weight": (vocab_size, config.lm_embedding_dim)}
+        sizes[f"lstm.weight_hh_l{config.lm_layers - 1}"] = (4 * config.lm_hidden_dim, config.lm_hidden_dim)
+        for name, shape in sizes.items():
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
+        lm = TokenLm(config, vocab_size, content["sos_id"])
+        lm.load_state_dict(tensors)
     return lm.eval()

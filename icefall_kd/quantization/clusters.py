@@ -91,7 +91,7 @@ class Clusters:
         except DataError as error:
             raise DataError(f"clusters {error}; make them with local/train_kmeans.py") from error
         metadata = stated(header, path)
-        if metadata.get("format") != FORMAT or "centers" not in tensors:
+        if metadata.get("format") != FORMAT or "centers" not in tensors or tensors["centers"].ndim != 2:
             raise DataError(f"{path} holds no clusters of local/train_kmeans.py, but {sorted(tensors)}")
         result = cls(tensors["centers"], metadata)
         if metadata.get("sha256") != result.sha256:

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from lhotse import load_manifest_lazy
 from lhotse.cut import MonoCut
 from torch import Tensor
 
 from icefall_kd.config import QuantizerConfig, TeacherConfig
 from icefall_kd.data.batch import Batch
+from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.audio import clean_audio
 from icefall_kd.labels.keys import label_key, parse_key, speech_track
@@ -96,7 +96,7 @@ def draw_sample(paths: Sequence[Path], count: int, seed: int) -> Sample:
     for path in paths:
         if not Path(path).exists():
             raise ConfigError(f"--cuts {path} does not exist; run prepare.sh, or name the cut sets as a,b")
-        for cut in load_manifest_lazy(path):
+        for cut in iterate_cuts(Path(path)):
             key, speech = label_key(cut), speech_track(cut)
             seconds += speech.duration
             perturbed = candidate(speech).perturbed or parse_key(key).speed != 1

@@ -292,13 +292,13 @@ class Quantizer(nn.Module):
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], where: str = "state dict") -> "Quantizer":
         """Return a quantizer with these tensors (ours or of multi_quantization 0.1.1); sizes come from ``centers``."""
-        if "centers" not in state or state["centers"].ndim != 3:
+        if "centers" not in state or state["centers"].ndim != 3 or not state["centers"].numel():
             raise DataError(f"{where} is no quantizer: it has no (Q, K, C) tensor 'centers', but {sorted(state)}")
         num_codebooks, codebook_size, dim = state["centers"].shape
-        result = cls(dim, num_codebooks, codebook_size)
         try:
+            result = cls(dim, num_codebooks, codebook_size)
             result.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, ConfigError) as error:
             raise DataError(f"{where} is no quantizer of {tuple(state['centers'].shape)} centers: {error}") from error
         return result
 

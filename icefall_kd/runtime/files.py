@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from icefall_kd.errors import DISK_FULL, ConfigError, DataError
+from icefall_kd.errors import DISK_FULL, ConfigError, DataError, KdError
 
 TMP_PREFIX = ".tmp-"
 # How a name from temporary_name begins; its two groups say where and which its process is.
@@ -207,8 +207,26 @@ def read_lines(path: str | Path) -> Iterator[str]:
     try:
         with opened(path, "rt", encoding="utf-8") as stream:
             yield from stream
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged, or no UTF-8 text ({error})") from error
+
+
+@contextlib.contextmanager
+def reading(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the content of a damaged file leads to into a DataError; errors of ours pass.
+
+    Args:
+        what: the file, with its path.
+        remedy: what to do.
+    """
+    try:
+        yield
+    except KdError:
+        raise
+    # A value of another type or size than was written fails where it is used first, in many ways.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise DataError(f"{what} is damaged ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 def read_json(path: str | Path) -> Any:
@@ -221,8 +239,30 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; run the stage that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # ValueError: bytes that are no UTF-8, and integers of thousands of digits, too.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); delete it and run the stage that writes it") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_record(path: str | Path, **wanted: type) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Args:
+        path: the file.
+        wanted: names that it must have, and the type of each value.
+    Raises:
+        DataError: as :func:`read_json`, or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, not an object; run the stage that writes it again")
+    for name, kind in wanted.items():
+        if not isinstance(content.get(name), kind):
+            found = f"{name} is {str(content[name])[:80]!r}" if name in content else f"it has no {name}"
+            raise DataError(f"{path} is damaged: {found}; run the stage that writes it again")
+    return content
 
 
 def sha256_file(path: str | Path) -> str:

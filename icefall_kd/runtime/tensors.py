@@ -26,15 +26,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise DataError(f"{path} is damaged ({error})") from error
 
 
-def stated(header: dict[str, str], path: str | Path) -> dict:
-    """Return the plain data that a file's metadata hold as JSON, under the key "metadata"; {} where there are none.
+def stated(header: dict[str, str], path: str | Path, key: str = "metadata") -> dict:
+    """Return the plain data that a file's metadata hold as JSON, under ``key``; {} where there are none.
 
     Raises:
         DataError: they are damaged.
     """
     try:
-        found = json.loads(header.get("metadata", "{}"))
-    except ValueError as error:
+        found = json.loads(header.get(key, "{}"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: its metadata are no JSON ({error})") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} is damaged: its metadata are {type(found).__name__}, not names and values")

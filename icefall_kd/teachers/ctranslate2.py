@@ -65,8 +65,15 @@ class CTranslate2Model:
         return self.variables[name]
 
     def scalar(self, name: str) -> int:
-        """Return a variable that holds one integer."""
-        return int(self.array(name))
+        """Return a variable that holds one integer.
+
+        Raises:
+            DataError: If there is no such variable, or it holds something else.
+        """
+        array = self.array(name)
+        if array.size != 1 or array.dtype.kind not in "iu":
+            raise DataError(f"{self.path}: {name} is {array.dtype} {array.shape}, not one integer; fetch it again")
+        return int(array.item())
 
 
 class _Reader:

@@ -80,7 +80,7 @@ class ExperimentTeacher(PretrainedTeacher):
         encoder_state = {k.removeprefix(ENCODER_PREFIX): v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
         if not encoder_state:
             raise ConfigError(f"teacher {exp_dir}: no parameters named {ENCODER_PREFIX}*; this training has no encoder")
-        encoder = Conformer(config_from_dict(TrainConfig, saved).model)
+        encoder = Conformer(config_from_dict(TrainConfig, saved, str(exp_dir)).model)
         encoder.chunks = widest_chunks(encoder.cfg)
         load_model(encoder, encoder_state, strict=True, source=f"{exp_dir} ({used})")
         sha256 = state_sha256(encoder_state)

@@ -6,7 +6,7 @@ from pathlib import Path
 from icefall_kd.config import TeacherConfig
 from icefall_kd.errors import ConfigError
 from icefall_kd.runtime.env import pick_device
-from icefall_kd.runtime.files import read_json
+from icefall_kd.runtime.files import read_record
 from icefall_kd.teachers import ctranslate2, mfcc, own
 from icefall_kd.teachers.base import Teacher
 from icefall_kd.teachers.locate import Located, locate
@@ -64,9 +64,9 @@ def family_of(folder: Path) -> str:
         raise ConfigError(f"{folder} is no folder; files of tensors end in {', '.join(SUFFIXES)}")
     if ctranslate2.is_whisper_folder(folder):
         return "whisper"
-    config = read_json(folder / "config.json")
+    config = read_record(folder / "config.json")
     model_type = config.get("model_type")
-    if model_type in LOADERS:
+    if isinstance(model_type, str) and model_type in LOADERS:
         return model_type
     raise ConfigError(f"{folder} holds model_type {model_type!r}; teachers are {', '.join(sorted(LOADERS))}")
 

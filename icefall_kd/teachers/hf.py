@@ -46,12 +46,25 @@ def mel_filters(num_mel_bins: int) -> Tensor:
 
 
 def _pretrained(kind: Any, folder: Path, **options: Any) -> Any:
-    """Return what a class of transformers reads from a folder; a DataError when its files are damaged or missing."""
+    """Return what a class of transformers reads from a folder, whose own code, if it has any, is not run.
+
+    Raises:
+        ConfigError: nothing but its own code makes a model of it.
+        DataError: its files are damaged or missing.
+    """
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
+        # Left out, trust_remote_code asks whoever sits at the keyboard.
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except (SafetensorError, OSError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"teacher {folder} cannot be loaded ({reason}); fetch or copy its files again") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"{folder} is of no kind that transformers knows, but of code that comes with it, which is not run; if you "
+            "trust it, wrap it into a class of yours: --teacher FILE.py:CLASS (docs/own_teacher.md)"
+        ) from error
 
 
 def load_config(folder: Path) -> Any:

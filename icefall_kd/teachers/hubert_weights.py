@@ -151,7 +151,7 @@ def _refuse_family(family: str, name: str) -> None:
 
 def _from_exp_dir(exp_dir: Path) -> HubertWeights:
     state, saved, used = load_trained(exp_dir)
-    config = config_from_dict(TrainConfig, saved)
+    config = config_from_dict(TrainConfig, saved, str(exp_dir))
     if config.system != "hubert":
         raise ConfigError(f"{exp_dir} was trained with --system {config.system}; a model of --system hubert is needed")
     encoder = {k.removeprefix(ENCODER_PREFIX): v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}

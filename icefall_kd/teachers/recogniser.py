@@ -141,7 +141,7 @@ class RecogniserTeacher:
             )
         tokenizer = Tokenizer.load(exp_dir / "tokenizer")
         state, saved, used = load_trained(exp_dir, tokenizer.hash)
-        config = config_from_dict(TrainConfig, saved)
+        config = config_from_dict(TrainConfig, saved, str(exp_dir))
         if (config.system, config.attention.attention_decoder) != ("nar", "ar"):
             trained = f"--system {config.system}"
             if config.system == "nar":

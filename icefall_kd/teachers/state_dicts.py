@@ -123,7 +123,7 @@ def convert(tensors: dict[str, Tensor], where: str, overrides: dict[str, Any] | 
             f"{where}: no tensor {error} among the {len(shapes)} that have {origin}'s names of a HuBERT, wav2vec 2.0 "
             "or data2vec model; is the file complete?"
         ) from None
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, ZeroDivisionError):
         raise DataError(f"{where}: convolutions are (out, in, kernel), projections (out, in); found {shapes}") from None
     model_type = _model_type(tensors, shapes)
     conventions = _conventions(sizes, model_type) | (overrides or {})
@@ -165,7 +165,11 @@ def _check_conventions(conventions: dict[str, Any], sizes: dict[str, Any], model
             f"{where}: num_attention_heads is {heads!r}; it must divide the {sizes['hidden_size']} channels (set it "
             f"in {beside})"
         )
-    if not isinstance(strides, list) or len(strides) != len(sizes["conv_dim"]):
+    if (
+        not isinstance(strides, list)
+        or len(strides) != len(sizes["conv_dim"])
+        or not all(isinstance(x, int) and x > 0 for x in strides)
+    ):
         raise ConfigError(
             f"{where}: conv_stride is {strides!r}; there are {len(sizes['conv_dim'])} convolutions (set it in {beside})"
         )
@@ -230,10 +234,11 @@ def _positions(shapes: dict[str, tuple[int, ...]], hidden_size: int) -> dict[str
 
 
 def _count(shapes: dict[str, tuple[int, ...]], pattern: str, least: int = 1) -> int:
-    numbers = [int(match.group(1)) for name in shapes if (match := re.fullmatch(pattern, name))]
-    if len(numbers) < least:
-        raise KeyError(pattern.replace("\\", ""))
-    return max(numbers, default=-1) + 1
+    numbers = {int(match.group(1)) for name in shapes if (match := re.fullmatch(pattern, name))}
+    wanted = set(range(max(len(numbers), least)))
+    if absent := sorted(wanted - numbers):
+        raise KeyError(pattern.replace("\\", "").replace("(d+)", str(absent[0])))
+    return len(numbers)
 
 
 def _model_type(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str:

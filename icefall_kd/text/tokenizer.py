@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, write_json
+from icefall_kd.errors import ConfigError, DataError, KdError
+from icefall_kd.runtime.files import atomic_write, fingerprint, read_json, reading, write_json
 from icefall_kd.text.wordpiece import SPACE, WordPieces  # SPACE: how sentencepiece, too, renders a space
 
 logger = logging.getLogger(__name__)
@@ -185,18 +185,19 @@ class Tokenizer:
         folder = Path(folder)
         content = read_json(folder / "tokenizer.json")
         model_file = folder / "bpe.model"
-        try:
+        with reading(f"the tokenizer in {folder}", "run the token stage again"):
             if content["format"] != FORMAT_VERSION:
                 raise DataError(f"{folder} has token format {content['format']}; this version reads {FORMAT_VERSION}")
-            model = model_file.read_bytes() if content["kind"] == "bpe" else None
-            pieces = WordPieces.from_dict(content["word_pieces"]) if content["kind"] == "plm" else None
-            tokenizer = cls(content["kind"], content["tokens"], content["unit"], model, pieces)
-            stored = content["hash"]
-        except (KeyError, TypeError, OSError, ConfigError) as error:
-            raise DataError(f"the tokenizer in {folder} is damaged ({error!r}); run the token stage again") from error
-        if tokenizer.hash != stored:
+            try:
+                model = model_file.read_bytes() if content["kind"] == "bpe" else None
+                pieces = WordPieces.from_dict(content["word_pieces"]) if content["kind"] == "plm" else None
+                tokenizer = cls(content["kind"], content["tokens"], content["unit"], model, pieces)
+            except (OSError, KdError) as error:
+                raise ValueError(f"{type(error).__name__}: {error}") from error
+            stored, found = content["hash"], tokenizer.hash
+        if found != stored:
             raise DataError(
-                f"the tokenizer in {folder} was changed: its hash is {tokenizer.hash}, recorded is {stored}; "
+                f"the tokenizer in {folder} was changed: its hash is {found}, recorded is {stored}; "
                 "restore it or run the token stage again"
             )
         return tokenizer

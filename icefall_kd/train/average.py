@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.models.block_storage import unpack_layers
-from icefall_kd.runtime.files import fingerprint
+from icefall_kd.runtime.files import fingerprint, reading
 from icefall_kd.runtime.tensors import read_tensors, write_tensors
 from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint, state_sha256
 
@@ -226,17 +226,18 @@ def load_for_decoding(
     kind, end = ("checkpoint", iter) if iter is not None else ("epoch", epoch)
     if end is None and not list_checkpoints(exp_dir, "epoch"):
         kind = "checkpoint"
-    if not use_averaged_model:
-        files = last_n(exp_dir, avg, kind, end)
-        config = _config(files[-1], tokenizer_hash)
-        state_dict = average_checkpoints(files)
-        used = f"mean of {', '.join(f.name for f in files)}" if len(files) > 1 else files[0].name
+    with reading(f"a checkpoint of {exp_dir}", "copy it again or delete it"):
+        if not use_averaged_model:
+            files = last_n(exp_dir, avg, kind, end)
+            config = _config(files[-1], tokenizer_hash)
+            state_dict = average_checkpoints(files)
+            used = f"mean of {', '.join(f.name for f in files)}" if len(files) > 1 else files[0].name
+            return state_dict, config, used
+        start, last = range_ends(exp_dir, kind, end, avg)
+        config = _config(last, tokenizer_hash)
+        state_dict = average_from_averaged(start, last)
+        used = f"average of all steps after {start.name if start else 'the start'} up to {last.name}"
         return state_dict, config, used
-    start, last = range_ends(exp_dir, kind, end, avg)
-    config = _config(last, tokenizer_hash)
-    state_dict = average_from_averaged(start, last)
-    used = f"average of all steps after {start.name if start else 'the start'} up to {last.name}"
-    return state_dict, config, used
 
 
 def load_trained(
@@ -338,7 +339,9 @@ def load_weights(path: Path, tokenizer_hash: str) -> tuple[dict[str, Tensor], di
     try:
         about = json.loads(metadata["checkpoint"])
         config, saved = about["config"], about["tokenizer_hash"]
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(config, dict) or not isinstance(saved, str):
+            raise ValueError(f"config is a {type(config).__name__}, tokenizer_hash a {type(saved).__name__}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not from local/average.py --out FILE.safetensors or local/export.py --mode ({error!r})"
         ) from error
@@ -346,10 +349,11 @@ def load_weights(path: Path, tokenizer_hash: str) -> tuple[dict[str, Tensor], di
     if digest is not None and digest != _weights_sha256(about, state_dict):
         raise DataError(f"{path} is not as it was written (its checksum differs); copy or write it again")
     if "blocks" in about:
-        try:
-            state_dict = unpack_layers(state_dict, about["blocks"])
-        except DataError as error:
-            raise DataError(f"{path} is damaged ({error}); copy or write it again") from error
+        with reading(str(path), "copy or write it again"):
+            try:
+                state_dict = unpack_layers(state_dict, about["blocks"])
+            except DataError as error:
+                raise DataError(f"{path} is damaged ({error}); copy or write it again") from error
     _check_hash(path, saved, tokenizer_hash)
     return state_dict, config, path.name
 

@@ -20,10 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import atomic_path, atomic_write
+from icefall_kd.runtime.files import atomic_path, atomic_write, reading
 from icefall_kd.runtime.tensors import read_tensors
 
 FORMAT_VERSION = 1
+# What the parts of a checkpoint are.
+_KINDS = {
+    **dict.fromkeys(("model", "model_avg", "optimizer", "scheduler", "grad_scaler"), (dict, type(None))),
+    **{"train": dict, "config": dict, "tokenizer_hash": str},
+}
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -88,26 +93,43 @@ def load_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
             "NAME.safetensors where it was trained, and decode with --weights NAME.safetensors"
         )
     try:
-        if verify:
-            # torch writes a CRC-32 of every tensor into the archive but does not look at it when it reads.
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        _check_archive(path, verify)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged zip archives end in errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"checkpoint {path} is damaged and cannot be read ({reason}); copy it again or delete it"
         ) from error
-    if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format_version"), int):
         raise DataError(f"{path} is not a checkpoint of this project: it has no format_version")
     if checkpoint["format_version"] > FORMAT_VERSION:
         raise ConfigError(
             f"{path} has format version {checkpoint['format_version']}, this code reads up to {FORMAT_VERSION}; "
             "update the code"
         )
+    for name, kind in _KINDS.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            raise DataError(f"checkpoint {path} is damaged: its {name} is a {type(checkpoint[name]).__name__}")
+    for name in ("model", "model_avg"):
+        if not all(isinstance(x, Tensor) for x in (checkpoint.get(name) or {}).values()):
+            raise DataError(f"checkpoint {path} is damaged: its {name} holds more than tensors")
     return checkpoint
+
+
+def _check_archive(path: Path, verify: bool) -> None:
+    """Raise a BadZipFile unless a file is an archive as torch writes it, by its checksums where ``verify`` says so.
+
+    torch writes a CRC-32 of every tensor into the archive but does not look at it when it reads, and asks for as much
+    memory as the archive says that it needs.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                raise zipfile.BadZipFile(f"{entry.filename} claims {entry.file_size} bytes of {size}, or is compressed")
+        damaged = archive.testzip() if verify else None
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -126,6 +148,8 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[1]
     try:
+        if zipfile.is_zipfile(path):  # what torch wrote before 1.6 has no checksums
+            _check_archive(path, verify=True)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # as in load_checkpoint
         if "Unsupported" in str(error):
@@ -181,11 +205,13 @@ def load_newest(exp_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:
         for path in reversed(list_checkpoints(exp_dir, kind).values()):
             try:
                 checkpoint = load_checkpoint(path)
+                with reading(f"checkpoint {path}", "copy it again or delete it"):
+                    step = int(checkpoint["train"]["step"])
             except DataError as error:
                 logging.getLogger(__name__).warning("%s; falling back to the file before it", error)
                 damaged.append(path.name)
                 continue
-            if best is None or checkpoint["train"]["step"] > best[1]["train"]["step"]:
+            if best is None or step > best[1]["train"]["step"]:
                 best = (path, checkpoint)
             break
     if best is None and damaged:
