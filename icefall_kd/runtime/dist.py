@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 FAILURE_GRACE = 5.0
 # Seconds for them to see that it failed, or to answer a call; a dead one never does.
 ANSWER_TIME = 5.0
-_FAILURE_KEY, _SEEN_KEY = "icefall_kd/failure", "icefall_kd/seen"
-_CALL_KEY, _ANSWER_KEY = "icefall_kd/call", "icefall_kd/answer"
+_FAILURE_KEY, _SEEN_KEY, _CALL_KEY, _ANSWER_KEY = "failure", "seen", "call", "answer"
 # What gloo, NCCL and the store say when another process is late or has gone.
 _LATE, _GONE = ("timed out", "timeout"), ("closed", "connection re", "broken pipe", "remote process exited")
 
@@ -178,7 +177,7 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
 
 
 def _named(ranks: Sequence[int]) -> str:
@@ -197,22 +196,31 @@ class _FailureWatch:
         self.info = info
         self.timeout = timeout
         self.interval = interval
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # One connection a thread: a request of one must not wait for a request of the other.
-        self.writer, self.reader = (
-            dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-            for _ in range(2)
-        )
+        self.writer, self.reader = self._connect(), self._connect()
         self.stopped = threading.Event()
         self.reported = self.said = False
+        self.note: str | None = None  # what another rank left
         self.thread = threading.Thread(target=self._run, name="failure-watch", daemon=True)
         self.thread.start()
+
+    @staticmethod
+    def _connect() -> dist.Store:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
+        # torchrun keeps its store when it starts the ranks again.
+        return dist.PrefixStore(f"icefall_kd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def report(self, error: BaseException) -> BaseException:
         """Leave the failure of this rank in the store, once; return what to raise (:func:`report_failure`)."""
         if self.reported:
             return error
         self.reported = True
+        if self.note is not None:
+            self._leave()
+            return self._end_as(self.note)
         lost = _is_lost(error)
         try:
             if getattr(error, "elsewhere", False):
@@ -223,16 +231,27 @@ class _FailureWatch:
             note = f"{exit_code_of(error)}|{self.info.rank}|{type(error).__name__}"
             first = self.writer.compare_set(_FAILURE_KEY, "", note).decode()
             if first != note:
-                self.writer.set(f"{_SEEN_KEY}/{self.info.rank}", "1")
+                self.note = first
+            self._leave()
+            if first != note:
                 return self._end_as(first)
-            # The store may end with this process.
-            self._wait_for(lambda: self.writer.check(list(self._others(_SEEN_KEY).values())), ANSWER_TIME)
         except RuntimeError as failure:
+            if self.note is not None:
+                return self._end_as(self.note)
             if not lost:
                 logger.warning("could not tell the other ranks about the failure: %s", _first_line(failure))
             elif not isinstance(error, RankError):
                 error = self._loss(error, "rank 0, or what started the ranks, is gone")
         return error
+
+    def _leave(self) -> None:
+        """Say that this rank has seen the failure; wait until all have, since the store may end with this process."""
+        try:
+            self.writer.set(f"{_SEEN_KEY}/{self.info.rank}", "1")
+            if self.note is None or self.info.rank == 0:
+                self._wait_for(lambda: self.writer.check(list(self._others(_SEEN_KEY).values())), ANSWER_TIME)
+        except RuntimeError as error:
+            logger.info("the store of the rendezvous is gone: %s", _first_line(error))
 
     def _end_as(self, note: str) -> SystemExit:
         """Say whose failure ends this rank, and return what does."""
@@ -283,19 +302,20 @@ class _FailureWatch:
                 if not self.reader.check([_FAILURE_KEY]):
                     continue
                 note = self.reader.get(_FAILURE_KEY).decode()
+                if int(note.split("|")[1]) == self.info.rank:
+                    return
+                self.note = note
                 self.reader.set(f"{_SEEN_KEY}/{self.info.rank}", "1")
             except RuntimeError:
                 return  # the store is gone: rank 0 has left, collectives will say so
-            if int(note.split("|")[1]) == self.info.rank:
-                return
             end = self._end_as(note)
             if not self.stopped.wait(FAILURE_GRACE):
                 os._exit(end.code)
             return
 
 
-def _count() -> None:
-    """Count a collective that this rank comes to, for :meth:`_FailureWatch._named_loss`."""
+def count_collective() -> None:
+    """Count a collective that this rank comes to, as those below do: a rank that others wait for has fewer of them."""
     global _collectives
     _collectives += 1
 
@@ -318,7 +338,7 @@ def get_world_size() -> int:
 def barrier() -> None:
     """Wait for all ranks."""
     if get_world_size() > 1:
-        _count()
+        count_collective()
         dist.barrier()
 
 
@@ -332,7 +352,7 @@ def all_reduce_sum(values: Sequence[float], device: torch.device | str = "cpu") 
     if get_world_size() == 1:
         return [float(v) for v in values]
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    _count()
+    count_collective()
     dist.all_reduce(tensor)
     return tensor.tolist()
 
@@ -340,7 +360,7 @@ def all_reduce_sum(values: Sequence[float], device: torch.device | str = "cpu") 
 def broadcast_from_first(tensor: torch.Tensor) -> torch.Tensor:
     """Return rank 0's tensor on all ranks; it is overwritten on the others."""
     if get_world_size() > 1:
-        _count()
+        count_collective()
         dist.broadcast(tensor, src=0)
     return tensor
 
@@ -355,7 +375,7 @@ def gather_objects(value: object) -> list:
     if get_world_size() == 1:
         return [value]
     gathered: list = [None] * get_world_size()
-    _count()
+    count_collective()
     dist.all_gather_object(gathered, value)
     return gathered
 

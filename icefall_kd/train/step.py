@@ -172,6 +172,8 @@ class Stepper:
 
     def _forward(self, batch: Batch, step: int, part: int | None) -> tuple[LossTerms, Tracker]:
         sums = Tracker()
+        if self.model is not self.system:
+            dist.count_collective()  # DDP exchanges buffers
         with self.memory_guard(batch, step), self.autocast():
             terms = self.model(batch.to(self.device), step, part)
             sums.add_terms(terms)
