@@ -17,6 +17,8 @@ class KdError(ValueError):
     """An error that the user can act on: its message says what, where, the value and the remedy."""
 
     exit_code = 1
+    elsewhere = False
+    """Another rank of a distributed training knows the cause, and is to tell it."""
 
 
 class ConfigError(KdError):
@@ -37,6 +39,19 @@ class DataError(KdError):
     exit_code = 4
 
 
+class RankError(KdError):
+    """Another rank of a distributed training is gone or late; what ails it is known there alone (exit code 1)."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that ``error`` ends, as :func:`run_main` leaves it."""
+    if isinstance(error, KdError):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return ConfigError.exit_code if isinstance(error, OSError) and error.errno in DISK_FULL else 1
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave the process with the exit code of its outcome.
 
@@ -46,11 +61,12 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except KdError as error:
-        _leave(f"{type(error).__name__}: {error}", error.exit_code)
+        _leave(f"{type(error).__name__}: {error}", exit_code_of(error))
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        _leave(f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run this again", 2)
+        message = f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run this again"
+        _leave(message, exit_code_of(error))
     sys.exit(code or 0)
 
 

@@ -19,7 +19,7 @@ from icefall_kd.errors import ConfigError
 from icefall_kd.results import parts_by_name
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
-from icefall_kd.runtime.files import atomic_write, read_record
+from icefall_kd.runtime.files import read_record, write_text
 from icefall_kd.runtime.log import setup_logging
 from icefall_kd.systems import build_system
 from icefall_kd.systems.base import TRAINING_ONLY, System
@@ -36,7 +36,7 @@ def train_main(argv: list[str] | None = None) -> int:
     config = parse_config(TrainConfig, argv, prog="train.py", description=train_main.__doc__)
     if config.loop.num_threads:
         torch.set_num_threads(config.loop.num_threads)
-    dist.init()
+    dist.init(config.loop.dist_timeout)
     try:
         setup_logging(config.loop.exp_dir, "train", rank=dist.get_rank())
         # Training on audio alone has no tokens: it neither reads --lang-dir nor saves a tokenizer.
@@ -72,11 +72,16 @@ def train_main(argv: list[str] | None = None) -> int:
 
 
 def _furnish(exp_dir: Path, tokenizer: Tokenizer | None, data: DataModule) -> None:
-    """Write the tokenizer, if there is one, and the list of utterances that the filters left out."""
-    if tokenizer is not None:
+    """Write the tokenizer, if there is one, and the list of utterances that the filters left out.
+
+    What is there stays, unless it was cut off.
+    """
+    if tokenizer is not None and not tokenizer.is_saved_in(exp_dir / "tokenizer"):
         tokenizer.save(exp_dir / "tokenizer")
-    with atomic_write(exp_dir / "left_out.jsonl", "w") as stream:
-        stream.writelines(json.dumps(asdict(x), ensure_ascii=False) + "\n" for x in data.rejected)
+    lines = "".join(json.dumps(asdict(x), ensure_ascii=False) + "\n" for x in data.rejected)
+    file = exp_dir / "left_out.jsonl"
+    if not file.exists() or file.read_bytes() != lines.encode():
+        write_text(file, lines)
 
 
 def decode_main(argv: list[str] | None = None) -> int:

@@ -82,7 +82,7 @@ prepared_parts() { # the parts in manifests/, noise left out
 
 stage_0_corpus() { # Find, synthesise or download the corpus; compare counts and hours with the published ones
   if [[ $corpus == demo && $fetch == true ]]; then
-    if begin --name synthesis --option corpus_dir demo_language demo_options --output "$corpus_dir/demo.json" \
+    if begin --name synthesis --option corpus_dir demo_language demo_options --output "$corpus_dir/demo.json" "$corpus_dir" \
       --code 'icefall_kd/data/demo*.py' local/prepare_demo.py; then
       # shellcheck disable=SC2086  # demo_options is a list of words
       python3 ../../local/prepare_demo.py --out-dir "$corpus_dir" --language "$demo_language" --nj "$nj" $demo_options
@@ -122,7 +122,7 @@ stage_2_noise() { # Cut set of noises (--musan true)
 stage_3_features() { # 80-bin log-mel features (--features precomputed)
   local words=()
   [[ $features == precomputed ]] || return 0
-  begin --input "$data_dir/corpus.json" "$data_dir/manifests" --output "$data_dir/fbank/feature_extractor.json" \
+  begin --input "$data_dir/corpus.json" "$data_dir/manifests" --output "$data_dir/fbank/feature_extractor.json" "$data_dir/fbank" \
     --code icefall_kd/data/{features,manifests}.py local/compute_features.py || return 0
   if [[ -f $data_dir/manifests/cuts_musan.jsonl.gz ]]; then
     words=(--parts "$(prepared_parts),musan")
@@ -134,7 +134,7 @@ stage_4_tokens() { # Tokenizer, trained on the training parts
   local options=()
   [[ $token_kind != plm ]] || options=(--plm "$plm" --plm-min-count "$plm_min_count")
   begin --option token_kind vocab_size ${options:+plm plm_min_count} --input "$data_dir/corpus.json" \
-    --output "$lang_dir/tokenizer.json" --code icefall_kd/text/{tokenizer,wordpiece}.py icefall_kd/data/prepare.py \
+    --output "$lang_dir"/{tokenizer.json,tokens.txt,'bpe.*'} --code icefall_kd/text/{tokenizer,wordpiece}.py icefall_kd/data/prepare.py \
     || return 0
   python3 ../../local/make_tokens.py --data-dir "$data_dir" --token-kind "$token_kind" --vocab-size "$vocab_size" \
     "${options[@]}"

@@ -40,7 +40,7 @@ train_cuts=("${train_cuts[@]/%/.jsonl.gz}")
 test_cuts=("${test_cuts[@]/#/$data_dir/$kind/cuts_}")
 test_cuts=("${test_cuts[@]/%/.jsonl.gz}")
 launch=(python3)
-((num_gpus <= 1)) || launch=(torchrun --standalone --nproc-per-node "$num_gpus")
+((num_gpus <= 1)) || launch=(python3 ../../local/torchrun.py --standalone --nproc-per-node "$num_gpus")
 
 commas() { # commas WORD ...: the words with commas between them
   local IFS=,
@@ -79,6 +79,16 @@ extract_and_verify() {
   python3 ../../local/label_sets.py verify "${dirs[@]}"
   for dir in "${dirs[@]}"; do
     python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}" ${pieces:+--pieces "$pieces"}
+  done
+}
+
+label_files() { # label_files DIR ...: what extract_and_verify leaves in label sets, one a line
+  local dir shard
+  for dir in "$@"; do
+    echo "$dir/label_set.json"
+    for ((shard = 0; shard < num_shards; shard++)); do
+      printf '%s/shard-%05d-of-%05d.safetensors\n' "$dir" "$shard" "$num_shards"
+    done
   done
 }
 

@@ -136,7 +136,8 @@ pretrain_one() { # pretrain_one ARM
   [[ $1 == ssl-full ]] || options+=(--sparsity "$sparsity")
   # No --code: an edited line of the library does not throw a week of training away.
   begin --name "$1" --option train_args train_parts valid_parts ssl_seed "options=${options[*]}" \
-    --input "$config" "$ssl_config" "${cuts[@]}" --output "$dir/train_summary.json" || return 0
+    --input "$config" "$ssl_config" "${cuts[@]}" \
+    --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || return 0
   train_in "$dir" --config="$config" --config="$ssl_config" --system dualmode --objective ssl --spec-aug false \
     --streaming true --convolution chunk --seed "$ssl_seed" "${options[@]}"
   finish
@@ -152,7 +153,7 @@ train_one() { # train_one SYSTEM SEED
   fi
   begin --name "$1-seed$2" --option train_args train_parts valid_parts "options=${options[*]}" \
     --input "${configs[@]}" "${train_cuts[@]}" "$lang/tokenizer.json" "${inputs[@]}" \
-    --output "$dir/train_summary.json" || return 0
+    --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || return 0
   train_in "$dir" "${configs[@]/#/--config=}" --system dualmode --streaming true --convolution chunk --seed "$2" \
     --lang-dir "$lang" "${options[@]}"
   finish

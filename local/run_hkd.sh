@@ -110,10 +110,11 @@ stage_0_data() { # Prepare the corpus (its stages have markers of their own)
 }
 
 stage_1_states() { # Take the language model's states of every training text, and see how they meet the tokens
-  local lang report
+  local lang report outputs
   [[ " $systems " == *" acd "* || " $systems " == *" lrd "* || " $systems " == *" both "* ]] || return 0
+  mapfile -t outputs < <(label_files "$labels")
   if begin --name "${labels##*/}" --option plm labels_args num_shards --input "${train_cuts[@]}" "${plm_files[@]}" \
-    --output "$labels/label_set.json" --code 'icefall_kd/labels/*.py' icefall_kd/teachers/language_model.py; then
+    --output "${outputs[@]}" --code 'icefall_kd/labels/*.py' icefall_kd/teachers/language_model.py; then
     # shellcheck disable=SC2086
     extractor=extract_text_states.py extract_and_verify "$labels" --plm "$plm" $labels_args
     finish
@@ -135,7 +136,7 @@ train_one() { # train_one SYSTEM SEED
   # No --code: an edited line of the library does not throw a week of training away.
   begin --name "$1-seed$2" --option train_args train_parts valid_parts "options=${options[*]}" \
     --input "${configs[@]}" "${train_cuts[@]}" "$lang/tokenizer.json" "${inputs[@]}" \
-    --output "$dir/train_summary.json" || return 0
+    --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || return 0
   train_in "$dir" "${configs[@]/#/--config=}" --system hkd --seed "$2" --lang-dir "$lang" "${options[@]}"
   finish
 }

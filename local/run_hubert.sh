@@ -223,13 +223,14 @@ audio_training() { # audio_training NAME DIR INPUT ... -- OPTION ...: a training
   set -- --crop-duration "$crop_duration" "$@"
   # No --code: an edited line of the library does not throw a week of training away.
   begin --name "$name" --option train_args train_parts valid_parts teacher_seed "options=$*" \
-    --input "${configs[@]}" "${cuts[@]}" "${inputs[@]}" --output "$dir/train_summary.json" || return 0
+    --input "${configs[@]}" "${cuts[@]}" "${inputs[@]}" \
+    --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || return 0
   train_in "$dir" "${configs[@]/#/--config=}" --system hubert --seed "$teacher_seed" "$@"
   finish
 }
 
 pretrain_one() { # pretrain_one ITERATION: k-means, labels, masked prediction
-  local dir labels kmeans cuts cuts_list train_cuts configs words source=() train_args="$train_args $ssl_args"
+  local dir labels kmeans cuts cuts_list train_cuts configs words outputs source=() train_args="$train_args $ssl_args"
   local pieces=$crop_duration
   dir=$(ssl_dir "$1") kmeans=$audio_exp/kmeans$1/kmeans.safetensors labels=$audio_exp/labels/clusters$1
   cuts_of "$ssl_parts,$ssl_valid_parts" # validation, too, needs labels: there is no other loss
@@ -246,8 +247,9 @@ pretrain_one() { # pretrain_one ITERATION: k-means, labels, masked prediction
       --num-clusters "${clusters[$1 - 1]}" --kmeans-utts "$kmeans_utts" --kmeans-seed "$teacher_seed"
     finish
   fi
+  mapfile -t outputs < <(label_files "$labels")
   if begin --name "labels$1" --option num_shards crop_duration "words=${words[*]}" --input "${train_cuts[@]}" "$kmeans" \
-    --output "$labels/label_set.json" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py'; then
+    --output "${outputs[@]}" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py'; then
     extract_and_verify "$labels" --kind clusters --quantizer "$kmeans" "${words[@]}"
     finish
   fi
@@ -294,7 +296,7 @@ state_sets() { # state_sets LAYER,...: sets layers, and the label set (label_dir
 }
 
 store_states() { # label sets of all layers that students compare with, in one pass of the teacher
-  local system found i layers label_dirs quantizers cuts cuts_list train_cuts pieces=$crop_duration
+  local system found i layers label_dirs quantizers outputs cuts cuts_list train_cuts pieces=$crop_duration
   local words=(--teacher "$(teacher_dir)" --teacher-dtype float32) more=(--kind embeddings) # float32: as it runs online
   for system in "${students[@]}"; do
     find_layers "$system"
@@ -315,8 +317,9 @@ store_states() { # label sets of all layers that students compare with, in one p
   cuts_of "$ssl_parts,$ssl_valid_parts" # validation, too, needs states: there is no other loss
   train_cuts=("${cuts[@]}") cuts_list=$(commas "${cuts[@]}")
   # Other students may need other layers: each list has a marker, and sets that are there stay as they are.
+  mapfile -t outputs < <(label_files "${label_dirs[@]}")
   begin --name "$states-layers-$found" --option num_shards crop_duration "words=${words[*]}" --input "${train_cuts[@]}" \
-    "${teacher_files[@]}" "${quantizers[@]}" --output "${label_dirs[@]/%//label_set.json}" \
+    "${teacher_files[@]}" "${quantizers[@]}" --output "${outputs[@]}" \
     --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
   extract_and_verify "$(commas "${label_dirs[@]}")" --layer "$found" "${words[@]}" "${more[@]}"
   finish
@@ -358,7 +361,8 @@ tune_one() { # tune_one SYSTEM HOURS SEED
   esac
   conf_files "${layers[@]}"
   begin --name "$(name_of "$1")-$2-seed$3" --option train_args train_parts valid_parts "options=${start[*]}" \
-    --input "${configs[@]}" "${cuts[@]}" "$lang/tokenizer.json" "${inputs[@]}" --output "$dir/train_summary.json" || return 0
+    --input "${configs[@]}" "${cuts[@]}" "$lang/tokenizer.json" "${inputs[@]}" \
+    --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || return 0
   train_in "$dir" "${configs[@]/#/--config=}" --system hubert --seed "$3" --lang-dir "$lang" "${start[@]}"
   finish
 }

@@ -119,7 +119,7 @@ stage_2_quantizer() { # Train the quantizer of each layer and report on it
   for i in "${!layers[@]}"; do
     begin --name "layer${layers[i]}" --option teacher "layer=${layers[i]}" normalize_embeddings num_codebooks \
       phase1_steps phase2_steps quantizer_utts --input "${train_cuts[@]}" "${teacher_files[@]}" \
-      --output "${quantizers[i]}" --code 'icefall_kd/quantization/*.py' 'icefall_kd/quantization/csrc/*.cpp' \
+      --output "${quantizers[i]}" "${quantizers[i]%.safetensors}.*" --code 'icefall_kd/quantization/*.py' 'icefall_kd/quantization/csrc/*.cpp' \
       'icefall_kd/teachers/*.py' || continue
     OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "${quantizers[i]}" \
       --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
@@ -129,14 +129,15 @@ stage_2_quantizer() { # Train the quantizer of each layer and report on it
 }
 
 extract() { # extract KIND DIR ...: all shards of the label sets of all layers, then a check of every byte
-  local label_kind=$1 inputs=("${train_cuts[@]}" "${teacher_files[@]}") with_quantizers=()
+  local label_kind=$1 inputs=("${train_cuts[@]}" "${teacher_files[@]}") with_quantizers=() outputs
   shift
+  mapfile -t outputs < <(label_files "$@")
   if [[ $label_kind == codebook_indexes ]]; then
     inputs+=("${quantizers[@]}")
     with_quantizers=(--quantizer "$(commas "${quantizers[@]}")")
   fi
   begin --name "$label_kind" --option teacher layer normalize_embeddings num_shards --input "${inputs[@]}" \
-    --output "${@/%//label_set.json}" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
+    --output "${outputs[@]}" --code 'icefall_kd/labels/*.py' 'icefall_kd/teachers/*.py' || return 0
   extract_and_verify "$(commas "$@")" --kind "$label_kind" --layer "$layer" "${teacher_options[@]}" \
     "${with_quantizers[@]}"
   finish
@@ -170,7 +171,8 @@ stage_4_train() { # Train every student
       [[ $system == none ]] || labels=(--label-dir "$(commas "${label_dirs[@]}")")
       # No --code: an edited line of the library does not throw a week of training away.
       begin --name "$system$student_tag-seed$seed" --option train_args train_parts valid_parts --input "$config" \
-        "${train_cuts[@]}" "$lang/tokenizer.json" "${label_dirs[@]}" --output "$dir/train_summary.json" || continue
+        "${train_cuts[@]}" "$lang/tokenizer.json" "${label_dirs[@]}" \
+        --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || continue
       train_in "$dir" --config "$config" --kd "$system" --seed "$seed" --lang-dir "$lang" "${labels[@]}"
       finish
     done

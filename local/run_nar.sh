@@ -144,7 +144,7 @@ train_one() { # train_one SYSTEM SEED
   # No --code: an edited line of the library does not throw a week of training away.
   begin --name "$1-seed$2" --option train_args train_parts valid_parts "options=${options[*]}" \
     --input "${configs[@]}" "${train_cuts[@]}" "$lang/tokenizer.json" "${inputs[@]}" \
-    --output "$dir/train_summary.json" || return 0
+    --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || return 0
   train_in "$dir" "${configs[@]/#/--config=}" --system nar --seed "$2" --lang-dir "$lang" "${options[@]}"
   finish
 }
@@ -162,15 +162,16 @@ stage_1_teacher() { # Train the autoregressive teachers
 }
 
 stage_2_labels() { # Extract and verify the labels that the students need
-  local seed system kinds teacher dirs
+  local seed system kinds teacher dirs outputs
   kinds=$(for system in $systems; do label_kinds "$system"; done | tr ' ' '\n' | sort -u | tr '\n' ' ')
   read -r -a kinds <<< "$kinds"
   ((${#kinds[@]})) || return 0
   for seed in $seeds; do
     teacher=$(system_dir teacher "$seed")
     IFS=, read -r -a dirs <<< "$(label_dirs "$seed" "${kinds[@]}")"
+    mapfile -t outputs < <(label_files "${dirs[@]}")
     begin --name "${teacher//,/-}" --option "kinds=${kinds[*]}" labels_args num_shards \
-      --input "${train_cuts[@]}" "$teacher/train_summary.json" --output "${dirs[@]/%//label_set.json}" \
+      --input "${train_cuts[@]}" "$teacher/train_summary.json" --output "${outputs[@]}" \
       --code 'icefall_kd/labels/*.py' icefall_kd/teachers/recogniser.py || continue
     # shellcheck disable=SC2086
     extract_and_verify "$(commas "${dirs[@]}")" --kind "$(commas "${kinds[@]}")" --teacher "$teacher" $labels_args

@@ -1,8 +1,9 @@
 """Decide whether a stage of a shell script must run, and mark it done.  Used by local/stages.sh alone.
 
 A marker is a JSON file with what the stage depended on: options, inputs (files by content, see ``describe_folder``
-for folders), source code (by content), and the outputs it declared.  Standard library only: it starts in a few
-hundredths of a second.
+for folders), source code (by content), and the outputs it declared, with their sizes.  An output that is shorter than
+when the stage ended was cut off (a disk, a copy, a crash): the stage makes it again.  Standard library only: it starts
+in a few hundredths of a second.
 
     stage_marker.py check MARKER [--force] [--option NAME=VALUE ...] [--input PATH ...] [--output PATH ...]
                           [--code GLOB ...] [--text NAME=TEXT ...]
@@ -14,8 +15,10 @@ with 2 for wrong usage and with 4 when an input is missing.  ``finish`` exits wi
 """
 
 import hashlib
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +33,8 @@ MUST_RUN, USAGE, DATA = 10, 2, 4
 # new time stamps is checked once more; what comes out is the same, so nothing behind that stage runs.
 FOLDER_CONTENT_LIMIT = 256 * 2**20
 IGNORED_FOLDERS = {".done", "__pycache__", ".git"}
+# Output folders with more files are not looked into: a downloaded corpus is an input of the stage that checks it.
+SIZED_FILES = 10_000
 
 
 class Failure(Exception):
@@ -199,8 +204,43 @@ def differences(old: dict, new: dict) -> list[str]:
             reasons.append(f"input {path} changed: {summary(before)} -> {summary(after)}")
     for name, before, after in changed(old["code"], new["code"]):
         reasons.append(f"code {name} changed: {short(before)} -> {short(after)}")
-    reasons += [f"output {path} is missing" for path in new["outputs"] if not os.path.exists(path)]
+    reasons += [f"output {path} is missing" for path in missing(new["outputs"])]
+    for path, size in old.get("sizes", {}).items():
+        try:
+            found = os.stat(path).st_size
+        except OSError:
+            continue  # what lies in an output folder may be removed
+        if found < size:
+            reasons.append(f"output {path} was cut off: {found} of {size} bytes")
     return reasons
+
+
+def missing(outputs: list[str]) -> list[str]:
+    """Return the outputs that are not there; a pattern (``*`` in its last part) stands for what there is."""
+    return [path for path in outputs if "*" not in os.path.basename(path) and not os.path.exists(path)]
+
+
+def sizes(outputs: list[str]) -> dict[str, int]:
+    """Return the bytes of each output file, those in output folders and those that match patterns included."""
+    found = {}
+    for output in map(Path, outputs):
+        if "*" in output.name:
+            files = sorted(path for path in output.parent.glob(output.name) if path.is_file())
+        elif output.is_dir():
+            files = list(itertools.islice(_files_below(output), SIZED_FILES + 1))
+            if len(files) > SIZED_FILES:
+                continue
+        else:
+            files = [output]
+        found |= {str(path): path.stat().st_size for path in files}
+    return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in IGNORED_FOLDERS)
+        paths = (Path(parent, name) for name in sorted(names) if not name.startswith(TMP_PREFIX))
+        yield from (path for path in paths if path.is_file())
 
 
 def changed(old: dict, new: dict):
@@ -239,10 +279,9 @@ def finish(marker: Path, seconds: float) -> int:
     done = load(pending)
     if done is None:
         raise Failure(DATA, f"{pending} is missing or damaged: was the same stage started twice at the same time?")
-    missing = [path for path in done["outputs"] if not os.path.exists(path)]
-    if missing:
-        raise Failure(DATA, f"the stage ended without its output {', '.join(missing)}")
-    write_json(marker, {**done, "seconds": seconds})
+    if absent := missing(done["outputs"]):
+        raise Failure(DATA, f"the stage ended without its output {', '.join(absent)}")
+    write_json(marker, {**done, "sizes": sizes(done["outputs"]), "seconds": seconds})
     pending.unlink()
     return 0
 

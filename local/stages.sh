@@ -28,7 +28,9 @@
 #   --option NAME ... or NAME=VALUE ...   options that the result depends on (NAME: a shell variable)
 #   --input PATH ...                      files and folders read; content decides, not time stamps (folders above
 #                                         256 MiB, as whole corpora: names, sizes and time stamps)
-#   --output PATH ...                     what must exist when the stage ends, and to skip it later
+#   --output PATH ...                     what must exist when the stage ends, and to skip it later; a file of it (in
+#                                         it, for a folder) that has become shorter runs the stage again.  With a *
+#                                         in its last part: those that match when it ends, which may be removed later
 #   --code GLOB ...                       source files, relative to the repository
 #   --name NAME                           marker of one step of a stage (see below)
 # The text of the stage function, and of the function that calls begin, counts as code too.  A changed option, input

@@ -38,11 +38,15 @@ case $1 in
     kind=${o[--token-kind]}
     [[ $kind != bpe ]] || kind=bpe_${o[--vocab-size]}
     write "$data/lang_$kind/tokenizer.json" "$kind"
+    write "$data/lang_$kind/tokens.txt" "$kind"
     ;;
   *validate_data.py) write "$data/validated_$(basename "${o[--lang-dir]}").json" x ;;
   *extract_labels.py | *extract_text_states.py)
     IFS=, read -r -a sets <<< "${o[--label-dir]}"
-    for set in "${sets[@]}"; do write "$set/label_set.json" x; done
+    for set in "${sets[@]}"; do
+      write "$set/label_set.json" x
+      write "$(printf '%s/shard-%05d-of-%05d.safetensors' "$set" "${o[--shard]}" "${o[--num-shards]}")" x
+    done
     echo "$* " >> "$LOG.words"
     ;;
   *label_sets.py) echo "$* " >> "$LOG.sets" ;;

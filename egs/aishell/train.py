@@ -2,7 +2,7 @@
 """Train a student; the same command resumes where it stopped.
 
     ./train.py --config conf/mvq.yaml --exp-dir exp/mvq --kd mvq --label-dir data/labels/whisper_q8
-    torchrun --nproc-per-node 4 ./train.py --config conf/mvq.yaml --exp-dir exp/mvq ...
+    ../../local/torchrun.py --standalone --nproc-per-node 4 ./train.py --config conf/mvq.yaml --exp-dir exp/mvq ...
 """
 
 from icefall_kd.errors import run_main

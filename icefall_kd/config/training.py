@@ -140,6 +140,8 @@ class LoopConfig:
     """auto: the GPU when there is one."""
     num_threads: int | None = None
     """torch threads on a CPU; None: torch's own choice."""
+    dist_timeout: float = 1800.0
+    """Seconds that a rank waits for the others, at the start and in every step, before all of them end."""
     log_interval: int = 50
     """Steps between two log lines."""
     valid_interval: int | None = None
@@ -166,6 +168,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         at_least(self, num_epochs=1, accum_grad=1, log_interval=1, save_every_n=1, keep_last_k=1, average_period=1)
         at_least(self, max_steps=1, valid_interval=1, keep_epochs=1, keep_best=0, max_skips=0, start_epoch=1)
+        at_least(self, dist_timeout=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ claims about real speech.  espeak-ng (GPL-3.0) only makes data here; this is the
 import ctypes
 import dataclasses
 import functools
+import logging
 import math
 import multiprocessing
 import os
 import random
-import shutil
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +22,10 @@ import numpy as np
 
 from icefall_kd.data.demo_text import make_sentences, vocabulary
 from icefall_kd.errors import ConfigError, DataError
-from icefall_kd.runtime.files import fingerprint, read_json, write_json
+from icefall_kd.runtime.files import atomic_folder, fingerprint, read_json, remove_leftovers, write_json
+from icefall_kd.runtime.signals import end_with_parent
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
 # A change of the synthesis below must change this number, so that old corpora are made again.
@@ -358,7 +361,8 @@ def make_demo(root: Path, spec: DemoSpec, nj: int = 1) -> bool:
     """Make a demo corpus in ``root``, unless it is there already.
 
     The corpus is built in a folder beside ``root`` and renamed when complete, so ``root`` is either absent
-    or whole; ``root/demo.json`` holds the specification and its fingerprint.
+    or whole; ``root/demo.json`` holds the specification, its fingerprint and the size of every file.  A corpus whose
+    files have lost something since is made again.
 
     Args:
         root: folder of the corpus; ``LibriSpeech`` or ``data_aishell`` lies in it.
@@ -371,23 +375,51 @@ def make_demo(root: Path, spec: DemoSpec, nj: int = 1) -> bool:
         ConfigError: espeak-ng is missing.
     """
     marker = root / "demo.json"
-    if marker.is_file() and read_json(marker)["fingerprint"] == spec.identity():
+    if marker.is_file() and _is_whole(root, spec):
         return False
     if root.exists() and any(root.iterdir()) and not marker.is_file():
         raise DataError(f"{root} holds files and no demo.json: choose another folder or empty this one")
     plan = plan_corpus(spec)
-    building = root.with_name(root.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    folders = [_audio_folder(building, s, spec.language) for s in plan]
-    with ProcessPoolExecutor(max(1, min(nj, len(plan))), mp_context=multiprocessing.get_context("spawn")) as pool:
-        minutes = dict(pool.map(_write_speaker, plan, [spec] * len(plan), folders, chunksize=1))
-    _write_tables(building, plan, spec, minutes)
-    counts = {part: {"utterances": s * u, "speakers": s} for part, (s, u) in spec.parts.items()}
-    for part in counts:
-        counts[part]["hours"] = round(sum(minutes[s.speaker] for s in plan if s.part == part) / 60, 6)
-    what = dataclasses.asdict(spec) | spec.sizes
-    write_json(building / "demo.json", {"fingerprint": spec.identity(), "spec": what, "parts": counts})
-    shutil.rmtree(root, ignore_errors=True)
-    os.replace(building, root)
+    remove_leftovers(root.parent, root.name)
+    # A folder of this process alone: one that outlives the kill of its shell may still be building its own.
+    with atomic_folder(root, marker.name) as building:
+        folders = [_audio_folder(building, s, spec.language) for s in plan]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max(1, min(nj, len(plan))), spawn, initializer=end_with_parent) as pool:
+            minutes = dict(pool.map(_write_speaker, plan, [spec] * len(plan), folders, chunksize=1))
+        _write_tables(building, plan, spec, minutes)
+        counts = {part: {"utterances": s * u, "speakers": s} for part, (s, u) in spec.parts.items()}
+        for part in counts:
+            counts[part]["hours"] = round(sum(minutes[s.speaker] for s in plan if s.part == part) / 60, 6)
+        what = dataclasses.asdict(spec) | spec.sizes
+        content = {"fingerprint": spec.identity(), "spec": what, "parts": counts, "bytes": _sizes(building)}
+        write_json(building / marker.name, content)
     return True
+
+
+def _sizes(root: Path) -> dict[str, int]:
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    return {p.relative_to(root).as_posix(): p.stat().st_size for p in files}
+
+
+def _is_whole(root: Path, spec: DemoSpec) -> bool:
+    """Return whether ``root`` is the corpus of ``spec`` and all of its files are as long as they were made."""
+    try:
+        made = read_json(root / "demo.json")
+    except DataError as error:
+        logger.warning("%s is made again: %s", root, error)
+        return False
+    if made["fingerprint"] != spec.identity():
+        return False
+    found = _sizes(root)
+    damaged = [name for name, size in made.get("bytes", {}).items() if found.get(name) != size]
+    if damaged:
+        logger.warning(
+            "%s is made again: %s has %s of %d bytes (and %d more files)",
+            root,
+            damaged[0],
+            found.get(damaged[0], "none"),
+            made["bytes"][damaged[0]],
+            len(damaged) - 1,
+        )
+    return not damaged

@@ -1,5 +1,6 @@
 """Log-mel features: the extractor (kaldifeat where it imports, else lhotse) and the stage that stores them."""
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -29,6 +30,7 @@ from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import fbank_num_frames
 from icefall_kd.labels.audio import UNREADABLE
 from icefall_kd.runtime.files import TMP_PATTERN, atomic_path, fingerprint, sha256_file, write_json
+from icefall_kd.runtime.signals import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -260,9 +262,7 @@ def store_features(manifests: Sequence[Path], out_dir: Path, extractor: FbankExt
     out_dir = out_dir.absolute()
     out_dir.mkdir(parents=True, exist_ok=True)
     plan = {manifest: _plan_splits(manifest, out_dir, extractor, nj) for manifest in manifests}
-    jobs = [
-        split for splits in plan.values() for split in splits if not (split.cuts.is_file() and split.archive.is_file())
-    ]
+    jobs = [split for splits in plan.values() for split in splits if not _is_done(split)]
     with exclusive_pool(min(nj, len(jobs))) as run:
         for i, name in enumerate(run(functools.partial(_store_split, extractor), jobs), 1):
             logger.info("features of %s done, %d of %d", name, i, len(jobs))
@@ -283,7 +283,7 @@ def exclusive_pool(nj: int):
         yield map
         return
     # Fresh processes: a fork of one that runs threads (torch) may hang.
-    with ProcessPoolExecutor(nj, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(nj, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         yield pool.map
 
 
@@ -302,6 +302,22 @@ def _plan_splits(manifest: Path, out_dir: Path, extractor: FbankExtractor, nj: i
         )
         for k in range(nj)
     ]
+
+
+def _is_done(split: _Split) -> bool:
+    """Return whether a split was stored before, and neither its cuts nor its archive were cut off since."""
+    if not (split.cuts.is_file() and split.archive.is_file()):
+        return False
+    try:
+        (last,) = collections.deque(iterate_cuts(split.cuts), maxlen=1)
+    except (DataError, ValueError) as error:
+        logger.warning("%s: %s; its features are computed again", split.cuts, error)
+        return False
+    # A key holds where the chunks of an utterance begin in the archive, and their sizes; the last one ends the file.
+    end, size = sum(map(int, last.features.storage_key.split(","))), split.archive.stat().st_size
+    if size != end:
+        logger.warning("%s has %d of %d bytes; its features are computed again", split.archive, size, end)
+    return size == end
 
 
 def _store_split(extractor: FbankExtractor, split: _Split) -> str:

@@ -1,6 +1,9 @@
-"""How loader processes take the signal by which a scheduler announces the end of a job."""
+"""How helping processes take what ends the one that they help: signals of a scheduler, and its sudden end."""
 
+import multiprocessing
+import os
 import signal
+import threading
 
 
 def outlive_sigterm(grace: int = 30) -> None:
@@ -13,3 +16,19 @@ def outlive_sigterm(grace: int = 30) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(grace))
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it has ended, however that was.
+
+    It is for the processes of a pool: each of them holds the pipe open at which the others wait for work, so that after
+    a SIGKILL of their parent all of them would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

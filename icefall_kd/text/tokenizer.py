@@ -170,10 +170,23 @@ class Tokenizer:
             with atomic_write(folder / "bpe.model") as stream:
                 stream.write(self._model)
         with atomic_write(folder / "tokens.txt", "w") as stream:
-            stream.write("".join(f"{token} {i}\n" for i, token in enumerate(self.tokens)))
+            stream.write(self._table())
         content = {"format": FORMAT_VERSION, "kind": self.kind, "unit": self.unit, "vocab_size": self.vocab_size}
         content |= {"hash": self.hash, "tokens": self.tokens} | self._spelling()
         write_json(folder / "tokenizer.json", content)
+
+    def is_saved_in(self, folder: Path | str) -> bool:
+        """Return whether a folder holds this tokenizer, undamaged."""
+        folder = Path(folder)
+        try:
+            same = Tokenizer.load(folder).hash == self.hash
+        except DataError:
+            return False
+        table = folder / "tokens.txt"
+        return same and table.is_file() and table.read_bytes() == self._table().encode()
+
+    def _table(self) -> str:
+        return "".join(f"{token} {i}\n" for i, token in enumerate(self.tokens))
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":

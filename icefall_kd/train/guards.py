@@ -240,10 +240,12 @@ class NonFiniteGuard:
         if self.in_a_row > self.max_skips:
             file = self.exp_dir / f"nonfinite-step{step}-rank{self.rank}.json"
             write_json(file, {"step": step, "in_a_row": self.in_a_row, "skipped": self.reports})
-            raise NumericError(
+            error = NumericError(
                 f"{self.in_a_row} steps in a row were not finite, the last at step {step}: {named}; all of them are in "
                 f"{file}; look at these utterances, lower --base-lr, or use --precision bf16 instead of fp16"
             )
+            error.elsewhere = not locally
+            raise error
 
 
 def constant_metrics(history: Sequence[dict[str, float]]) -> list[str]:

@@ -5,6 +5,7 @@ stopped at any step and is started again with the same command ends in the same 
 """
 
 import contextlib
+import errno
 import logging
 import math
 import signal
@@ -23,7 +24,7 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime import dist
 from icefall_kd.runtime.env import pick_device
-from icefall_kd.runtime.files import remove_leftovers, write_json
+from icefall_kd.runtime.files import file_lock, read_json, remove_leftovers, write_json
 from icefall_kd.systems.base import System
 from icefall_kd.train import checkpoint as ckpt
 from icefall_kd.train import guards
@@ -72,27 +73,35 @@ def train(
         data: see :class:`TrainData`.
         config: all options; those of ``config.loop`` and ``config.optim`` are used here.
         tokenizer_hash: stored in every checkpoint; a checkpoint of another tokenizer is refused.
-        on_start: called on rank 0 before the first step of a run that has steps to do.
+        on_start: called on rank 0 once the run is found to fit what exp_dir holds, before its first step; for a
+            training that is complete, too, so that files beside the checkpoints are mended.
         epoch_seconds: audio of one epoch over all ranks, for the time left in the first epoch; None: unknown.
     Returns:
         What exp_dir/train_summary.json holds: finished, epochs, steps, train_loss, valid, seconds, ...
     Raises:
-        ConfigError: changed options, unused parameters, out of memory, or no room on the disk.
+        ConfigError: changed options, unused parameters, out of memory, no room on the disk, or another process that
+            trains in exp_dir.
         DataError: other data than before, or damaged checkpoints.
         NumericError: too many non-finite steps in a row.
+        RankError: another rank is gone, or late by more than --dist-timeout.
+        SystemExit: another rank has failed before, and said why.
     """
-    dist.init()
+    dist.init(config.loop.dist_timeout)
     trainer = _Trainer(system, data, config, tokenizer_hash, epoch_seconds)
     try:
         with trainer.signals():
             return trainer.run(on_start)
     except BaseException as error:
-        dist.report_failure(error)
-        raise
+        cause = dist.report_failure(error)
+        if cause is error:
+            raise
+        raise cause from error
     finally:
-        trainer.progress.close()
+        trainer.close()
 
 
+# Seconds to wait for another training in the same exp_dir: its loader processes outlive a kill for a moment.
+LOCK_PATIENCE = 20.0
 # What schedulers send before they end a job.
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -132,6 +141,7 @@ class _Trainer:
         self.stop_signal: str | None = None
         self.save_wanted = False
         self.transfer: TransferReport | None = None
+        self.locked = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -162,7 +172,9 @@ class _Trainer:
         self._link_best()
         if self._finished():
             logger.info("%s is trained already: %d steps", self.exp_dir, self.state.step)
-            return self._summary(finished=True, write=not (self.exp_dir / "train_summary.json").exists())
+            if self.rank == 0 and on_start is not None:
+                on_start()
+            return self._summary(finished=True, write=not self._has_summary())
         self._start(on_start)
         self.progress.start(self.state)
         try:
@@ -182,6 +194,13 @@ class _Trainer:
     def _finished(self) -> bool:
         steps = self.loop.max_steps
         return self.state.epoch > self.loop.num_epochs or (steps is not None and self.state.step >= steps)
+
+    def _has_summary(self) -> bool:
+        try:
+            read_json(self.exp_dir / "train_summary.json")
+        except DataError:  # gone, or cut off
+            return False
+        return True
 
     def _planned_steps(self) -> int:
         """Return the steps of the whole training if all epochs have as many batches as the first."""
@@ -253,6 +272,7 @@ class _Trainer:
         dist.barrier()
         if self.rank == 0:
             self.exp_dir.mkdir(parents=True, exist_ok=True)
+            self._lock()
             # Of a shorter training that is continued; the file says that the training is complete.
             (self.exp_dir / "train_summary.json").unlink(missing_ok=True)
             remove_leftovers(self.exp_dir, "*.pt")
@@ -277,6 +297,24 @@ class _Trainer:
                 reserve=self.stepper.memory_to_come(),
             )
         self.stepper.distribute()
+
+    def _lock(self) -> None:
+        """Keep other trainings out of exp_dir: a job that is started again may meet the one that outlived its shell."""
+        try:
+            self.locked.enter_context(file_lock(self.exp_dir / ".lock", LOCK_PATIENCE))
+        except TimeoutError as error:
+            raise ConfigError(
+                f"another process trains in {self.exp_dir}; wait for its end or end it, then run the same command again"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s is on a file system without locks: let no other process train in it", self.exp_dir)
+
+    def close(self) -> None:
+        """Close the records and let others train in exp_dir."""
+        self.progress.close()
+        self.locked.close()
 
     def _epoch(self) -> None:
         """Train what is left of the epoch in progress, validate and save."""

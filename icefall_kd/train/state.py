@@ -1,6 +1,7 @@
 """What a training has done so far, and how it is saved, found again and checked."""
 
 import dataclasses
+import logging
 import math
 import sys
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.env import environment
 from icefall_kd.runtime.files import read_json, write_json
 
+logger = logging.getLogger(__name__)
+
 # Options that may change when a training is resumed: they do not alter what is computed at a step, or (folders)
 # what they point to is compared by content.
 MAY_CHANGE = frozenset(
-    "exp_dir num_epochs max_steps device num_threads log_interval valid_interval save_every_n keep_last_k keep_epochs "
-    "keep_best max_skips oom_scan start_epoch init_from manifest_dir lang_dir label_dir valid_parts valid_utts "
-    "num_workers".split()
+    "exp_dir num_epochs max_steps device num_threads dist_timeout log_interval valid_interval save_every_n keep_last_k "
+    "keep_epochs keep_best max_skips oom_scan start_epoch init_from manifest_dir lang_dir label_dir valid_parts "
+    "valid_utts num_workers".split()
 )
 
 
@@ -119,8 +122,12 @@ def write_config(exp_dir: Path, config: TrainConfig, step: int, init: dict[str, 
         step: where this run begins.
         init: what transfer.initialise recorded when the training began; None: its parameters were drawn.
     """
-    file = exp_dir / "config.json"
-    runs = read_json(file).get("runs", []) if file.exists() else []
+    file, runs = exp_dir / "config.json", []
+    if file.exists():
+        try:
+            runs = read_json(file).get("runs", [])
+        except DataError as error:  # a record that nothing depends on
+            logger.warning("%s is written anew, without the earlier runs of the command: %s", file, error)
     run = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "from_step": step, "environment": environment()}
     write_json(
         file,

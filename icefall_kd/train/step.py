@@ -135,11 +135,17 @@ class Stepper:
                 terms, sums = self._forward(batch, step, part)
                 finite = math.isfinite(sums.sums["loss"][0])
                 # One collective tells all ranks whether to skip or stop, and how much data the step holds.
-                flags = [not finite, wishes.stop, wishes.save, is_last, terms.frames]
-                bad, stops, saves, lasts, all_frames = dist.all_reduce_sum(flags, self.device)
+                flags = [not finite, wishes.stop, wishes.save, is_last, terms.frames, len(work), len(work) ** 2]
+                bad, stops, saves, lasts, all_frames, passes, squares = dist.all_reduce_sum(flags, self.device)
                 shared = Wishes(stops > 0, saves > 0)
-                if 0 < lasts < self.world_size:
-                    raise DataError(f"epoch {epoch} ends at step {step} on some ranks alone: they differ in batches")
+                # Numbers are equal where their variance is 0; one with more passes would wait for the others in vain.
+                if 0 < lasts < self.world_size or self.world_size * squares != passes**2:
+                    found = dist.gather_objects((len(work), is_last))
+                    each = ", ".join(f"{n}{' and no more' if last else ''}" for n, last in found)
+                    raise DataError(
+                        f"the ranks differ in batches at step {step} of epoch {epoch}: forward passes by rank are "
+                        f"{each}; every rank needs equally many (TrainData.train_batches)"
+                    )
                 if bad:
                     if synchronise and self.model is not self.system:
                         # DDP's forward pass waits for gradients: the next backward pass, even one that is not to be
@@ -166,6 +172,8 @@ class Stepper:
 
     def _forward(self, batch: Batch, step: int, part: int | None) -> tuple[LossTerms, Tracker]:
         sums = Tracker()
+        if self.model is not self.system:
+            dist.count_collective()  # DDP exchanges buffers
         with self.memory_guard(batch, step), self.autocast():
             terms = self.model(batch.to(self.device), step, part)
             sums.add_terms(terms)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import re
 
 import numpy as np
@@ -63,6 +64,21 @@ def test_a_corpus_is_the_same_whatever_the_number_of_jobs_and_is_made_once(tmp_p
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")}
     assert make_demo(tmp_path / "a", dataclasses.replace(MICRO, seed=2))
     assert tree(tmp_path / "a") != tree(tmp_path / "b")
+
+
+def test_a_corpus_that_lost_something_is_made_again(tmp_path, caplog):
+    make_demo(tmp_path / "a", MICRO)
+    whole = tree(tmp_path / "a")
+    audio = next(p for p in sorted(whole) if p.suffix == ".flac")
+    for damage in (
+        lambda: os.truncate(tmp_path / "a" / audio, 100),
+        lambda: (tmp_path / "a" / audio).unlink(),
+        lambda: os.truncate(tmp_path / "a/demo.json", 50),
+    ):
+        damage()
+        assert make_demo(tmp_path / "a", MICRO) and tree(tmp_path / "a") == whole
+    assert f"{audio} has 100 of" in caplog.text and f"{audio} has none of" in caplog.text
+    assert "demo.json is not valid JSON" in caplog.text
 
 
 def test_a_stopped_build_leaves_no_corpus_and_is_made_again(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Features: one frame arithmetic, arrays and manifests agree, splits resume."""
 
+import os
+
 import lhotse
 import numpy as np
 import pytest
@@ -91,6 +93,21 @@ def test_a_finished_split_is_not_computed_again(manifest, tmp_path):
     assert names == ["cuts_train.jsonl.gz", *(f"feats_train-{k}-of-3.lca" for k in (1, 2, 3)), "feature_extractor.json"]
     for name in names[1:4]:
         assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+@pytest.mark.parametrize("damaged", ["archive", "cuts"])
+def test_a_finished_split_that_was_cut_off_is_computed_again(manifest, tmp_path, caplog, damaged):
+    extractor, out = FbankExtractor(backend="lhotse"), tmp_path / "fbank"
+    out.mkdir()
+    first = _plan_splits(manifest, out, extractor, 3)[0]
+    _store_split(extractor, first)
+    whole, file = first.archive.read_bytes(), getattr(first, damaged)
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("icefall_kd.data.features.exclusive_pool", _serial)
+        assert store_features([manifest], out, extractor, nj=3) == {"train": 15}
+    assert first.archive.read_bytes() == whole and f"{file}" in caplog.text and "computed again" in caplog.text
+    assert all(cut.load_features() is not None for cut in read_cuts(out / "cuts_train.jsonl.gz"))
 
 
 def _serial(_nj):

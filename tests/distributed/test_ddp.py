@@ -158,10 +158,79 @@ def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):
     begin = time.monotonic()
     runs = [start(repo, tmp_path / str(rank), data={"fail_at": (1, 3, rank)}) for rank in (0, 1)]
     for rank in (0, 1):
-        results = finish(runs[rank], timeout=60)
-        assert [code for code, _, _ in results] == [1, 1]
-        assert "planted failure" in results[rank][2]
+        ended(finish(runs[rank], timeout=60), 1, "RuntimeError: planted failure", by=rank)
     assert time.monotonic() - begin < 60
+
+
+def ended(results, code, cause, by=None):
+    """Check the exit codes of all ranks, and that one of them (``by``) alone printed the cause."""
+    errors = [err for _, _, err in results]
+    assert [found for found, _, _ in results] == [code] * len(results), "\n".join(errors)
+    printed = [rank for rank, err in enumerate(errors) for _ in range(err.count(cause))]
+    assert len(printed) == 1 and (by is None or printed == [by]), "\n".join(errors)
+    assert sum(err.count(" ERROR ") + err.count("Traceback") for err in errors) == 1, "\n".join(errors)
+
+
+def resumes(repo, exp_dir, **config):
+    """Check that every checkpoint can be read, and that a sound run goes on to the end of an undisturbed one."""
+    for file in exp_dir.glob("*.pt"):
+        load_checkpoint(file)
+    results = finish(start(repo, exp_dir, config=config))
+    assert [code for code, _, _ in results] == [0, 0], results[0][2]
+    assert "continuing from" in results[0][2]
+    assert [code for code, _, _ in finish(start(repo, exp_dir.with_name("whole"), config=config))] == [0, 0]
+    a, b = (load_checkpoint(folder / "epoch-1.pt") for folder in (exp_dir, exp_dir.with_name("whole")))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    records = [read_metrics(d / "log/metrics.jsonl", "train") for d in (exp_dir, exp_dir.with_name("whole"))]
+    assert [r["loss"] for r in records[0]] == [r["loss"] for r in records[1]]
+
+
+def test_a_rank_that_stalls_is_named_and_all_end_within_the_timeout(repo, tmp_path):
+    begin, config = time.monotonic(), {"num_epochs": 1, "dist_timeout": 10}
+    results = finish(start(repo, tmp_path / "exp", config=config, data={"stall_at": (1, 5, 1)}), timeout=90)
+    ended(results, 1, "rank 1 did not come to a collective operation within --dist-timeout 10 s", by=0)
+    assert time.monotonic() - begin < 90
+    resumes(repo, tmp_path / "exp", **config)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_missed_by_the_other(repo, tmp_path, rank):
+    config = {"num_epochs": 1, "dist_timeout": 600}
+    results = finish(start(repo, tmp_path / "exp", config=config, data={"die_at": (1, 5, rank)}), timeout=90)
+    (code, _, _), other = results[rank], results[1 - rank]
+    # Rank 0 holds the store of the rendezvous where nothing else started the ranks.
+    cause = "rank 1 gave no sign of life" if rank else "rank 0, or what started the ranks, is gone"
+    assert code == -signal.SIGKILL
+    ended([other], 1, cause)
+
+
+def test_ranks_that_do_not_meet_end(repo, tmp_path):
+    alone, other = start(repo, tmp_path, config={"dist_timeout": 3})
+    other.kill()
+    ((code, _, err),) = finish([alone], timeout=60)
+    assert code == 1 and err.count("RankError: the 2 ranks did not meet at 127.0.0.1:") == 1, err
+    assert "within --dist-timeout 3 s" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("accum_grad", [1, 3])
+def test_ranks_with_uneven_batches_end_with_code_4(repo, tmp_path, accum_grad):
+    # Three batches a step: the ranks are both at their last step, one with a batch more.
+    config = {"num_epochs": 1, "accum_grad": accum_grad, "save_every_n": 2}
+    data = {"fewer": (1, 1), "num_batches": 8}
+    results = finish(start(repo, tmp_path / "exp", config=config, data=data), timeout=60)
+    step, counts = (6, "1, 1 and no more") if accum_grad == 1 else (2, "2 and no more, 1 and no more")
+    ended(results, 4, f"in batches at step {step} of epoch 1: forward passes by rank are {counts};")
+    assert list_checkpoints(tmp_path / "exp", "checkpoint")
+
+
+def test_the_exit_code_of_a_rank_goes_through_the_launcher(repo, tmp_path):
+    options = {"config": {"num_epochs": 1, "max_skips": 1}, "data": {"inf_at": [(1, 3, 1), (1, 4, 1)]}}
+    command = [sys.executable, str(repo / "local/torchrun.py"), "--standalone", "--nproc-per-node", "2"]
+    for data, code in ((options["data"], 3), ({}, 0)):
+        words = [str(repo / "tests/train/toy.py"), str(tmp_path), json.dumps({**options, "data": data})]
+        done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+    assert "continuing from" in done.stderr
 
 
 def test_an_infinite_loss_on_one_rank_is_skipped_by_both(repo, tmp_path):
@@ -176,14 +245,14 @@ def test_an_infinite_loss_on_one_rank_is_skipped_by_both(repo, tmp_path):
 def test_infinite_losses_in_a_row_end_both_ranks_with_code_3(repo, tmp_path):
     data = {"inf_at": [(1, i, 1) for i in range(7)]}
     results = finish(start(repo, tmp_path, data=data, config={"max_skips": 2}))
-    assert [code for code, _, _ in results] == [3, 3], results[0][2] + results[1][2]
+    ended(results, 3, "NumericError: 3 steps in a row were not finite, the last at step 2: ce_loss is nan in", by=1)
     assert (tmp_path / "nonfinite-step2-rank1.json").exists()
 
 
 @pytest.mark.parametrize("oom_scan", [True, False])
-def test_parameters_without_gradient_are_named_by_both_ranks(repo, tmp_path, oom_scan):
-    for code, _, err in finish(start(repo, tmp_path, unused=True, config={"oom_scan": oom_scan, "accum_grad": 2})):
-        assert code == 2 and "receive no gradient from any active loss: forgotten.weight, forgotten.bias" in err, err
+def test_parameters_without_gradient_are_named_once(repo, tmp_path, oom_scan):
+    results = finish(start(repo, tmp_path, unused=True, config={"oom_scan": oom_scan, "accum_grad": 2}))
+    ended(results, 2, "receive no gradient from any active loss: forgotten.weight, forgotten.bias")
 
 
 def test_a_signal_to_one_rank_saves_on_all_and_they_go_on(repo, tmp_path):

@@ -157,6 +157,32 @@ def test_a_missing_output_is_made_again(recipe):
     assert out == ["train mvq", "table"] and "output out/mvq is missing" in err
 
 
+def test_an_output_that_was_cut_off_is_named_and_made_again(recipe):
+    recipe.write(SCRIPT.replace('--output "$out_dir/m.txt"', """--output "$out_dir"/{m.txt,folder,'*.pt'}""").replace(
+        "  echo manifests\n",
+        '  echo manifests\n  mkdir -p "$out_dir/folder/sub"\n  for n in 1 2; do\n'
+        '    echo whole > "$out_dir/$n.pt"\n    echo whole > "$out_dir/folder/sub/$n"\n  done\n',
+    ))  # fmt: skip
+    out_dir = recipe.work / "out"
+    assert recipe.run()[0] == ALL
+    for name, size in (("m.txt", 4), ("1.pt", 6), ("folder/sub/2", 6)):
+        whole = (out_dir / name).read_bytes()
+        os.truncate(out_dir / name, 2)
+        out, err = recipe.run()
+        # The same comes out of it, so nothing behind it runs.
+        assert out == ["manifests", "table"] and f"runs, output out/{name} was cut off: 2 of {size} bytes" in err
+        assert (out_dir / name).read_bytes() == whole
+    # What grows, what is new and what is removed inside a folder or behind a pattern is nobody's damage.
+    for name in ("m.txt", "1.pt", "folder/sub/1"):
+        (out_dir / name).write_text("one\nmore than it was\n")
+    (out_dir / "folder/new").write_text("x")
+    (out_dir / "2.pt").unlink()
+    (out_dir / "folder/sub/2").unlink()
+    assert "manifests" not in recipe.run("--stop-stage", "1")[0]
+    os.truncate(out_dir / "l.txt", 0)
+    assert "output out/l.txt was cut off: 0 of" in recipe.run("--stage", "2", "--stop-stage", "2")[1]
+
+
 def test_a_killed_stage_is_done_again(recipe):
     out, _ = recipe.run()
     result = (recipe.work / "out/l.txt").read_text()

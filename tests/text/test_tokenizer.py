@@ -55,6 +55,10 @@ def test_a_saved_tokenizer_is_the_same(kind, tmp_path):
     loaded.save(tmp_path / "again")
     for file in (tmp_path / "lang").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+        assert tokenizer.is_saved_in(tmp_path / "lang")
+        (tmp_path / "again" / file.name).write_bytes(file.read_bytes()[:-3])
+        assert not tokenizer.is_saved_in(tmp_path / "again"), file.name
+        loaded.save(tmp_path / "again")
 
 
 def test_training_twice_gives_the_same_hash_and_other_text_another():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from icefall_kd.errors import ConfigError, DataError, NumericError
-from icefall_kd.runtime.files import read_json
-from icefall_kd.train import guards
+from icefall_kd.runtime.files import file_lock, read_json
+from icefall_kd.train import guards, loop
 from icefall_kd.train.average import average_checkpoints, best_n, last_n
 from icefall_kd.train.checkpoint import list_checkpoints, load_checkpoint
 from icefall_kd.train.loop import train
@@ -85,6 +85,29 @@ def test_a_finished_training_is_left_alone(tmp_path):
     assert again["finished"] and again["valid"] == first["valid"] and again["train_loss"] == first["train_loss"]
     more, _ = run_toy(tmp_path, num_epochs=4)
     assert more["epochs"] == 4 and more["steps"] == 28
+
+
+def test_records_of_a_finished_training_that_were_cut_off_are_written_again(tmp_path, caplog):
+    run_toy(tmp_path)
+    summary = read_json(tmp_path / "train_summary.json")
+    os.truncate(tmp_path / "train_summary.json", 20)
+    called = []
+    train(ToySystem(), ToyData(), toy_config(tmp_path), tokenizer_hash="abc", on_start=lambda: called.append(1))
+    again = read_json(tmp_path / "train_summary.json")
+    assert called == [1] and all(again[k] == summary[k] for k in ("train_loss", "valid", "steps", "seconds"))
+    os.truncate(tmp_path / "config.json", 20)
+    more, _ = run_toy(tmp_path, num_epochs=4)
+    assert more["steps"] == 28 and "config.json is written anew" in caplog.text
+    assert len(read_json(tmp_path / "config.json")["runs"]) == 1
+
+
+def test_a_second_training_in_the_same_exp_dir_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOCK_PATIENCE", 0.1)
+    with file_lock(tmp_path / ".lock"), pytest.raises(ConfigError, match=r"another process trains in .*; wait"):
+        run_toy(tmp_path, max_steps=2)
+    assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "config.json").exists()
+    for steps in (2, 4):  # in one process, too, one may follow another
+        assert run_toy(tmp_path, max_steps=steps)[0]["steps"] == steps
 
 
 def test_skipped_batches_are_not_read_at_resume(tmp_path):

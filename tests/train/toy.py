@@ -1,7 +1,9 @@
 """A toy system and its data: a linear encoder with dropout and a classifier of frames."""
 
 import math
+import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -60,13 +62,28 @@ class ToyData:
         per_batch: utterances a batch of all ranks.
         inf_at: (epoch, index, rank) triples whose batch holds an infinite feature.
         fail_at: (epoch, index, rank) at which reading fails.
+        stall_at: (epoch, index, rank) at which reading takes ten minutes.
+        die_at: (epoch, index, rank) at which the process gets SIGKILL.
+        fewer: (rank, number): that rank has so many batches fewer an epoch.
         delay: seconds a batch takes to read.
         num_workers: processes that read.
     """
 
-    def __init__(self, num_batches=7, per_batch=4, inf_at=(), fail_at=None, delay=0.0, num_workers=0) -> None:
-        self.num_batches, self.per_batch = num_batches, per_batch
+    def __init__(
+        self,
+        num_batches=7,
+        per_batch=4,
+        inf_at=(),
+        fail_at=None,
+        stall_at=None,
+        die_at=None,
+        fewer=(-1, 0),
+        delay=0.0,
+        num_workers=0,
+    ) -> None:
+        self.num_batches, self.per_batch, self.fewer = num_batches, per_batch, fewer
         self.inf_at, self.fail_at, self.delay = {tuple(x) for x in inf_at}, fail_at, delay
+        self.stall_at, self.die_at = stall_at, die_at
         self.num_read, self.num_workers = 0, num_workers
         self.fingerprint = "toy"
 
@@ -91,14 +108,20 @@ class ToyData:
 
     def __getitem__(self, position):
         epoch, index = position
-        if self.fail_at == (epoch, index, dist.get_rank()):
+        here = (epoch, index, dist.get_rank())
+        if self.fail_at == here:
             raise RuntimeError("planted failure")
+        if self.stall_at == here:
+            time.sleep(600)
+        if self.die_at == here:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.delay:
             time.sleep(self.delay)
         return self._batch(epoch, index)
 
     def train_batches(self, epoch, skip):
-        positions = [(epoch, index) for index in range(skip, self.num_batches)]
+        short = self.fewer[1] if dist.get_rank() == self.fewer[0] else 0
+        positions = [(epoch, index) for index in range(skip, self.num_batches - short)]
         if self.num_workers:
             init = lambda _: outlive_sigterm()  # noqa: E731
             return iter(DataLoader(self, None, sampler=positions, num_workers=self.num_workers, worker_init_fn=init))
@@ -150,9 +173,10 @@ def main() -> int:
     random.seed(0)
     options = json.loads(sys.argv[2])
     data = options.get("data", {})
-    if data.get("fail_at"):
-        data["fail_at"] = tuple(data["fail_at"])
-    dist.init(timeout=60)
+    for name in ("fail_at", "stall_at", "die_at"):
+        if data.get(name):
+            data[name] = tuple(data[name])
+    dist.init(options["config"].get("dist_timeout", 60))
     try:
         setup_logging(None, "toy", dist.get_rank())
         system = {name: options[name] for name in ("dropout", "unused") if name in options}
