@@ -15,6 +15,7 @@ with 2 for wrong usage and with 4 when an input is missing.  ``finish`` exits wi
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -79,6 +80,9 @@ def check(marker: Path, arguments: list[str]) -> int:
         if old["inputs"] != new["inputs"]:  # same content, new time stamps: spare the next check the checksums
             write_json(marker, {**old, "inputs": new["inputs"]})
         return 0
+    started = load(pending_path(marker))
+    if force or started is None or differences(started, {**new, "outputs": []}):
+        forget_tasks(marker)
     write_json(pending_path(marker), new)
     marker.unlink(missing_ok=True)  # from now on the outputs may be half-written
     print("\n".join(reasons))
@@ -108,6 +112,11 @@ def parse(arguments: list[str]) -> tuple[dict[str, list[str]], bool]:
 def pending_path(marker: Path) -> Path:
     """Return the file that holds a started stage's dependencies."""
     return marker.with_name(marker.name + ".pending")
+
+
+def forget_tasks(marker: Path) -> None:
+    """Remove what run_cmd remembers of a stage's tasks: it is true of the same inputs and options alone."""
+    shutil.rmtree(marker.with_name(marker.name + ".tasks"), ignore_errors=True)
 
 
 def load(marker: Path) -> dict | None:
@@ -240,6 +249,7 @@ def finish(marker: Path, seconds: float) -> int:
     if done is None:
         raise Failure(DATA, f"{pending} is missing or damaged: was the same stage started twice at the same time?")
     missing = [path for path in done["outputs"] if not os.path.exists(path)]
+    forget_tasks(marker)
     if missing:
         raise Failure(DATA, f"the stage ended without its output {', '.join(missing)}")
     write_json(marker, {**done, "seconds": seconds})
