@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034,SC2154
+# shellcheck shell=bash disable=SC2030,SC2031,SC2034,SC2154
 # What the run_*.sh of the systems have in common; sourced behind parse_options, whose options it reads.
 #
 # Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's

@@ -263,7 +263,7 @@ class _Submission:
             self.state.add_job({"id": previous, "base": chunk.base})
             self.waiting |= {number: (previous, number - chunk.base) for number in chunk.numbers}
             tasks = f", tasks {ranges(chunk.numbers)}" if self.work.array else ""
-            say(f"submitted job {previous} ({self.work.name}{tasks}), log {_output(self.work, chunk)}")
+            say(f"submitted job {previous} ({self.work.name}{tasks}), log {self.work.log or self.followed}")
 
     def _wait(self, ending: Ending) -> None:
         interval, next_look = FIRST_POLL, time.monotonic()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from icefall_kd.cli import parse_config
+from icefall_kd.config import TrainConfig
 from icefall_kd.runtime.slurm import chunks_of, ranges
 
 REPO = Path(__file__).resolve().parents[2]
@@ -311,3 +313,25 @@ def test_sigterm_reaches_a_command_that_cannot_go_on(cluster):
     wait_for(cluster.work / "s")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 9 and (cluster.work / "told").exists()
+
+
+@pytest.mark.parametrize("recipe", ["librispeech", "aishell"])
+@pytest.mark.parametrize(("name", "nodes"), [("one_node", 1), ("two_nodes", 2)])
+def test_the_examples_start_a_training_that_its_options_allow(cluster, monkeypatch, recipe, name, nodes):
+    folder = REPO / "egs" / recipe
+    srun = cluster.root.parent / "bin/srun"
+    srun.write_text(f"#!{sys.executable} -IS\nimport json, os, sys\n"
+                    'json.dump(sys.argv[1:], open(os.environ["WORDS"], "w"))\n')  # fmt: skip
+    srun.chmod(0o755)
+    script = folder / f"slurm/{name}.sh"
+    env = {**cluster.env, "WORDS": str(cluster.work / "words"), "SLURM_JOB_ID": "5"}
+    done = subprocess.run(["bash", str(script)], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    # It came back without its summary: requeued.
+    assert done.returncode == 0 and "requeue 5" in (cluster.root / "scontrol").read_text(), done.stderr
+    words = json.loads((cluster.work / "words").read_text())
+    assert words[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=8"] and words[2:4] == ["python3", "./train.py"]
+    monkeypatch.chdir(folder)
+    config = parse_config(TrainConfig, words[4:])
+    assert f"\nexp_dir={config.loop.exp_dir}\n" in script.read_text()
+    directives = set(re.findall("^#SBATCH --(.*)$", script.read_text(), re.M))
+    assert {f"nodes={nodes}", "signal=B:USR1@120", "requeue", "open-mode=append", "cpus-per-task=8"} <= directives
