@@ -104,8 +104,9 @@ def script(work: Work, chunk: Chunk, state: State) -> str:
         options.append(("signal", f"B:USR1@{work.warning}"))
     options += [("chdir", os.getcwd()), ("output", _output(work, chunk)), ("open-mode", "append"), ("export", "ALL")]
     lines = ["#!/usr/bin/env bash", *(_directive(name, value) for name, value in options), "#SBATCH --requeue"]
-    # Where srun starts the ranks: it stopped to inherit this number of the job in Slurm 22.05.
-    launch = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={max(1, work.cpus // ranks)}"]
+    # A rank that fails tells the others, which end with its exit code: no reason to kill them at once.  The number of
+    # cores is no longer inherited from the job since Slurm 22.05.
+    launch = ["srun", "--kill-on-bad-exit=0", "--wait=120", f"--cpus-per-task={max(1, work.cpus // ranks)}"]
     command = [*(launch if work.nodes * ranks > 1 else []), *work.command]
     words, number = "${command[@]}", "0"
     if work.array is not None:

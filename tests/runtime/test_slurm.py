@@ -166,7 +166,7 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(tmp_path):
         "partition=big", "signal=B:USR1@300", f"chdir={tmp_path}", f"output={tmp_path}/log/train.log",
         "open-mode=append", "export=ALL", "requeue",
     }  # fmt: skip
-    assert "\ncommand=(\n  srun\n  --kill-on-bad-exit=1\n  --cpus-per-task=8\n  python3\n" in text
+    assert "\ncommand=(\n  srun\n  --kill-on-bad-exit=0\n  --wait=120\n  --cpus-per-task=8\n  python3\n" in text
     assert list(tmp_path.iterdir()) == []
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
@@ -329,9 +329,10 @@ def test_the_examples_start_a_training_that_its_options_allow(cluster, monkeypat
     # It came back without its summary: requeued.
     assert done.returncode == 0 and "requeue 5" in (cluster.root / "scontrol").read_text(), done.stderr
     words = json.loads((cluster.work / "words").read_text())
-    assert words[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=8"] and words[2:4] == ["python3", "./train.py"]
+    assert words[:3] == ["--kill-on-bad-exit=0", "--wait=120", "--cpus-per-task=8"]
+    assert words[3:5] == ["python3", "./train.py"]
     monkeypatch.chdir(folder)
-    config = parse_config(TrainConfig, words[4:])
+    config = parse_config(TrainConfig, words[5:])
     assert f"\nexp_dir={config.loop.exp_dir}\n" in script.read_text()
     directives = set(re.findall("^#SBATCH --(.*)$", script.read_text(), re.M))
     assert {f"nodes={nodes}", "signal=B:USR1@120", "requeue", "open-mode=append", "cpus-per-task=8"} <= directives

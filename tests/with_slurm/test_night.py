@@ -76,7 +76,8 @@ def test_a_training_of_two_nodes_that_is_requeued_has_the_losses_of_an_undisturb
         place = ["--name", exp_dir.name, "--ranks", "--nodes", "2", "--until", exp_dir / "train_summary.json"]
         return [*SUBMIT, *place, "--", *toy]
 
-    env = {"PYTHONPATH": str(REPO)}
+    # The nodes are this machine, where their names are no hosts.
+    env = {"PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1"}
     run(slurm, line(tmp_path / "whole", 0.0), tmp_path, **env)
     process = start(slurm, line(tmp_path / "parts", 0.3), tmp_path, **env)
     requeue(slurm, "parts", tmp_path / "parts", process, 3)

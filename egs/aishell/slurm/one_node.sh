@@ -21,6 +21,6 @@ set -euo pipefail
 . ../../local/job.sh
 
 exp_dir=exp/mvq-none
-run_task --until "$exp_dir/train_summary.json" -- srun --kill-on-bad-exit=1 --cpus-per-task=8 \
+run_task --until "$exp_dir/train_summary.json" -- srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task=8 \
   python3 ./train.py --config conf/mvq.yaml --exp-dir "$exp_dir" --kd none --manifest-dir data/aishell/fbank \
   --lang-dir data/aishell/lang_char --train-parts train --valid-parts dev

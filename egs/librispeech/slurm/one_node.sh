@@ -21,6 +21,6 @@ set -euo pipefail
 . ../../local/job.sh
 
 exp_dir=exp/mvq-none
-run_task --until "$exp_dir/train_summary.json" -- srun --kill-on-bad-exit=1 --cpus-per-task=8 \
+run_task --until "$exp_dir/train_summary.json" -- srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task=8 \
   python3 ./train.py --config conf/mvq.yaml --exp-dir "$exp_dir" --kd none --manifest-dir data/librispeech/fbank \
   --lang-dir data/librispeech/lang_bpe_500 --train-parts train-clean-100,train-clean-360,train-other-500 --valid-parts dev-clean,dev-other
