@@ -153,7 +153,7 @@ def decode(config: DecodeConfig) -> dict[str, dict]:
         name: part_batches(
             config.manifest_dir, part, tokenizer, config.max_duration, config.tail_padding, system.hears_samples
         )
-        for name, part in parts_by_name(config.test_parts).items()
+        for name, part in list(parts_by_name(config.test_parts).items())[config.shard :: config.num_shards]
     }
     return decode_parts(system, tokenizer, batches, config, files_used=used)
 

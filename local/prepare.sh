@@ -42,6 +42,8 @@ parse_options "$@"
 cd "$recipe"
 # shellcheck disable=SC1091
 . ./path.sh
+# shellcheck disable=SC1091
+. ./cmd.sh
 
 fetch=false
 if [[ -z $corpus_dir ]]; then
@@ -85,7 +87,7 @@ stage_0_corpus() { # Find, synthesise or download the corpus; compare counts and
     if begin --name synthesis --option corpus_dir demo_language demo_options --output "$corpus_dir/demo.json" "$corpus_dir" \
       --code 'icefall_kd/data/demo*.py' local/prepare_demo.py; then
       # shellcheck disable=SC2086  # demo_options is a list of words
-      python3 ../../local/prepare_demo.py --out-dir "$corpus_dir" --language "$demo_language" --nj "$nj" $demo_options
+      run_cmd cpu --cpus "$nj" -- python3 ../../local/prepare_demo.py --out-dir "$corpus_dir" --language "$demo_language" --nj "$nj" $demo_options
       finish
     fi
   elif [[ $fetch == true ]]; then
@@ -98,7 +100,8 @@ stage_0_corpus() { # Find, synthesise or download the corpus; compare counts and
   fi
   begin --option corpus corpus_dir parts language partial max_reject_ratio --input "$corpus_dir" \
     --output "$data_dir/checked.json" --code icefall_kd/data/corpora.py local/check_corpus.py || return 0
-  python3 ../../local/check_corpus.py "${corpus_words[@]}" --partial "$partial" --out "$data_dir/checked.json"
+  run_cmd cpu --cpus "$nj" -- python3 ../../local/check_corpus.py "${corpus_words[@]}" --partial "$partial" \
+    --out "$data_dir/checked.json"
 }
 
 stage_1_manifests() { # Cut sets: recordings checked, text normalised, speed copies of the training parts
@@ -106,8 +109,8 @@ stage_1_manifests() { # Cut sets: recordings checked, text normalised, speed cop
     --input "$corpus_dir" --output "$data_dir/corpus.json" "$data_dir/manifests" \
     --code icefall_kd/data/{manifests,prepare,recordings,corpora}.py icefall_kd/text/normalize.py \
     icefall_kd/labels/keys.py local/make_manifests.py || return 0
-  python3 ../../local/make_manifests.py "${corpus_words[@]}" --data-dir "$data_dir" --speed-perturb "$speed_perturb" \
-    --check-audio "$check_audio" --max-utts "${max_utts:-none}"
+  run_cmd cpu --cpus "$nj" -- python3 ../../local/make_manifests.py "${corpus_words[@]}" --data-dir "$data_dir" \
+    --speed-perturb "$speed_perturb" --check-audio "$check_audio" --max-utts "${max_utts:-none}"
 }
 
 stage_2_noise() { # Cut set of noises (--musan true)
@@ -127,7 +130,9 @@ stage_3_features() { # 80-bin log-mel features (--features precomputed)
   if [[ -f $data_dir/manifests/cuts_musan.jsonl.gz ]]; then
     words=(--parts "$(prepared_parts),musan")
   fi
-  python3 ../../local/compute_features.py --data-dir "$data_dir" --nj "$nj" "${words[@]}"
+  run_cmd cpu --cpus 1 --log "$data_dir/log/features.JOB.log" --array "0-$((nj - 1))%$nj" -- \
+    python3 ../../local/compute_features.py --data-dir "$data_dir" --nj "$nj" --shard JOB "${words[@]}"
+  run_cmd cpu --cpus 1 -- python3 ../../local/compute_features.py --data-dir "$data_dir" --nj "$nj" "${words[@]}"
 }
 
 stage_4_tokens() { # Tokenizer, trained on the training parts
@@ -136,8 +141,8 @@ stage_4_tokens() { # Tokenizer, trained on the training parts
   begin --option token_kind vocab_size ${options:+plm plm_min_count} --input "$data_dir/corpus.json" \
     --output "$lang_dir"/{tokenizer.json,tokens.txt,'bpe.*'} --code icefall_kd/text/{tokenizer,wordpiece}.py icefall_kd/data/prepare.py \
     || return 0
-  python3 ../../local/make_tokens.py --data-dir "$data_dir" --token-kind "$token_kind" --vocab-size "$vocab_size" \
-    "${options[@]}"
+  run_cmd cpu -- python3 ../../local/make_tokens.py --data-dir "$data_dir" --token-kind "$token_kind" \
+    --vocab-size "$vocab_size" "${options[@]}"
 }
 
 stage_5_validation() { # Check everything that training assumes
@@ -146,7 +151,7 @@ stage_5_validation() { # Check everything that training assumes
   begin --option features max_reject_ratio --input "$data_dir/corpus.json" "$cuts" "$lang_dir/tokenizer.json" \
     --output "$data_dir/validated_${lang_dir##*/}.json" \
     --code icefall_kd/data/{validate,filters}.py local/validate_data.py || return 0
-  python3 ../../local/validate_data.py --data-dir "$data_dir" --lang-dir "$lang_dir" --features "$features" \
+  run_cmd cpu -- python3 ../../local/validate_data.py --data-dir "$data_dir" --lang-dir "$lang_dir" --features "$features" \
     --max-reject-ratio "$max_reject_ratio"
 }
 
@@ -157,22 +162,22 @@ stage_6_lexicon() { # Lexicon: words, and the tokens that spell them (--graphs t
   begin --option lexicon lm_text --input "$data_dir/corpus.json" "$lang_dir/tokenizer.json" \
     ${lexicon:+"$lexicon"} "${files[@]}" --output "$lang_dir/lexicon.txt" "$lang_dir/words.txt" "$lang_dir/lm_text.txt" \
     --code icefall_kd/text/{lexicon,tokenizer,normalize}.py icefall_kd/data/prepare.py local/make_lexicon.py || return 0
-  python3 ../../local/make_lexicon.py --data-dir "$data_dir" --lang-dir "$lang_dir" --lexicon "${lexicon:-none}" \
-    ${lm_text:+--text "$lm_text"}
+  run_cmd cpu -- python3 ../../local/make_lexicon.py --data-dir "$data_dir" --lang-dir "$lang_dir" \
+    --lexicon "${lexicon:-none}" ${lm_text:+--text "$lm_text"}
 }
 
 stage_7_language_model() { # n-gram model of the words (--graphs true, unless --arpa names one)
   [[ $graphs == true && -z $arpa ]] || return 0
   begin --option lm_order --input "$lang_dir/lm_text.txt" --output "$lang_dir/lm.arpa" \
     --code icefall_kd/text/{ngram,corpus}.py local/make_ngram.py || return 0
-  python3 ../../local/make_ngram.py --text "$lang_dir/lm_text.txt" --order "$lm_order" --out "$lang_dir/lm.arpa"
+  run_cmd cpu -- python3 ../../local/make_ngram.py --text "$lang_dir/lm_text.txt" --order "$lm_order" --out "$lang_dir/lm.arpa"
 }
 
 stage_8_graphs() { # L, G, LG and HLG; needs k2 (--graphs true)
   [[ $graphs == true ]] || return 0
   begin --input "$lang_dir"/{tokenizer.json,lexicon.txt,words.txt} "${arpa:-$lang_dir/lm.arpa}" \
     --output "$lang_dir"/{L,L_disambig,G,LG,HLG}.safetensors --code icefall_kd/text/{graphs,lexicon}.py || return 0
-  python3 ../../local/make_graphs.py --lang-dir "$lang_dir" --arpa "${arpa:-$lang_dir/lm.arpa}"
+  run_cmd cpu -- python3 ../../local/make_graphs.py --lang-dir "$lang_dir" --arpa "${arpa:-$lang_dir/lm.arpa}"
 }
 
 run_stages

@@ -1,9 +1,9 @@
-# shellcheck shell=bash disable=SC2034,SC2154
+# shellcheck shell=bash disable=SC2030,SC2031,SC2034,SC2154
 # What the run_*.sh of the systems have in common; sourced behind parse_options, whose options it reads.
 #
 # Goes to the folder of the recipe.  Sets what options left empty: data_dir, exp_dir (exp/CORPUS and the script's
 # exp_tag), train_parts, valid_parts, test_parts, token_kind, extract_jobs, train_jobs; and marker_dir, kind (of features),
-# train_cuts, test_cuts, cuts_list, launch (what starts train.py).
+# train_cuts, test_cuts, cuts_list, in_turn (how many of what runs one after the other here wait for Slurm together).
 
 [[ -n $recipe ]] || fail 2 "start egs/librispeech/${0##*/} or egs/aishell/${0##*/} instead"
 cd "$recipe" || exit 2
@@ -25,6 +25,11 @@ case $recipe:$corpus in
     ;;
   *) : "${train_parts:=train}" "${valid_parts:=dev}" "${test_parts:=dev,test}" ;;
 esac
+in_turn=1
+if [[ $cmd_backend == slurm ]]; then # how much runs at the same time is the cluster's to say
+  in_turn=1000
+  : "${extract_jobs:=$in_turn}" "${train_jobs:=$in_turn}"
+fi
 if [[ $corpus == demo ]]; then
   : "${extract_jobs:=$nj}" "${train_jobs:=$nj}"
   [[ $recipe != *librispeech || -n $token_kind ]] || token_kind=char
@@ -39,8 +44,6 @@ train_cuts=("${train_cuts[@]/#/$data_dir/$kind/cuts_}")
 train_cuts=("${train_cuts[@]/%/.jsonl.gz}")
 test_cuts=("${test_cuts[@]/#/$data_dir/$kind/cuts_}")
 test_cuts=("${test_cuts[@]/%/.jsonl.gz}")
-launch=(python3)
-((num_gpus <= 1)) || launch=(python3 ../../local/torchrun.py --standalone --nproc-per-node "$num_gpus")
 
 commas() { # commas WORD ...: the words with commas between them
   local IFS=,
@@ -73,12 +76,16 @@ prepare_data() { # the corpus; the stages of prepare.sh have markers of their ow
 extract_and_verify() {
   local dirs dir
   IFS=, read -r -a dirs <<< "$1"
-  run_cmd --log "${dirs[0]}/log/extract.JOB.log" --array "0-$((num_shards - 1))" --max-jobs "$extract_jobs" -- \
+  run_cmd gpu --log "${dirs[0]}/log/extract.JOB.log" --array "0-$((num_shards - 1))%$extract_jobs" -- \
     python3 "../../local/${extractor:-extract_labels.py}" --cuts "$cuts_list" --label-dir "$1" --shard JOB \
     --num-shards "$num_shards" ${pieces:+--pieces "$pieces"} "${@:2}"
-  python3 ../../local/label_sets.py verify "${dirs[@]}"
+  run_cmd cpu -- python3 ../../local/label_sets.py verify "${dirs[@]}" || {
+    local code=$?
+    forget_tasks # what is damaged or missing was finished once
+    return "$code"
+  }
   for dir in "${dirs[@]}"; do
-    python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}" ${pieces:+--pieces "$pieces"}
+    run_cmd cpu -- python3 ../../local/label_sets.py join "$dir" --cuts "${train_cuts[@]}" ${pieces:+--pieces "$pieces"}
   done
 }
 
@@ -101,37 +108,64 @@ train_in() { # train_in EXP_DIR OPTION ...: start or resume a training; with --f
     mv "$dir" "$dir.old"
   fi
   # shellcheck disable=SC2086
-  "${launch[@]}" ./train.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --train-parts "$train_parts" \
+  run_cmd train --ranks ${num_gpus:+--gpus "$num_gpus"} --until "$dir/train_summary.json" -- \
+    python3 ./train.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --train-parts "$train_parts" \
     --valid-parts "$valid_parts" "$@" $train_args
 }
 
 decode_step() { # decode_step NAME EXP_DIR METHOD OPTION ...: decode and score all test parts, unless that is done
-  local name=$1 dir=$2 method=$3
+  local name=$1 dir=$2 method=$3 array=()
   shift 3
   begin --name "$name" --option decode_args test_parts "options=$*" --input "$dir/train_summary.json" \
     "${test_cuts[@]}" --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || return 0
+  if [[ $cmd_backend == slurm ]]; then # a task for each part
+    array=(--log "$dir/log/$name.JOB.log" --array "0-$((${#test_cuts[@]} - 1))")
+    set -- --shard JOB --num-shards "${#test_cuts[@]}" "$@"
+  fi
   # shellcheck disable=SC2086
-  OMP_NUM_THREADS=$nj ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" --test-parts "$test_parts" \
-    --decoding-method "$method" "$@" $decode_args
+  OMP_NUM_THREADS=$nj run_cmd gpu "${array[@]}" -- ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" \
+    --test-parts "$test_parts" --decoding-method "$method" "$@" $decode_args
   finish
 }
 
-side_by_side() { # side_by_side FUNCTION WORDS ...: the function with each of its words, --train-jobs at the same time
-  local function=$1 calls=("${@:2}") call
-  if ((train_jobs > 1 && ${#calls[@]} > 1)); then
-    run_cmd --array "0-$((${#calls[@]} - 1))" --max-jobs "$train_jobs" -- one_of_them JOB
-    return
+side_by_side() ( # side_by_side NUMBER FUNCTION WORDS ...: the function with each of its words, so many at the same time
+  at_once=$1 function=$2 running=0 code=0
+  shift 2
+  if ((at_once <= 1 || $# <= 1)); then
+    for call; do
+      # shellcheck disable=SC2086
+      "$function" $call
+    done
+    exit
   fi
-  for call in "${calls[@]}"; do
-    # shellcheck disable=SC2086
-    "$function" $call
+  set -m # each in a process group of its own, so that a signal reaches all of it
+  trap 'end_calls 143' TERM
+  trap 'end_calls 130' INT
+  for call; do
+    if ((running >= at_once)); then
+      wait -n || code=$?
+      running=$((running - 1))
+    fi
+    ((code == 0)) || break # the others may end, no more are started
+    one_call < /dev/null > >(sed -u "s/^/[$call] /") 2> >(sed -u "s/^/[$call] /" >&2) &
+    running=$((running + 1))
   done
+  while ((running > 0)); do
+    wait -n || code=$?
+    running=$((running - 1))
+  done
+  exit "$code"
+)
+
+one_call() { # of side_by_side
+  trap - TERM INT
+  trap 'code=$?; ((code == 0)) || log "failed with exit code $code: $function $call"' EXIT
+  # shellcheck disable=SC2086
+  "$function" $call
 }
 
-one_of_them() { # one_of_them NUMBER: in a process group of its own, so that what ends run_cmd's task ends the training
-  set -m
-  # shellcheck disable=SC2086,SC2154
-  "$function" ${calls[$1]} > >(sed -u "s/^/[${calls[$1]}] /") 2> >(sed -u "s/^/[${calls[$1]}] /" >&2) &
-  trap 'kill -- -$!' TERM
-  wait $!
+end_calls() { # end_calls EXIT_CODE: of side_by_side; what runs gets the time to save
+  jobs -p | xargs -r -I {} kill -TERM -- -{} 2> /dev/null || true
+  wait || true
+  exit "$1"
 }

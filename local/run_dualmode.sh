@@ -34,7 +34,7 @@ prepare_args=              # More options of prepare.sh, in one string
 train_args=                # More options of train.py, in one string
 ssl_args=                  # More options of pre-training, behind those
 dual_args="--dual-kd-scale 0.2 --dual-kd-warm-step 0.2"  # Options of trainings of both modes (not of pre-training)
-num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
+num_gpus=                  # GPUs of a training on each node; empty: those of cmd.sh with Slurm, no torchrun here
 train_jobs=                # Trainings at the same time; empty: 1, or nj for the demo
 decoding_methods=          # Searches, with spaces; empty: greedy_search, or ctc_greedy_search for the demo
 decode_chunks=             # Chunks of the streaming mode in frames of 40 ms, with spaces; empty: 8 16 32, or 16 with --short
@@ -164,7 +164,7 @@ stage_0_data() { # Prepare the corpus (its stages have markers of their own)
 }
 
 stage_1_pretrain() { # Train the encoders on audio alone that the systems start from
-  [[ -n $ssl_dir ]] || side_by_side pretrain_one "${arms[@]}"
+  [[ -n $ssl_dir ]] || side_by_side "$train_jobs" pretrain_one "${arms[@]}"
 }
 
 stage_2_train() { # Train every system
@@ -174,7 +174,7 @@ stage_2_train() { # Train every system
       calls+=("$system $seed")
     done
   done
-  side_by_side train_one "${calls[@]}"
+  side_by_side "$train_jobs" train_one "${calls[@]}"
 }
 
 decode_one() { # decode_one SYSTEM SEED METHOD: all test parts in each mode
@@ -193,14 +193,15 @@ decode_one() { # decode_one SYSTEM SEED METHOD: all test parts in each mode
 }
 
 stage_3_decode() { # Decode and score each mode
-  local system seed method
+  local system seed method calls=()
   for seed in $seeds; do
     for system in $systems; do
       for method in $decoding_methods; do
-        decode_one "$system" "$seed" "$method"
+        calls+=("$system $seed $method")
       done
     done
   done
+  side_by_side "$in_turn" decode_one "${calls[@]}"
 }
 
 stage_4_results() { # Print the table of results

@@ -28,7 +28,7 @@ speed_perturb=             # Speed copies of the training parts; empty: prepare.
 config=                    # Options of all trainings in YAML, NAME.yaml; empty: conf/hkd_CORPUS.yaml or conf/hkd.yaml
 prepare_args=              # More options of prepare.sh, in one string
 train_args=                # More options of train.py, in one string
-num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
+num_gpus=                  # GPUs of a training on each node; empty: those of cmd.sh with Slurm, no torchrun here
 train_jobs=                # Trainings at the same time; empty: 1, or nj for the demo
 decoding_methods="cif_greedy_search cif_beam_search"  # Searches, with spaces
 beam_size=10               # Hypotheses of cif_beam_search
@@ -123,7 +123,9 @@ stage_1_states() { # Take the language model's states of every training text, an
   report=$labels/alignment-${lang##*/}.txt
   begin --name "${labels##*/}-${lang##*/}" --input "${train_cuts[@]}" "$labels/label_set.json" "$lang/tokenizer.json" \
     --output "$report" --code icefall_kd/text/alignment.py icefall_kd/labels/text_reading.py || return 0
-  python3 ../../local/label_sets.py align "$labels" --lang-dir "$lang" --cuts "${train_cuts[@]}" > "$report.part"
+  # shellcheck disable=SC2016
+  run_cmd cpu -- bash -c '"$@" > "$0"' "$report.part" python3 ../../local/label_sets.py align "$labels" --lang-dir "$lang" \
+    --cuts "${train_cuts[@]}"
   mv "$report.part" "$report"
   cat "$report"
 }
@@ -152,7 +154,7 @@ stage_2_train() { # Train every system
       calls+=("$system $seed")
     done
   done
-  side_by_side train_one "${calls[@]}"
+  side_by_side "$train_jobs" train_one "${calls[@]}"
 }
 
 decode_one() { # decode_one SYSTEM SEED METHOD: all test parts
@@ -163,14 +165,15 @@ decode_one() { # decode_one SYSTEM SEED METHOD: all test parts
 }
 
 stage_3_decode() { # Decode and score
-  local system seed method
+  local system seed method calls=()
   for seed in $seeds; do
     for system in $systems; do
       for method in $decoding_methods; do
-        decode_one "$system" "$seed" "$method"
+        calls+=("$system $seed $method")
       done
     done
   done
+  side_by_side "$in_turn" decode_one "${calls[@]}"
 }
 
 stage_4_report() { # Write report.html of each training of the first seed

@@ -48,7 +48,7 @@ train_args=                # More options of train.py, in one string
 ssl_args=                  # More options of pre-training, behind those
 distil_args=               # More options of distillation
 tune_args=                 # More options of fine-tuning
-num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
+num_gpus=                  # GPUs of a training on each node; empty: those of cmd.sh with Slurm, no torchrun here
 num_shards=                # Shards of each label set: tasks of the extraction; empty: 8, or nj for the demo
 extract_jobs=              # Shards extracted at the same time; empty: 1, or nj for the demo
 train_jobs=                # Trainings at the same time; empty: 1, or nj for the demo
@@ -243,8 +243,8 @@ pretrain_one() { # pretrain_one ITERATION: k-means, labels, masked prediction
   fi
   if begin --name "kmeans$1" --option kmeans_utts teacher_seed "clusters=${clusters[$1 - 1]}" "words=${words[*]}" \
     --input "${cuts[@]}" "${source[@]}" --output "$kmeans" --code 'icefall_kd/teachers/*.py'; then
-    OMP_NUM_THREADS=$nj python3 ../../local/train_kmeans.py --cuts "$(commas "${cuts[@]}")" --out "$kmeans" "${words[@]}" \
-      --num-clusters "${clusters[$1 - 1]}" --kmeans-utts "$kmeans_utts" --kmeans-seed "$teacher_seed"
+    OMP_NUM_THREADS=$nj run_cmd gpu -- python3 ../../local/train_kmeans.py --cuts "$(commas "${cuts[@]}")" --out "$kmeans" \
+      "${words[@]}" --num-clusters "${clusters[$1 - 1]}" --kmeans-utts "$kmeans_utts" --kmeans-seed "$teacher_seed"
     finish
   fi
   mapfile -t outputs < <(label_files "$labels")
@@ -384,13 +384,13 @@ stage_2_cmvn() { # Mean and deviation of log-mel features
   [[ " $systems " == *" fbank-"* && -z $audio_dir ]] || return 0
   cuts_of "$ssl_parts"
   begin --input "${cuts[@]}" --output "$cmvn" --code icefall_kd/data/features.py icefall_kd/data/cmvn.py || return 0
-  python3 ../../local/compute_cmvn.py --manifest-dir "$data_dir/$kind" --parts "$ssl_parts" --out "$cmvn"
+  run_cmd cpu -- python3 ../../local/compute_cmvn.py --manifest-dir "$data_dir/$kind" --parts "$ssl_parts" --out "$cmvn"
 }
 
 stage_3_distil() { # Store the teacher's states (--states stored, mvq), and distil every student
   [[ ${#students[@]} != 0 && -z $audio_dir ]] || return 0
   [[ $states == online ]] || store_states
-  side_by_side distil_one "${students[@]}"
+  side_by_side "$train_jobs" distil_one "${students[@]}"
 }
 
 stage_4_hours() { # Choose the transcripts of fine-tuning
@@ -405,7 +405,7 @@ stage_4_hours() { # Choose the transcripts of fine-tuning
   done
   begin --name "$hours_part" --option teacher_seed "hours=${some[*]}" --input "${cuts[@]}" --output "${files[@]}" \
     --code icefall_kd/data/hours.py || return 0
-  python3 ../../local/select_hours.py --manifest-dir "$data_dir/$kind" --part "$hours_part" \
+  run_cmd cpu -- python3 ../../local/select_hours.py --manifest-dir "$data_dir/$kind" --part "$hours_part" \
     --hours "$(commas "${some[@]}")" --seed "$teacher_seed" --out-dir "${files[0]%/*}"
 }
 
@@ -418,7 +418,7 @@ stage_5_tune() { # Fine-tune every system with each amount of transcripts
       done
     done
   done
-  side_by_side tune_one "${calls[@]}"
+  side_by_side "$train_jobs" tune_one "${calls[@]}"
 }
 
 all_systems() { # all_systems COMMAND ...: the command with system, hours and seed behind it, for each fine-tuning
@@ -432,15 +432,17 @@ all_systems() { # all_systems COMMAND ...: the command with system, hours and se
   done
 }
 
-decode_one() { # decode_one SYSTEM HOURS SEED: all test parts by each search
-  local method
-  for method in $decoding_methods; do
-    decode_step "$(name_of "$1")-$2-seed$3-$method" "$(system_dir "$@")" "$method"
-  done
+decode_one() { # decode_one METHOD SYSTEM HOURS SEED: all test parts
+  decode_step "$(name_of "$2")-$3-seed$4-$1" "$(system_dir "${@:2}")" "$1"
 }
 
 stage_6_decode() { # Decode and score
-  all_systems decode_one
+  local method calls=() found
+  for method in $decoding_methods; do
+    mapfile -t found < <(all_systems echo "$method")
+    calls+=("${found[@]}")
+  done
+  side_by_side "$in_turn" decode_one "${calls[@]}"
 }
 
 compare_layers() { # compare_layers NAME EXP_DIR: with those of the teacher, on the first part of --ssl-valid-parts
@@ -449,7 +451,7 @@ compare_layers() { # compare_layers NAME EXP_DIR: with those of the teacher, on 
   cuts_of "${ssl_valid_parts%%,*}"
   begin --name "$1" --input "${cuts[@]}" "$2/train_summary.json" "${teacher_files[@]}" --output "$out" \
     --code icefall_kd/report/similarity.py || return 0
-  OMP_NUM_THREADS=$nj python3 ../../local/similarity.py --student "$2" --teacher "$(teacher_dir)" \
+  OMP_NUM_THREADS=$nj run_cmd gpu -- python3 ../../local/similarity.py --student "$2" --teacher "$(teacher_dir)" \
     --cuts "$(commas "${cuts[@]}")" --out "$out"
   finish
 }

@@ -34,7 +34,7 @@ speed_perturb=             # Speed copies of the training parts; empty: prepare.
 config=                    # Training options in YAML; empty: conf/mvq_CORPUS.yaml or conf/mvq.yaml
 prepare_args=              # More options of prepare.sh, in one string
 train_args=                # More options of train.py, in one string
-num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
+num_gpus=                  # GPUs of a training on each node; empty: those of cmd.sh with Slurm, no torchrun here
 decoding_methods="greedy_search modified_beam_search"  # Searches, with spaces
 decode_args="--avg 3"      # More options of decode.py, in one string
 extract_jobs=              # Shards extracted at the same time; empty: 1, or nj for the demo
@@ -107,7 +107,7 @@ stage_1_teacher() { # Check the teacher on a few utterances
     begin --name "layer${layers[i]}" --option teacher "layer=${layers[i]}" normalize_embeddings \
       --input "${train_cuts[@]}" "${teacher_files[@]}" --output "${reports[i]}" \
       --code 'icefall_kd/teachers/*.py' || continue
-    OMP_NUM_THREADS=$nj python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "${reports[i]}" \
+    OMP_NUM_THREADS=$nj run_cmd gpu -- python3 ../../local/check_teacher.py --cuts "${train_cuts[0]}" --out "${reports[i]}" \
       --layer "${layers[i]}" "${teacher_options[@]}"
     finish
   done
@@ -121,7 +121,7 @@ stage_2_quantizer() { # Train the quantizer of each layer and report on it
       phase1_steps phase2_steps quantizer_utts --input "${train_cuts[@]}" "${teacher_files[@]}" \
       --output "${quantizers[i]}" "${quantizers[i]%.safetensors}.*" --code 'icefall_kd/quantization/*.py' 'icefall_kd/quantization/csrc/*.cpp' \
       'icefall_kd/teachers/*.py' || continue
-    OMP_NUM_THREADS=$nj python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "${quantizers[i]}" \
+    OMP_NUM_THREADS=$nj run_cmd gpu -- python3 ../../local/train_quantizer.py --cuts "$cuts_list" --out "${quantizers[i]}" \
       --num-codebooks "$num_codebooks" --phase1-steps "$phase1_steps" --phase2-steps "$phase2_steps" \
       --quantizer-utts "$quantizer_utts" --layer "${layers[i]}" "${teacher_options[@]}"
     finish
@@ -156,27 +156,30 @@ student_dir() { # student_dir SYSTEM SEED: the exp_dir of a student
   echo "$exp_dir/$1$student_tag-seed$2"
 }
 
+train_one() { # train_one SYSTEM SEED
+  local dir labels=() label_dirs=() lang
+  dir=$(student_dir "$1" "$2") lang=$(lang_dir)
+  case $1 in
+    mvq) label_dirs=("${codes_dirs[@]}") ;;
+    l1 | l2) label_dirs=("${embeddings_dirs[@]}") ;;
+  esac
+  [[ $1 == none ]] || labels=(--label-dir "$(commas "${label_dirs[@]}")")
+  # No --code: an edited line of the library does not throw a week of training away.
+  begin --name "$1$student_tag-seed$2" --option train_args train_parts valid_parts --input "$config" \
+    "${train_cuts[@]}" "$lang/tokenizer.json" "${label_dirs[@]}" \
+    --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || return 0
+  train_in "$dir" --config "$config" --kd "$1" --seed "$2" --lang-dir "$lang" "${labels[@]}"
+  finish
+}
+
 stage_4_train() { # Train every student
-  local system seed dir labels label_dirs lang
-  lang=$(lang_dir)
+  local system seed calls=()
   for seed in $seeds; do
     for system in $systems; do
-      dir=$(student_dir "$system" "$seed")
-      label_dirs=()
-      case $system in
-        mvq) label_dirs=("${codes_dirs[@]}") ;;
-        l1 | l2) label_dirs=("${embeddings_dirs[@]}") ;;
-      esac
-      labels=()
-      [[ $system == none ]] || labels=(--label-dir "$(commas "${label_dirs[@]}")")
-      # No --code: an edited line of the library does not throw a week of training away.
-      begin --name "$system$student_tag-seed$seed" --option train_args train_parts valid_parts --input "$config" \
-        "${train_cuts[@]}" "$lang/tokenizer.json" "${label_dirs[@]}" \
-        --output "$dir"/{train_summary.json,'*.pt','tokenizer/*'} || continue
-      train_in "$dir" --config "$config" --kd "$system" --seed "$seed" --lang-dir "$lang" "${labels[@]}"
-      finish
+      calls+=("$system $seed")
     done
   done
+  side_by_side "$in_turn" train_one "${calls[@]}"
 }
 
 decode_one() { # decode_one SYSTEM SEED METHOD CHUNK: all test parts; a CHUNK of -1: whole utterances
@@ -191,16 +194,17 @@ decode_one() { # decode_one SYSTEM SEED METHOD CHUNK: all test parts; a CHUNK of
 }
 
 stage_5_decode() { # Decode and score
-  local system seed method chunk
+  local system seed method chunk calls=()
   for seed in $seeds; do
     for system in $systems; do
       for method in $decoding_methods; do
         for chunk in "${chunk_sizes[@]}"; do
-          decode_one "$system" "$seed" "$method" "$chunk"
+          calls+=("$system $seed $method $chunk")
         done
       done
     done
   done
+  side_by_side "$in_turn" decode_one "${calls[@]}"
 }
 
 stage_6_results() { # Print the table of results

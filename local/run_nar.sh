@@ -29,7 +29,7 @@ speed_perturb=             # Speed copies of the training parts; empty: prepare.
 config=                    # Options of all trainings in YAML, NAME.yaml; empty: conf/nar_CORPUS.yaml or conf/nar.yaml
 prepare_args=              # More options of prepare.sh, in one string
 train_args=                # More options of train.py, in one string
-num_gpus=0                 # GPUs of a training on this machine; 0 and 1: no torchrun
+num_gpus=                  # GPUs of a training on each node; empty: those of cmd.sh with Slurm, no torchrun here
 decoding_methods="ctc_greedy_search mask_predict nar_beam_search"  # Searches of students, with spaces
 teacher_methods="ctc_greedy_search joint_beam_search"  # Searches of teachers
 beam_size=5                # Hypotheses of nar_beam_search
@@ -156,9 +156,8 @@ stage_0_data() { # Prepare the corpus (its stages have markers of their own)
 stage_1_teacher() { # Train the autoregressive teachers
   local seed
   [[ -z $teacher_exp_dir ]] || return 0
-  for seed in $seeds; do
-    train_one teacher "$seed"
-  done
+  read -r -a seed <<< "$seeds"
+  side_by_side "$in_turn" train_one "${seed[@]/#/teacher }"
 }
 
 stage_2_labels() { # Extract and verify the labels that the students need
@@ -180,12 +179,13 @@ stage_2_labels() { # Extract and verify the labels that the students need
 }
 
 stage_3_train() { # Train every student
-  local system seed
+  local system seed calls=()
   for seed in $seeds; do
     for system in $systems; do
-      train_one "$system" "$seed"
+      calls+=("$system $seed")
     done
   done
+  side_by_side "$in_turn" train_one "${calls[@]}"
 }
 
 decode_one() { # decode_one SYSTEM SEED METHOD: all test parts
@@ -200,17 +200,18 @@ decode_one() { # decode_one SYSTEM SEED METHOD: all test parts
 }
 
 stage_4_decode() { # Decode and score
-  local system seed method methods
+  local system seed method methods calls=()
   for seed in $seeds; do
     for system in teacher $systems; do
       [[ $system != teacher || -z $teacher_exp_dir || $seed == "${seeds%% *}" ]] || continue
       methods=$decoding_methods
       [[ $system != teacher* ]] || methods=$teacher_methods
       for method in $methods; do
-        decode_one "$system" "$seed" "$method"
+        calls+=("$system $seed $method")
       done
     done
   done
+  side_by_side "$in_turn" decode_one "${calls[@]}"
 }
 
 stage_5_results() { # Print the table of results

@@ -17,6 +17,7 @@ with 2 for wrong usage and with 4 when an input is missing.  ``finish`` exits wi
 import hashlib
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,9 @@ def check(marker: Path, arguments: list[str]) -> int:
         if old["inputs"] != new["inputs"]:  # same content, new time stamps: spare the next check the checksums
             write_json(marker, {**old, "inputs": new["inputs"]})
         return 0
+    started = load(pending_path(marker))
+    if force or started is None or differences(started, {**new, "outputs": []}):
+        forget_tasks(marker)
     write_json(pending_path(marker), new)
     marker.unlink(missing_ok=True)  # from now on the outputs may be half-written
     print("\n".join(reasons))
@@ -113,6 +117,11 @@ def parse(arguments: list[str]) -> tuple[dict[str, list[str]], bool]:
 def pending_path(marker: Path) -> Path:
     """Return the file that holds a started stage's dependencies."""
     return marker.with_name(marker.name + ".pending")
+
+
+def forget_tasks(marker: Path) -> None:
+    """Remove what run_cmd remembers of a stage's tasks: it is true of the same inputs and options alone."""
+    shutil.rmtree(marker.with_name(marker.name + ".tasks"), ignore_errors=True)
 
 
 def load(marker: Path) -> dict | None:
@@ -279,7 +288,9 @@ def finish(marker: Path, seconds: float) -> int:
     done = load(pending)
     if done is None:
         raise Failure(DATA, f"{pending} is missing or damaged: was the same stage started twice at the same time?")
-    if absent := missing(done["outputs"]):
+    absent = missing(done["outputs"])
+    forget_tasks(marker)
+    if absent:
         raise Failure(DATA, f"the stage ended without its output {', '.join(absent)}")
     write_json(marker, {**done, "sizes": sizes(done["outputs"]), "seconds": seconds})
     pending.unlink()

@@ -45,6 +45,9 @@
 #     fi
 #   done
 #
+# A command that computes is started by `run_cmd KIND [OPTION ...] -- COMMAND ...`, so that cmd.sh decides where; the
+# options are those of local/submit.py.  Of an array in a step that did not finish, only what is missing runs again.
+#
 # Exit codes: 0 fine, 2 wrong usage, 4 a missing input or output, else that of the failed command.
 
 # Since bash 5.2 an & in what replaces a pattern, as in a folder's name, stands for what was matched.
@@ -227,6 +230,24 @@ finish() {
   _stages_python finish "$_stages_open" "$((SECONDS - _stages_started))" || exit $?
   _stages_open=""
   log "$_stages_step: done in $((SECONDS - _stages_started)) s"
+}
+
+# run_cmd KIND [OPTION ...] -- COMMAND ...: run a command or an array of tasks where cmd_backend says; KIND is cpu, gpu or
+# train: the resources cmd_KIND that a Slurm job asks for.
+run_cmd() {
+  local kind=cmd_$1 words=()
+  if [[ ${cmd_backend:-local} == slurm ]]; then
+    read -r -a words <<< "${!kind:-}"
+    local step=${_stages_open:-${_stages_current:-job}}
+    words+=(--name "${step##*/}" --log-dir "${marker_dir%/.done}/log")
+  fi
+  [[ -z $_stages_open ]] || words+=(--state "$_stages_open.tasks")
+  "${PYTHON:-python3}" -I -S "$_stages_repo/local/submit.py" --backend "${cmd_backend:-local}" "${words[@]}" "${@:2}"
+}
+
+# What a step's tasks left is of no use: all of them run again next time.
+forget_tasks() {
+  rm -rf "${_stages_open:?no step was begun}.tasks"
 }
 
 _stages_on_exit() {

@@ -23,7 +23,8 @@ from icefall_kd.scoring import RATE_NAMES
 logger = logging.getLogger("sweep")
 
 # Options of decode.py that do not alter what is recognised and how it is scored.
-_IRRELEVANT = ("exp_dir", "test_parts", "manifest_dir", "max_duration", "bootstrap", "device", "num_threads", "ctm")
+_IRRELEVANT = ("exp_dir", "test_parts", "manifest_dir", "shard", "num_shards", "max_duration", "bootstrap", "device",
+               "num_threads", "ctm")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

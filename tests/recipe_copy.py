@@ -9,7 +9,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 # Notes the command, and writes what the real one would; the stage engine keeps its own Python.
 STAND_IN = r"""#!/bin/bash
-case "$*" in *stage_marker.py*) exec REAL "$@" ;; esac
+case "$*" in *stage_marker.py* | *submit.py*) exec REAL "$@" ;; esac
 echo "${1##*/}" >> "$LOG"
 declare -A o
 words=("$@")
@@ -57,7 +57,8 @@ case $1 in
 esac
 """
 # What prepare.sh starts.
-PREPARED = ["check_corpus.py", "make_manifests.py", "compute_features.py", "make_tokens.py", "validate_data.py"]
+FEATURES = ["compute_features.py"] * 3  # two splits, and what joins them
+PREPARED = ["check_corpus.py", "make_manifests.py", *FEATURES, "make_tokens.py", "validate_data.py"]
 
 
 class RecipeCopy:

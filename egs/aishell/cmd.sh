@@ -1,6 +1,8 @@
-# shellcheck shell=bash
-# How the commands of this recipe are run: on this machine, array tasks side by side.
-. "$(dirname "${BASH_SOURCE[0]}")/../../local/run_cmd.sh"
+# shellcheck shell=bash disable=SC2034
+# Where the commands of this recipe run, and what Slurm jobs ask for: options of local/submit.py (docs/cluster.md).
+# What is set already counts more: cmd_backend=slurm ./run_mvq.sh ...
 
-# Tasks at the same time; empty: the number of cores.  Several GPU tasks on one GPU: set it to 1.
-export cmd_max_jobs=${cmd_max_jobs:-}
+: "${cmd_backend:=local}" # local: on this machine; slurm: as jobs
+: "${cmd_cpu:=--cpus 4 --mem 16G --time 12:00:00}"
+: "${cmd_gpu:=--gpus 1 --cpus 4 --mem 32G --time 12:00:00}"
+: "${cmd_train:=--nodes 1 --gpus 1 --cpus 8 --mem 64G --time 24:00:00}"

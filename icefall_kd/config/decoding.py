@@ -24,6 +24,10 @@ class DecodeConfig:
     """exp_dir of the training."""
     test_parts: list[str] = field(default_factory=lambda: ["test"])
     """Parts of manifest-dir, paths of lhotse cut sets, or folders of audio with *.trans.txt."""
+    shard: int = 0
+    """Which share of the parts to decode, from 0: every num-shards-th part."""
+    num_shards: int = 1
+    """Shares that the parts are divided into, as by the tasks of an array."""
     manifest_dir: Path = Path("data/fbank")
     """Folder of cuts_<part>.jsonl.gz."""
     decoding_method: DecodingMethod = "greedy_search"
@@ -138,6 +142,12 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         at_least(self, beam_size=1, nbest=1, epoch=1, iter=1, avg=1, max_duration=0.1, bootstrap=0, tail_padding=0)
+        at_least(self, num_shards=1)
+        if not 0 <= self.shard < self.num_shards:
+            raise ConfigError(
+                f"--shard is {self.shard}; with --num-shards {self.num_shards} it must be from 0 to "
+                f"{self.num_shards - 1}"
+            )
         at_least(self, lm_scale=0, passes=0, word_lm_weight=0, lexicon_beam_size=1, lexicon_beam_tokens=1)
         at_least(self, max_contexts=1, max_states=1, ngram_lm_scale=0, hlg_scale=0, num_paths=1)
         for name in ("joint_ctc_weight", "mask_threshold", "rescore_ctc_weight", "tail_threshold"):

@@ -245,7 +245,9 @@ class _Split:
         return self.out_dir / f".split-{self.name}-{self.inputs[:16]}.jsonl.gz"
 
 
-def store_features(manifests: Sequence[Path], out_dir: Path, extractor: FbankExtractor, nj: int = 1) -> dict[str, int]:
+def store_features(
+    manifests: Sequence[Path], out_dir: Path, extractor: FbankExtractor, nj: int = 1, shard: int | None = None
+) -> dict[str, int]:
     """Compute the features of cut sets and write ``out_dir/cuts_<part>.jsonl.gz`` with them attached.
 
     Each of ``nj`` splits of a part writes a shard ``feats_<part>-<k>-of-<n>.lca`` and its cuts under temporary
@@ -255,17 +257,25 @@ def store_features(manifests: Sequence[Path], out_dir: Path, extractor: FbankExt
         manifests: ``cuts_<part>.jsonl.gz`` files.
         out_dir: folder of the result.
         extractor: what computes the features.
-        nj: processes; clipped to the number of cuts of a part.
+        nj: splits and processes; clipped to the number of cuts of a part.
+        shard: compute this split of each part alone, from 0, and leave the rest to a run without it.
     Returns:
-        The number of cuts by part.
+        The number of cuts by part, none of a single split.
+    Raises:
+        ConfigError: there is no such split.
     """
+    if shard is not None and not 0 <= shard < nj:
+        raise ConfigError(f"--shard is {shard}; with --nj {nj} it must be from 0 to {nj - 1}")
     out_dir = out_dir.absolute()
     out_dir.mkdir(parents=True, exist_ok=True)
     plan = {manifest: _plan_splits(manifest, out_dir, extractor, nj) for manifest in manifests}
-    jobs = [split for splits in plan.values() for split in splits if not _is_done(split)]
+    wanted = slice(None) if shard is None else slice(shard, shard + 1)
+    jobs = [split for splits in plan.values() for split in splits[wanted] if not _is_done(split)]
     with exclusive_pool(min(nj, len(jobs))) as run:
         for i, name in enumerate(run(functools.partial(_store_split, extractor), jobs), 1):
             logger.info("features of %s done, %d of %d", name, i, len(jobs))
+    if shard is not None:
+        return {}
     write_json(out_dir / "feature_extractor.json", extractor.info())
     counts = {}
     for manifest, splits in plan.items():

@@ -129,8 +129,8 @@ def test_trainings_run_side_by_side_and_a_failed_one_is_told(recipe):
     stand_in = recipe.root / "bin/python3"
     stand_in.write_text(stand_in.read_text().replace("declare -A o", 'declare -A o\n[[ $* != *fails* ]] || exit 3'))
     options = ["--systems", "a1 a2", "--train-jobs", "2", "--exp-dir", "exp/fails", "--stage", "2", "--stop-stage", "2"]
-    log = recipe.run(*options, code=1)[1]
-    assert "failed with exit code 3" in log and "stage 2 train failed" in log
+    log = recipe.run(*options, code=3)[1]
+    assert "failed with exit code 3: train_one a" in log and "stage 2 train failed with exit code 3" in log
 
 
 def test_a_wrong_system_or_config_is_told_before_anything_runs(recipe):

@@ -65,7 +65,8 @@ class Recipe:
     def __init__(self, root: Path) -> None:
         self.root = root
         for name in ("local/stages.sh", "local/stage_marker.py", "icefall_kd/__init__.py", "icefall_kd/errors.py",
-                     "icefall_kd/runtime/__init__.py", "icefall_kd/runtime/files.py"):
+                     "icefall_kd/runtime/__init__.py", "icefall_kd/runtime/files.py", "icefall_kd/runtime/jobs.py",
+                     "icefall_kd/runtime/slurm.py", "local/submit.py", "local/job.sh"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPO / name, root / name)
         (root / "src").mkdir()
@@ -307,6 +308,39 @@ def test_the_text_of_the_function_that_begins_a_step_counts_as_code(recipe):
     recipe.write(script.replace('echo "train $kd"', 'echo "TRAIN $kd"'))
     out, err = recipe.run()
     assert out == ["TRAIN none", "TRAIN mvq", "table"] and "code run.sh:train changed" in err
+
+
+ARRAY = """  run_cmd cpu --log "$out_dir/log/JOB" --array 0-2%1 -- bash -c '[[ JOB != 1 || -e go ]]; echo JOB >> ran'
+"""
+
+
+def test_of_an_array_that_did_not_finish_only_what_is_missing_runs_again(recipe):
+    recipe.write(SCRIPT.replace('  echo "labels $layer"\n', ARRAY.replace("]];", "]] || exit 4;")))
+    ran = recipe.work / "ran"
+    _, err = recipe.run(code=4)
+    assert "failed with exit code 4: task 1 of 0-2" in err and "stage 2 labels failed with exit code 4" in err
+    (recipe.work / "go").touch()
+    _, err = recipe.run()
+    assert "1 of 3 tasks were finished before" in err and ran.read_text() == "0\n1\n2\n"
+    assert not list((recipe.work / "out/.done").glob("*.tasks"))
+    recipe.run("--stop-stage", "2", "--force")
+    assert ran.read_text() == "0\n1\n2\n" * 2
+    # What finished is worth nothing once an option, an input or the code is another, or with --force.
+    changes = [["--layer", "5"], ["--layer", "5", "--force"], ["--layer", "5", "--force"]]
+    (recipe.work / "go").unlink()
+    for options in changes:
+        recipe.run("--stop-stage", "2", *options, code=4)
+    assert ran.read_text() == "0\n1\n2\n" * 2 + "0\n" * len(changes)
+    recipe.run("--stop-stage", "2", "--layer", "5", code=4)
+    assert ran.read_text() == "0\n1\n2\n" * 2 + "0\n" * len(changes)
+
+
+def test_a_stage_that_ends_without_its_output_runs_all_its_tasks_again(recipe):
+    script = SCRIPT.replace('  echo "labels $layer"\n', ARRAY).replace('> "$out_dir/l.txt"\n}', "> l.txt\n}")
+    recipe.write(script.replace('  echo half > "$out_dir/l.txt"\n', ""))
+    for times in (1, 2):
+        assert "ended without its output out/l.txt" in recipe.run(code=4)[1]
+        assert (recipe.work / "ran").read_text() == "0\n1\n2\n" * times
 
 
 def test_mistakes_in_a_script_are_named(recipe):
