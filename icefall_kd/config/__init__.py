@@ -6,7 +6,7 @@ Precedence: defaults < ``--config conf/x.yaml`` < flags.
 """
 
 from icefall_kd.config.cif import CifConfig, TextKdConfig
-from icefall_kd.config.data import AugmentConfig, DataConfig
+from icefall_kd.config.data import AugmentConfig, DataConfig, SharConfig
 from icefall_kd.config.decoding import DecodeConfig, DecodingMethod, ExportConfig
 from icefall_kd.config.dual import DualConfig
 from icefall_kd.config.hubert import HubertConfig
@@ -60,6 +60,7 @@ __all__ = [
     "QuantizerConfig",
     "RecogniserKdConfig",
     "ReportConfig",
+    "SharConfig",
     "SslConfig",
     "TeacherConfig",
     "TextKdConfig",

@@ -38,10 +38,54 @@ class DataConfig:
     """Loader processes; 0 loads in the training process."""
     drop_last: bool = False
     """Drop the last, smaller batch of an epoch."""
+    shar_dir: Path | None = None
+    """Stream the training cuts, with features or audio and labels, from a Shar (local/export_shar.py) in place of
+    train-parts; None: read cut sets and label sets."""
+    shar_streams: int = 4
+    """Streams of the Shar that each rank reads at a time, each with shards of its own; num-workers must divide them."""
+    shar_buffer: int = 2000
+    """Cuts that a stream holds, with their data, to draw batches from."""
 
     def __post_init__(self) -> None:
-        at_least(self, valid_utts=1, max_duration=0.1, max_tokens=1)
+        at_least(self, valid_utts=1, max_duration=0.1, max_tokens=1, shar_streams=1, shar_buffer=1)
+        if self.shar_dir is not None and self.num_workers and self.shar_streams % self.num_workers:
+            raise ConfigError(
+                f"--num-workers {self.num_workers} does not divide --shar-streams {self.shar_streams}: a stream is "
+                "read by one process; change one of them"
+            )
         at_least(self, num_buckets=1, num_workers=0, min_utt_duration=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharConfig:
+    """Which cuts and labels to write as a Shar."""
+
+    cuts: list[Path]
+    """Cut sets (cuts_*.jsonl.gz), several as a,b."""
+    shar_dir: Path
+    """Folder of the Shar."""
+    num_shards: int
+    """Shards to divide the cuts among; of about 1000 cuts each, and many for each rank and stream of a training.  A
+    multiple of a label set's number of shards makes the labels of a shard lie in one of them."""
+    label_dir: list[Path] = field(default_factory=list)
+    """Label sets whose labels go along, several as a,b."""
+    store: Literal["features", "recording", "both"] = "features"
+    """What to write of a cut: its stored features, its audio (FLAC of 16 bits), or both."""
+    feature_codec: Literal["lilcom", "numpy"] = "lilcom"
+    """lilcom: a byte a number, up to 1/64 off what was stored; numpy: four bytes a number, as it was."""
+    job: int = 0
+    """Which job of an array this is, from 0."""
+    num_jobs: int = 1
+    """Jobs that write at the same time; each writes every num-jobs-th shard."""
+    pieces: float | None = None
+    """Write pieces of at most so many seconds, as a training with this --crop-duration hears them; None: utterances."""
+    min_coverage: float = 1.0
+    """Least fraction of the cuts that must have labels, of each set."""
+
+    def __post_init__(self) -> None:
+        at_least(self, num_shards=1, num_jobs=1, pieces=0.5)
+        if not 0 <= self.job < self.num_jobs:
+            raise ConfigError(f"--job is {self.job}; with --num-jobs {self.num_jobs} it runs from 0")
 
 
 @dataclass(frozen=True, kw_only=True)

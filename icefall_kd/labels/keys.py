@@ -198,6 +198,32 @@ def stamp_source(cut: MonoCut, speed: Fraction | str | float = 1, source: MonoCu
     return fastcopy(cut, custom={**(cut.custom or {}), _STAMP: stamp})
 
 
+def stamp_as(cut: MonoCut, key: str, source: MonoCut) -> MonoCut:
+    """Return ``cut`` with a stamp that says that it is the audio of ``key``, wherever it is read from.
+
+    Args:
+        cut: the whole of a recording that begins where the cut begins, as Lhotse's Shar makes one of each cut.
+        key: its label key.
+        source: the cut that it was; tells the native rate.
+    """
+    parsed = parse_key(key)
+    stamp = {
+        "recording_id": parsed.recording_id,
+        "start": parsed.start,
+        "num_samples": parsed.num_samples,
+        "speed": f"{parsed.speed.numerator}/{parsed.speed.denominator}",
+        "native_rate": _native_rate(source),
+        "of": {
+            "recording_id": cut.recording.id,
+            "start": 0,
+            "num_samples": cut.num_samples,
+            "sampling_rate": int(cut.sampling_rate),
+            "speed": "1/1",
+        },
+    }
+    return fastcopy(cut, custom={**(cut.custom or {}), _STAMP: stamp})
+
+
 def speed_copy(cut: MonoCut, speed: Fraction | str | float) -> MonoCut:
     """Return ``cut`` stamped and lazily perturbed to ``speed`` (1: stamped only)."""
     speed = as_speed(speed)

@@ -9,44 +9,24 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from lhotse.cut import Cut
 
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import INFO_NAME, LabelSetInfo
+from icefall_kd.labels.join import JoinReport, join
 from icefall_kd.labels.keys import parse_key
 from icefall_kd.labels.recogniser import content_problem
-from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, hash_words, key_hash, write_shard
+from icefall_kd.labels.shard import LabelEntry, Shard, ShardHeader, key_hash, write_shard
 from icefall_kd.labels.text_states import rows_problem
 from icefall_kd.runtime.files import file_lock, write_json
 
 logger = logging.getLogger(__name__)
 
 _SHARD_NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
-_JOINED_AT_ONCE = 1 << 16
-
-
-@dataclass(frozen=True)
-class JoinReport:
-    """How the keys of a corpus meet the keys of a label set."""
-
-    matched: int
-    missing: int
-    extra: int
-    first_missing: tuple[str, ...] = ()
-
-    @property
-    def coverage(self) -> float:
-        """Fraction of the wanted keys that have labels."""
-        total = self.matched + self.missing
-        return self.matched / total if total else 0.0
-
-    def __str__(self) -> str:
-        text = f"{self.matched} matched, {self.missing} missing, {self.extra} extra (coverage {self.coverage:.4%})"
-        return text + (f"; first missing: {', '.join(self.first_missing)}" if self.first_missing else "")
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -168,11 +148,15 @@ class LabelStore:
         if self._pid != os.getpid():
             self._reset()
         if k not in self._shards:
-            self._files = self._files or self._complete_files()
-            opened = Shard(self._files[k])
-            self._check_shard(opened)
-            self._shards[k] = opened
+            self._shards[k] = self.open_shard(k)
         return self._shards[k]
+
+    def open_shard(self, k: int) -> Shard:
+        """Return shard ``k``, checked against the set, which the store does not keep open."""
+        self._files = self._files or self._complete_files()
+        opened = Shard(self._files[k])
+        self._check_shard(opened)
+        return opened
 
     def _check_shard(self, shard: Shard) -> None:
         header = shard.header
@@ -189,6 +173,14 @@ class LabelStore:
                     f"label shard {shard.path} does not belong to its set: {name} is {found!r}, expected {wanted!r}; "
                     "delete it and extract this shard again"
                 )
+
+    def close(self, besides: int) -> None:
+        """Close all shards but one; the next use opens them again."""
+        self._shards = {k: shard for k, shard in self._shards.items() if k == besides}
+
+    def of(self, cuts: Sequence[Cut]) -> "LabelStore":
+        """Return what holds the labels of some cuts: the store does (those of a Shar come along with the cuts)."""
+        return self
 
     def _locate(self, key: str) -> tuple[Shard, int]:
         hashed = key_hash(key)
@@ -242,27 +234,18 @@ class LabelStore:
         Raises:
             DataError: below ``min_coverage``; the message is the report with the first five missing keys.
         """
-        found = [np.zeros(self.shard(k).num_utterances, bool) for k in range(self.num_shards)]
-        missing: dict[str, None] = {}  # in the order of the keys, each once
-        keys = iter(keys)
-        while some := list(islice(keys, _JOINED_AT_ONCE)):
-            words = hash_words(some)
-            shards, places = words[:, 1] % np.uint64(self.num_shards), np.empty(len(some), np.int64)
-            for k in range(self.num_shards):
-                here = np.flatnonzero(shards == k)
-                places[here] = at = self.shard(k).find_all(words[here, 0])
-                found[k][at[at >= 0]] = True
-            missing.update(dict.fromkeys(some[i] for i in np.flatnonzero(places < 0).tolist()))
-        matched = sum(int(f.sum()) for f in found)
-        first = tuple(islice(missing, 5))
-        report = JoinReport(matched, len(missing), len(self) - matched, first)
-        asked = matched + len(missing)
-        if not asked or matched < min_coverage * asked:
+        report = join(self, keys)
+        self.require(report, min_coverage)
+        return report
+
+    def require(self, report: JoinReport, min_coverage: float) -> None:
+        """Raise the DataError of :meth:`join` for a report on a coverage below ``min_coverage``."""
+        asked, first = report.matched + report.missing, report.first_missing
+        if not asked or report.matched < min_coverage * asked:
             raise DataError(
                 f"label set {self.path} does not cover the cuts: {report}; --min-coverage is {min_coverage}. "
                 f"{self._nearest(first[0]) if first else 'There are no cuts'}. Extract labels of these cuts"
             )
-        return report
 
     def _nearest(self, key: str) -> str:
         """Say what the set has instead of a missing key: the span at another speed, or another span."""
