@@ -1,6 +1,7 @@
 """local/submit.py on this machine: commands, arrays, logs, failures, and what it remembers."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
