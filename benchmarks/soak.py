@@ -11,8 +11,9 @@ The recipe runs twice, each time in a copy of the repository: undisturbed, then 
 * the disk is full, once: a small file system is filled or, where none can be mounted, files are limited in size.
 
 After every end the same line is started again.  Where an attempt that was left alone ends with a message that names a
-file which was cut off, that file is deleted, as the message says.  When the minutes are over the line runs to its end, and everything that
-it made must equal the undisturbed run: corpus, features, quantizer, labels, weights and losses, hypotheses.
+file which was cut off, that file is deleted, as the message says.  When the minutes are over the line runs to its end,
+and everything that it made must equal the undisturbed run: corpus, features, quantizer, labels, weights and losses,
+hypotheses.
 
 What is to happen (which process, which artifact, when) is drawn from the seed; what it meets depends on how fast the
 machine is.  The teacher has random weights and the student 16 channels, so that nearly all time is that of the recipe.
