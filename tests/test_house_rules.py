@@ -52,7 +52,9 @@ def test_torch_load_stands_in_one_place_and_loads_weights_only():
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"\btorch\.load\(", line)
     ]
-    assert [call for call in calls if call[0] != "icefall_kd/train/checkpoint.py"] == []
+    # The fuzz test takes saved files apart to damage them.
+    places = ("icefall_kd/train/checkpoint.py", "tests/faults/mutate.py")
+    assert [call for call in calls if call[0] not in places] == []
     assert [line for _, line in calls if "weights_only=True" not in line] == []
 
 
@@ -116,7 +118,7 @@ def test_nothing_that_is_read_is_run():
     ours = {name: tree for name, tree in python_files().items() if not name.startswith("tests/")}
     assert len(ours) > 200
     assert {name: found for name, tree in ours.items() if (found := refused_calls(tree))} == {}
-    # A file of Python that the user names is imported in one place; archives are looked into in two.
+    # A file of Python that the user names is imported in one place; archives are looked into in three.
     where = defaultdict(set)
     for name, tree in ours.items():
         for function, _ in calls(tree):
@@ -127,7 +129,7 @@ def test_nothing_that_is_read_is_run():
     assert where == {
         "exec_module": {"icefall_kd/teachers/own.py"},
         "import_module": {"icefall_kd/runtime/optional.py"},
-        "tarfile": {"icefall_kd/data/corpora.py"},
+        "tarfile": {"icefall_kd/data/corpora.py", "icefall_kd/data/shar.py"},
         "zipfile": {"icefall_kd/train/checkpoint.py"},
     }
 

@@ -5,6 +5,7 @@ of the label set that they belong to.  Each shard is then opened, compared with 
 that memory holds one shard and its share of the keys, whatever the size of the corpus: there is no table of all keys.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,13 @@ class KeyJoin:
         self._names.write(b"".join(key.encode().replace(b"\n", b"\0") + b"\n" for key in keys))
 
     def report(self) -> JoinReport:
-        """Compare what was added with the set."""
+        """Compare what was added with the set, which ends the join: its temporary files are gone."""
+        with contextlib.ExitStack() as stack:
+            for file in (self._names, *self._files):
+                stack.enter_context(file)
+            return self._compare()
+
+    def _compare(self) -> JoinReport:
         matched = missing = total = 0
         first: list[int] = []
         num_shards, divisions = self.shards.num_shards, len(self._files)

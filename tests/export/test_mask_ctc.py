@@ -56,7 +56,9 @@ def test_outputs_equal_the_models_within_the_tolerance(student, exported):
     record = json.loads((exported / "export.json").read_text())
     assert record["files"]["fp32"] == {"encoder": "encoder.onnx", "masked_decoder": "masked_decoder.onnx"}
     assert record["mask_id"] == TOKENS.mask_id and record["blank_id"] == 0
-    assert all(record["checks"][f]["largest_difference"] < 1e-4 for f in record["files"]["fp32"].values())
+    # Log-probabilities of the toy reach -1000, where float32 numbers are 0.00006 apart.
+    checks = [record["checks"][file] for file in record["files"]["fp32"].values()]
+    assert all(c["relative_rms_difference"] < 1e-6 and c["largest_difference"] < 1e-3 for c in checks)
     model = trained(student).system.model
     features, lens = torch.randn(3, 230, 80) * 4 - 6, torch.tensor([230, 101, 9])
     encoder_out, out_lens, log_probs = open_onnx(exported / "encoder.onnx")(features, lens)
