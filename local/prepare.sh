@@ -130,8 +130,10 @@ stage_3_features() { # 80-bin log-mel features (--features precomputed)
   if [[ -f $data_dir/manifests/cuts_musan.jsonl.gz ]]; then
     words=(--parts "$(prepared_parts),musan")
   fi
-  run_cmd cpu --cpus 1 --log "$data_dir/log/features.JOB.log" --array "0-$((nj - 1))%$nj" -- \
-    python3 ../../local/compute_features.py --data-dir "$data_dir" --nj "$nj" --shard JOB "${words[@]}"
+  # Here one process with a pool is the quickest; jobs are an array of one process each, and one that joins theirs.
+  [[ ${cmd_backend:-local} == local ]] ||
+    run_cmd cpu --cpus 1 --log "$data_dir/log/features.JOB.log" --array "0-$((nj - 1))%$nj" -- \
+      python3 ../../local/compute_features.py --data-dir "$data_dir" --nj "$nj" --shard JOB "${words[@]}"
   run_cmd cpu --cpus 1 -- python3 ../../local/compute_features.py --data-dir "$data_dir" --nj "$nj" "${words[@]}"
 }
 

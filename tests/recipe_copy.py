@@ -57,7 +57,7 @@ case $1 in
 esac
 """
 # What prepare.sh starts.
-FEATURES = ["compute_features.py"] * 3  # two splits, and what joins them
+FEATURES = ["compute_features.py"]
 PREPARED = ["check_corpus.py", "make_manifests.py", *FEATURES, "make_tokens.py", "validate_data.py"]
 
 
