@@ -4,6 +4,7 @@
 # make test-k2    the tests of k2, in an environment of its own (Python 3.11, 3.5 GB)
 # make test-espnet   our searches against ESPnet's, in an environment of its own
 # make test-native   build kaldifeat and fast_rnnt from source and test with them (minutes of compiling)
+# make scale  a dry run of an epoch of a million cuts without audio: fails when memory grows (minutes)
 # make lint   ruff and shellcheck
 # make env    the virtual environment that the others use (made by them when needed)
 # make clean  remove caches; data and experiments stay
@@ -22,7 +23,7 @@ DEMO_SHORT ?=
 SYSTEM ?= mvq
 export VENV VENV_K2 VENV_ESPNET PYTHON TEST_JOBS
 
-.PHONY: env demo test test-recipes test-faults test-all test-k2 test-espnet test-native lint clean
+.PHONY: env demo test test-recipes test-faults test-all test-k2 test-espnet test-native scale lint clean
 .DEFAULT_GOAL := demo
 
 env:
@@ -51,6 +52,9 @@ test-espnet:
 
 test-native: env
 	@local/test_native.sh
+
+scale: env
+	@PYTHONPATH=. $(VENV)/bin/python benchmarks/scale.py --check
 
 lint: env
 	@code=0; $(VENV)/bin/ruff check . || code=1; \
