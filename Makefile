@@ -5,6 +5,7 @@
 # make test-espnet   our searches against ESPnet's, in an environment of its own
 # make test-native   build kaldifeat and fast_rnnt from source and test with them (minutes of compiling)
 # make test-slurm    a night on a Slurm of this machine alone (Debian's packages, root); minutes
+# make scale  a dry run of an epoch of a million cuts without audio: fails when memory grows (minutes)
 # make lint   ruff and shellcheck
 # make env    the virtual environment that the others use (made by them when needed)
 # make clean  remove caches; data and experiments stay
@@ -23,7 +24,7 @@ DEMO_SHORT ?=
 SYSTEM ?= mvq
 export VENV VENV_K2 VENV_ESPNET PYTHON TEST_JOBS
 
-.PHONY: env demo test test-recipes test-faults test-all test-k2 test-espnet test-native test-slurm lint clean
+.PHONY: env demo test test-recipes test-faults test-all test-k2 test-espnet test-native test-slurm scale lint clean
 .DEFAULT_GOAL := demo
 
 env:
@@ -55,6 +56,9 @@ test-native: env
 
 test-slurm: env
 	@local/test_slurm.sh
+
+scale: env
+	@PYTHONPATH=. $(VENV)/bin/python benchmarks/scale.py --check
 
 lint: env
 	@code=0; $(VENV)/bin/ruff check . || code=1; \

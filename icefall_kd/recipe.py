@@ -14,6 +14,7 @@ from icefall_kd.config import DecodeConfig, TrainConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.data.datamodule import DataModule, decoding_batches, load_cuts
 from icefall_kd.data.recordings import cuts_from_folder
+from icefall_kd.data.streamed import SharDataModule
 from icefall_kd.decode.runner import decode_parts
 from icefall_kd.errors import ConfigError
 from icefall_kd.results import parts_by_name
@@ -43,7 +44,7 @@ def train_main(argv: list[str] | None = None) -> int:
         tokenizer = None if config.self_supervised else Tokenizer.load(config.data.lang_dir)
         torch.manual_seed(config.loop.seed)
         system = build_system(config, tokenizer.vocab_size if tokenizer else 0)
-        data = DataModule(
+        data = (DataModule if config.data.shar_dir is None else SharDataModule)(
             config.data,
             config.augment,
             tokenizer,
@@ -64,7 +65,7 @@ def train_main(argv: list[str] | None = None) -> int:
             config,
             tokenizer_hash=tokenizer.hash if tokenizer else "",
             on_start=lambda: _furnish(config.loop.exp_dir, tokenizer, data),
-            epoch_seconds=sum(cut.duration for cut in data.train_cuts),
+            epoch_seconds=data.train_seconds,
         )
     finally:
         dist.shutdown()

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,8 @@ class Batch:
     """Teacher labels by label set name."""
     durations: list[float] = field(default_factory=list)
     """Seconds of audio."""
+    position: dict[str, Any] | None = None
+    """Where the streams of a Shar stand after this batch (data/stream.py: Position); None: it is of no stream."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,7 +1,6 @@
 """Batches for training, validation and decoding, out of lhotse cuts and stored teacher labels."""
 
 import copy
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,29 +23,25 @@ from icefall_kd.config import AugmentConfig, DataConfig
 from icefall_kd.data.augment import FeatureAugment, NoiseAugment
 from icefall_kd.data.batch import LOG_EPS, Batch
 from icefall_kd.data.features import FRAME_SHIFT, SILENCE, FbankExtractor
-from icefall_kd.data.filters import SAMPLE_RATE, check_cuts, cut_into_pieces, filter_cuts
+from icefall_kd.data.filters import SAMPLE_RATE, Fitness, check_cuts, cut_into_pieces, filter_cuts
 from icefall_kd.data.loader import Loader, audio_of, features_of
 from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.data.transcripts import pad_tokens, transcript
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.compat import check_label_compat
+from icefall_kd.labels.join import JoinReport
 from icefall_kd.labels.keys import key_of, label_key
 from icefall_kd.labels.reading import read_labels
 from icefall_kd.labels.store import LabelStore
 from icefall_kd.labels.text_reading import coverage, read_text_states
 from icefall_kd.runtime.dist import get_rank, get_world_size
 from icefall_kd.runtime.files import fingerprint
+from icefall_kd.runtime.seeds import stable_seed
 from icefall_kd.systems.base import LabelSpec
 from icefall_kd.text.alignment import Unit
 from icefall_kd.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-def stable_seed(*parts: object) -> int:
-    """Return a 63-bit seed that is a pure function of ``parts``."""
-    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def cuts_path(manifest_dir: Path, part: str) -> Path:
@@ -102,7 +97,9 @@ class DurationAndTokens(TimeConstraint):
         """Count one cut."""
         super().add(example)
         if self.max_tokens is not None:
-            self.most_tokens = max(self.most_tokens, self.buckets.most_tokens[self.buckets.index(example)])
+            # Buckets of a stream know a sample of their cuts.
+            most = max(self.buckets.most_tokens[self.buckets.index(example)], example.custom["num_tokens"])
+            self.most_tokens = max(self.most_tokens, most)
 
     def exceeded(self) -> bool:
         """Return whether either limit is passed."""
@@ -191,7 +188,7 @@ class CutBatches(Dataset):
                 )
                 if store.info.key_kind == "text"
                 else read_labels(store, clean, keys, frames, ids or [[]] * len(clean), self.tokens, self.label_all)
-                for name, store in self.stores.items()
+                for name, store in ((name, store.of(clean)) for name, store in self.stores.items())
             },
             durations=[cut.duration for cut in clean],
         )
@@ -208,6 +205,10 @@ class CutBatches(Dataset):
             return features
         # Stored features know nothing of what follows: windows that cross the end differ from those of padded audio.
         return F.pad(features, (0, 0, 0, round(self.tail_padding / FRAME_SHIFT)), value=SILENCE)
+
+
+def _keys(cuts: Iterable[Cut], store: LabelStore) -> Iterator[str]:
+    return (key_of(cut, store.info.key_kind) for cut in cuts)
 
 
 def _content(cut: Cut) -> str:
@@ -274,13 +275,14 @@ class DataModule:
             crop_duration: longer utterances are cut into equal pieces of at most so many seconds; None: not.
             seed: of shuffling and augmentation.
         """
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        cuts = load_cuts(config.manifest_dir, config.train_parts)
+        self.config, self.tokenizer, self.seed, self.crop_duration = config, tokenizer, seed, crop_duration
+        self.with_audio = with_audio
+        cuts = self._training_cuts()
         valid_cuts = load_cuts(config.manifest_dir, config.valid_parts)
-        for name, some in (("--train-parts", cuts), ("--valid-parts", valid_cuts)):
+        for name, some in ((self.train_option, cuts), ("--valid-parts", valid_cuts)):
             check_cuts(some, config.features, name)
         if crop_duration is not None:
-            cuts, valid_cuts = (cut_into_pieces(some, crop_duration) for some in (cuts, valid_cuts))
+            valid_cuts = cut_into_pieces(valid_cuts, crop_duration)
         keep = {
             "tokenizer": tokenizer,
             "min_duration": config.min_utt_duration,
@@ -291,12 +293,13 @@ class DataModule:
             "num_encoder_frames": num_encoder_frames,
             "min_encoder_frames": min_encoder_frames,
         }
-        self.train_cuts, self.rejected = filter_cuts(cuts, **keep)
+        self.fitness = Fitness(**keep)
+        self.train_cuts, self.rejected = filter_cuts(self._cropped(cuts), **keep)
         self.valid_cuts = _spread(filter_cuts(valid_cuts, **keep)[0], config.valid_utts)
         if len(self.train_cuts) == 0:
             raise DataError(f"no training utterance is left of {len(cuts)}: {self.rejected[:3]}")
         self.buckets = Buckets(self.train_cuts, config.num_buckets)
-        self.stores = {spec.name: LabelStore(spec.path, expect=spec.expect) for spec in label_specs if spec.path}
+        self.stores = {spec.name: self._open_labels(spec) for spec in label_specs if spec.path}
         warp = augment.spec_aug_time_warp_factor if augment.spec_aug else 0
         if with_audio and warp >= 1:
             raise ConfigError(
@@ -308,11 +311,7 @@ class DataModule:
         for name, store in self.stores.items():
             wanted = {"kind": kinds[name], "tokenizer_hash": tokenizer.hash if tokenizer else None}
             check_label_compat(store.info, str(store.path), time_warp_factor=warp, **wanted)
-            keys = (key_of(cut, store.info.key_kind) for cut in self.train_cuts)
-            logger.info("labels %s: %s", name, store.join(keys, min_coverage=min_coverage))
-            if own_labels:
-                keys = (key_of(cut, store.info.key_kind) for cut in self.valid_cuts)
-                logger.info("labels %s of validation: %s", name, store.join(keys, min_coverage=min_coverage))
+            logger.info("labels %s: %s", name, self._join(store, min_coverage))
             if store.info.key_kind == "text":
                 self._report_alignment(name, store, text_alignment)
         self.train_data = CutBatches(
@@ -324,12 +323,48 @@ class DataModule:
             with_audio=with_audio,
             seed=seed,
         )
-        labels = {"stores": self.stores} if own_labels else {}
+        labels = {"stores": self._labels_of_validation(label_specs, min_coverage)} if own_labels else {}
         self.valid_data = CutBatches(tokenizer, features=config.features, with_audio=own_audio, **labels)
-        hours = sum(cut.duration for cut in self.train_cuts) / 3600
+        self._log_size()
+
+    train_option = "--train-parts"
+    """Where the training cuts come from, for messages."""
+
+    def _training_cuts(self) -> CutSet:
+        """Return the cuts to train on, before anything is left out."""
+        return load_cuts(self.config.manifest_dir, self.config.train_parts)
+
+    def _cropped(self, cuts: CutSet) -> CutSet:
+        """Return the pieces that training hears of its cuts, or the cuts."""
+        return cuts if self.crop_duration is None else cut_into_pieces(cuts, self.crop_duration)
+
+    def _open_labels(self, spec: LabelSpec) -> LabelStore:
+        return LabelStore(spec.path, expect=spec.expect)
+
+    def _join(self, store: LabelStore, min_coverage: float) -> JoinReport:
+        """Return how the training cuts meet their labels; a DataError below ``min_coverage``."""
+        return store.join(_keys(self.train_cuts, store), min_coverage=min_coverage)
+
+    def _labels_of_validation(self, specs: Iterable[LabelSpec], min_coverage: float) -> dict[str, LabelStore]:
+        """Return the label sets by name, joined with the cuts of validation."""
+        stores = {spec.name: self._open_whole(spec) for spec in specs if spec.path}
+        for name, store in stores.items():
+            report = store.join(_keys(self.valid_cuts, store), min_coverage=min_coverage)
+            logger.info("labels %s of validation: %s", name, report)
+        return stores
+
+    def _open_whole(self, spec: LabelSpec) -> LabelStore:
+        return self.stores[spec.name]
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of audio of an epoch, over all ranks."""
+        return sum(cut.duration for cut in self.train_cuts)
+
+    def _log_size(self) -> None:
         logger.info(
             "training on %d utterances, %.2f h (%d left out by the filters), validating on %d",
-            len(self.train_cuts), hours, len(self.rejected), len(self.valid_cuts),
+            len(self.train_cuts), self.train_seconds / 3600, len(self.rejected), len(self.valid_cuts),
         )  # fmt: skip
 
     def _report_alignment(self, name: str, store: LabelStore, unit: Unit) -> None:
@@ -405,7 +440,11 @@ class DataModule:
         worst = [max(candidates, key=size) for size in sizes]
         data = copy.copy(self.train_data)
         data.label_all = True
-        return [data[(0, i, CutSet.from_cuts(some))] for i, some in enumerate(worst)]
+        return [data[(0, i, CutSet.from_cuts(self._with_data(some)))] for i, some in enumerate(worst)]
+
+    def _with_data(self, cuts: list[Cut]) -> list[Cut]:
+        """Return the cuts of a bucket with what their features and labels are read from."""
+        return cuts
 
     def _limits(self) -> DurationAndTokens:
         config = self.config

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lhotse import CutSet
@@ -117,57 +117,69 @@ def why_not(
     return None
 
 
-def filter_cuts(
-    cuts: Iterable[Cut],
-    *,
-    tokenizer: Tokenizer | None,
-    min_duration: float = 0.0,
-    max_duration: float = float("inf"),
-    transducer: bool = True,
-    ctc: bool = True,
-    end_token: bool = False,
-    num_encoder_frames=None,
-    min_encoder_frames: int = 1,
-) -> tuple[CutSet, list[LeftOut]]:
+@dataclass(frozen=True, kw_only=True)
+class Fitness:
+    """What an utterance must be like to be trained on."""
+
+    tokenizer: Tokenizer | None
+    """Makes the tokens that are counted; None: of audio alone, which needs no supervision."""
+    min_duration: float = 0.0
+    """Shortest utterance in seconds."""
+    max_duration: float = float("inf")
+    """Longest utterance in seconds."""
+    transducer: bool = True
+    """A transducer loss will be used."""
+    ctc: bool = True
+    """A CTC loss will be used."""
+    end_token: bool = False
+    """The end of the text is a label, too."""
+    num_encoder_frames: Callable[[int], int] | None = None
+    """The encoder's T -> T'; None: that of Conv2dSubsampling."""
+    min_encoder_frames: int = 1
+    """Fewest T' of an utterance."""
+
+    def judge(self, cut: Cut) -> tuple[str | None, int]:
+        """Return why a cut is left out, or None, and the number of its tokens."""
+        if not self.min_duration <= cut.duration <= self.max_duration:
+            return f"{cut.duration:.2f} s, outside of {self.min_duration} to {self.max_duration} s", 0
+        if self.tokenizer is not None and len(cut.supervisions) != 1:
+            return f"{len(cut.supervisions)} supervisions; one is needed", 0
+        tokens = [] if self.tokenizer is None else self.tokenizer.encode(cut.supervisions[0].text or "")
+        num_frames = cut.num_frames if cut.has_features else fbank_num_frames(cut.num_samples)
+        reason = why_not(
+            tokens,
+            num_frames,
+            transducer=self.transducer,
+            ctc=self.ctc,
+            end_token=self.end_token,
+            num_encoder_frames=self.num_encoder_frames,
+            min_encoder_frames=self.min_encoder_frames,
+            text=self.tokenizer is not None,
+        )
+        return reason, len(tokens)
+
+
+def counted(cut: Cut, num_tokens: int) -> Cut:
+    """Return a copy of a cut with ``custom["num_tokens"]``, which batches are limited by."""
+    return fastcopy(cut, custom={**(cut.custom or {}), "num_tokens": num_tokens})
+
+
+def filter_cuts(cuts: Iterable[Cut], **limits) -> tuple[CutSet, list[LeftOut]]:
     """Split cuts into those fit for training and those left out.
 
     Args:
         cuts: one supervision each, where there is a tokenizer.
-        tokenizer: makes the tokens that are counted; None: of audio alone, which needs no supervision.
-        min_duration: shortest utterance in seconds.
-        max_duration: longest utterance in seconds.
-        transducer: a transducer loss will be used.
-        ctc: a CTC loss will be used.
-        end_token: the end of the text is a label, too.
-        num_encoder_frames: the encoder's T -> T'; None: that of Conv2dSubsampling.
-        min_encoder_frames: fewest T' of an utterance.
+        limits: fields of :class:`Fitness`.
     Returns:
         The kept cuts in their order, with ``custom["num_tokens"]`` set, and what was left out with reasons.
     """
+    fitness = Fitness(**limits)
     kept: list[Cut] = []
     left_out: list[LeftOut] = []
     for cut in cuts:
-        reason, tokens = None, []
-        if not min_duration <= cut.duration <= max_duration:
-            reason = f"{cut.duration:.2f} s, outside of {min_duration} to {max_duration} s"
-        elif tokenizer is not None and len(cut.supervisions) != 1:
-            reason = f"{len(cut.supervisions)} supervisions; one is needed"
-        else:
-            if tokenizer is not None:
-                tokens = tokenizer.encode(cut.supervisions[0].text or "")
-            num_frames = cut.num_frames if cut.has_features else fbank_num_frames(cut.num_samples)
-            reason = why_not(
-                tokens,
-                num_frames,
-                transducer=transducer,
-                ctc=ctc,
-                end_token=end_token,
-                num_encoder_frames=num_encoder_frames,
-                min_encoder_frames=min_encoder_frames,
-                text=tokenizer is not None,
-            )
+        reason, num_tokens = fitness.judge(cut)
         if reason is None:
-            kept.append(fastcopy(cut, custom={**(cut.custom or {}), "num_tokens": len(tokens)}))
+            kept.append(counted(cut, num_tokens))
         else:
             left_out.append(LeftOut(id=cut.id, reason=reason))
     if left_out:

@@ -335,6 +335,13 @@ def get_world_size() -> int:
     return _info.world_size
 
 
+def collective_device() -> torch.device:
+    """Return where the backend can reduce: a GPU for nccl, else the CPU."""
+    if get_world_size() > 1 and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if get_world_size() > 1:

@@ -11,7 +11,7 @@ from icefall_kd.config import DecodeConfig, ModelConfig
 from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError
 from icefall_kd.frames import encoder_seconds
-from icefall_kd.labels.store import LabelStore
+from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.models.streaming import choose_chunks
 
 
@@ -209,7 +209,7 @@ def stored_labels(folders: Sequence, wanted: dict[str, str]) -> tuple[dict[str, 
     Raises:
         ConfigError: a kind has no label set, or several.
     """
-    infos = [(str(path), LabelStore(path).info) for path in folders]
+    infos = [(str(path), LabelSetInfo.load(path)) for path in folders]
     paths, dims = {}, {}
     for kind, options in wanted.items():
         found = [(path, info) for path, info in infos if info.kind == kind]

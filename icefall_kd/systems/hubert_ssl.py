@@ -23,7 +23,6 @@ from icefall_kd.data.batch import IGNORE, Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import SSL_CONV, waveform_frames
 from icefall_kd.labels.info import LabelSetInfo
-from icefall_kd.labels.store import LabelStore
 from icefall_kd.models.cluster_head import ClusterHead
 from icefall_kd.models.conformer import log_parameter_counts
 from icefall_kd.models.hubert import HubertEncoder
@@ -211,7 +210,7 @@ def build_hubert_ssl(config: TrainConfig, encoder: HubertEncoder) -> HubertSslSy
     if encoder.time_reduction is not None:
         raise ConfigError("--structure fithubert with --objective ssl: it has 25 frames a second, clusters are of 50")
     paths, _ = stored_labels(config.kd.label_dir, {"clusters": "--objective ssl"})
-    info = LabelStore(paths["clusters"]).info
+    info = LabelSetInfo.load(paths["clusters"])
     # Two hops show every remainder, and that counts begin at the same length.
     lengths = range(SSL_CONV.receptive_field + 2 * SSL_CONV.hop)
     if info.sampling_rate != 16000 or any(info.formula.num_frames(n) != SSL_CONV.num_frames(n) for n in lengths):

@@ -13,7 +13,6 @@ from icefall_kd.data.batch import Batch
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.frames import SSL_CONV
 from icefall_kd.labels.info import LabelSetInfo
-from icefall_kd.labels.store import LabelStore
 from icefall_kd.models.masks import make_pad_mask
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.systems.base import LabelSpec
@@ -102,7 +101,7 @@ class StoredStates:
                 by_hash[quantizer.sha256] = quantizer
         sets: dict[int, tuple[Path, LabelSetInfo]] = {}
         for path in kd.label_dir:
-            info = LabelStore(path).info
+            info = LabelSetInfo.load(path)
             if info.kind not in ("embeddings", "codebook_indexes") or info.layer is None:
                 raise ConfigError(
                     f"--label-dir {path} holds {info.kind} of layer {info.layer}; states of a HuBERT teacher are label "

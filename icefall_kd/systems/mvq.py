@@ -31,7 +31,7 @@ from icefall_kd.labels.align import (
     join_frames,
     label_ratio,
 )
-from icefall_kd.labels.store import LabelStore
+from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.losses.codebook import CodebookLoss
 from icefall_kd.losses.frame_kd import FrameKdLoss
 from icefall_kd.models.conformer import log_parameter_counts
@@ -299,7 +299,7 @@ def _quantizer(path: Path, dim: int | None = None) -> Quantizer:
 
 def stored_source(path: Path) -> LabelSource:
     """Read what a stored label set holds."""
-    info = LabelStore(path).info
+    info = LabelSetInfo.load(path)
     is_codes = info.kind == "codebook_indexes"
     return LabelSource(
         path=str(path),

@@ -43,7 +43,10 @@ class TrainData(Protocol):
     """What the loop needs of a data module."""
 
     def train_batches(self, epoch: int, skip: int) -> Iterator[Batch]:
-        """Return this rank's batches of ``epoch`` (from 1) without the first ``skip``, equally many on all ranks."""
+        """Return this rank's batches of ``epoch`` (from 1) without the first ``skip``, equally many on all ranks.
+
+        Where batches hold a position, that of the last one before comes as a third argument: they go on from there.
+        """
 
     def valid_batches(self) -> Iterator[Batch]:
         """Return this rank's share of the validation data."""
@@ -138,6 +141,7 @@ class _Trainer:
         self.state = TrainState(average_period=self.loop.average_period, world_size=self.world_size, data=sources)
         self.average = RunningAverage(system, self.loop.average_period) if self.rank == 0 else None
         self.progress, self.epoch_tracker = TrainProgress(self.loop, self.stepper, epoch_seconds), Tracker()
+        self.position: dict[str, Any] | None = None  # of this rank's last batch, where batches hold one
         self.stop_signal: str | None = None
         self.save_wanted = False
         self.transfer: TransferReport | None = None
@@ -243,6 +247,7 @@ class _Trainer:
         if self.average is not None:
             self.average.load_state_dict(saved["model_avg"])
         self.state = state
+        self.position = state.positions[self.rank] if state.positions else None
         self.stepper.guard.in_a_row, self.stepper.guard.total = state.skipped_in_a_row, state.skipped
         if self.rank == 0:  # the saved sums are those of all ranks
             self.progress.running.load_state_dict(state.running_sums)
@@ -319,7 +324,8 @@ class _Trainer:
     def _epoch(self) -> None:
         """Train what is left of the epoch in progress, validate and save."""
         state, loop = self.state, self.loop
-        groups = _groups(self.data.train_batches(state.epoch, state.batch), loop.accum_grad)
+        after = () if self.position is None else (self.position,)
+        groups = _groups(self.data.train_batches(state.epoch, state.batch, *after), loop.accum_grad)
         self.system.train()
         for batches, is_last in groups:
             stop, save = self._step(batches, is_last)
@@ -352,7 +358,7 @@ class _Trainer:
         if state.valid and _is_better(state.valid["loss"], state.best_valid_loss):
             state.best_valid_loss, state.best_valid_epoch = state.valid["loss"], epoch
         state.batches_per_epoch = state.batch
-        state.epoch, state.batch = epoch + 1, 0
+        state.epoch, state.batch, self.position = epoch + 1, 0, None
         self.epoch_tracker = Tracker()
         self._save(f"epoch-{epoch}.pt", "epoch", self.loop.keep_epochs, state.best_epochs(self.loop.keep_best))
         self._link_best()
@@ -373,6 +379,7 @@ class _Trainer:
         self.save_wanted = self.save_wanted and not wishes.save
         state.audio_seconds += audio
         state.batch += len(batches)
+        self.position = batches[-1].position
         state.step += 1
         state.skipped, state.skipped_in_a_row = self.stepper.guard.total, self.stepper.guard.in_a_row
         values = outcome.values or Tracker()
@@ -403,6 +410,7 @@ class _Trainer:
     def _save(self, name: str, kind: str, keep: int | None, spare: Collection[int] = ()) -> None:
         state = self.state
         running, epoch_tracker = self.progress.running.reduced(), self.epoch_tracker.reduced()
+        state.positions = [] if self.position is None else dist.gather_objects(self.position)
         if self.rank != 0:
             return
         state.running_sums, state.epoch_sums = running.state_dict(), epoch_tracker.state_dict()

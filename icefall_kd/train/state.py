@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = frozenset(
     "exp_dir num_epochs max_steps device num_threads dist_timeout log_interval valid_interval save_every_n keep_last_k "
     "keep_epochs keep_best max_skips oom_scan start_epoch init_from manifest_dir lang_dir label_dir valid_parts "
-    "valid_utts num_workers".split()
+    "valid_utts num_workers shar_dir".split()
 )
 
 
@@ -33,6 +33,9 @@ class TrainState:
     """Epoch in progress, from 1."""
     batch: int = 0
     """Batches of this epoch that the trainer (not the loader) has consumed on this rank."""
+    positions: list[dict[str, Any]] = field(default_factory=list)
+    """Where the streams of each rank stand (data/stream.py); empty: at an epoch's beginning, or batches are not of
+    streams."""
     step: int = 0
     """Steps done since the start, skipped ones included."""
     skipped: int = 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from micro_corpus import write_aishell, write_librispeech, write_part, write_trans
+from micro_corpus import read_cuts, write_aishell, write_labels, write_librispeech, write_part, write_trans
 from own_teacher import write_own_teacher
 
 from icefall_kd.data.corpora import TABLE
@@ -68,6 +68,7 @@ class Checkout:
             "NAME...": "whisper-base",
             "speech.wav": next((root / "data/audio").glob("*.wav")),
             "my_teacher.py:MyTeacher": write_own_teacher(root),
+            "data/labels/hubert": write_labels(root / "labels of hubert", read_cuts(root / "data")),
             **_published_indexes(root / "published"),
         }  # fmt: skip
         self.env = {**env, "ICEFALL_KD_MODELS": str(root / "models"), "CUDA_VISIBLE_DEVICES": ""}
@@ -104,6 +105,8 @@ class Checkout:
             return ["--avg", "1", "--use-averaged-model", "false"]
         if name == "train_lm.py":
             return ["--num-epochs", "1", "--device", "cpu"]
+        if name == "export_shar.py":
+            return ["--num-shards", "1"]
         if name == "check_teacher.py":
             return ["--check-utts", "2"]
         if name not in [f"run_{system}.sh" for system in SYSTEMS]:
