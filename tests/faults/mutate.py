@@ -106,20 +106,25 @@ def _places(value: Any, place: tuple = ()) -> Iterator[tuple]:
         yield from _places(item, (*place, name))
 
 
+def _value(rng: random.Random) -> Any:
+    """Return one of VALUES; a copy, since what took the place of another may be damaged in turn."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def mutate_plain(value: Any, rng: random.Random) -> tuple[Any, str]:
     """Return plain data (perhaps with tensors in it) with a value replaced, removed, renamed or doubled."""
     value, told = copy.deepcopy(value), []
     for _ in range(rng.choice((1, 1, 2))):
         places = list(_places(value))
         if not places:
-            return rng.choice(VALUES), "replaced as a whole"
+            return _value(rng), "replaced as a whole"
         place = rng.choice(places)
         inner = value
         for name in place[:-1]:
             inner = inner[name]
         name, what = place[-1], rng.choice(("replace", "replace", "replace", "remove", "rename", "double", "swap"))
         if what == "replace":
-            inner[name] = rng.choice(VALUES) if not isinstance(inner[name], Tensor) else _other_tensor(inner[name], rng)
+            inner[name] = _value(rng) if not isinstance(inner[name], Tensor) else _other_tensor(inner[name], rng)
         elif what == "remove":
             del inner[name]
         elif what == "rename" and isinstance(inner, dict):

@@ -73,7 +73,7 @@ def nameless(_):
     ("fault", "told"),
     [
         (crash, "the process ended with -11"),
-        (grow, "the process grew by"),
+        (grow, "MemoryError"),
         (hang, "TooLong"),
         (swallow, "it asked for huge memory"),
         (wait, "hung"),
