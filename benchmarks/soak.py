@@ -69,17 +69,17 @@ DISK_BYTES = 200_000_000
 
 
 def make_teacher(folder: Path) -> None:
-    """Write a HuBERT of three layers with random weights."""
+    """Write a Whisper with random weights: its neighbouring frames are alike, as the teacher check wants them."""
     import torch
-    from transformers import HubertConfig, HubertModel
+    from transformers import WhisperConfig, WhisperModel
 
     torch.manual_seed(0)
-    config = HubertConfig(
-        num_hidden_layers=3, hidden_size=32, num_attention_heads=4, intermediate_size=48, conv_dim=(16,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
-        do_stable_layer_norm=True, initializer_range=0.2,
+    config = WhisperConfig(
+        encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=1, encoder_ffn_dim=48,
+        decoder_ffn_dim=16, d_model=32, num_mel_bins=80, vocab_size=8, max_target_positions=8, pad_token_id=0,
+        bos_token_id=0, eos_token_id=0, decoder_start_token_id=1,
     )  # fmt: skip
-    HubertModel(config).eval().save_pretrained(folder)
+    WhisperModel(config).eval().save_pretrained(folder)
 
 
 def copy_repository(target: Path) -> None:

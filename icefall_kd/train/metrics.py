@@ -138,7 +138,9 @@ class MetricsWriter:
 
     Args:
         exp_dir: folder of the training.
-        resumed_step: what was logged after this step is dropped, since it will be logged again.
+        resumed_step: what was logged after this step is dropped, since it will be logged again.  So may be what was
+            logged at it: a kill between the validation of an epoch and its checkpoint leaves a record whose validation
+            comes again, and the new record takes its place.
     """
 
     def __init__(self, exp_dir: Path, resumed_step: int = 0) -> None:
@@ -148,6 +150,7 @@ class MetricsWriter:
         self.file = exp_dir / "log" / "metrics.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         truncate_metrics(self.file, resumed_step)
+        self.resumed = {(r["kind"], r["step"]) for r in read_metrics(self.file) if r["step"] == resumed_step}
         self.stream = open(self.file, "a", encoding="utf-8")
         self.board = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -163,6 +166,11 @@ class MetricsWriter:
         """
         record = {"kind": kind, "step": step, **values, **fields}
         try:
+            if (kind, step) in self.resumed:
+                self.resumed.remove((kind, step))
+                self.stream.close()
+                _rewrite(self.file, [r for r in read_metrics(self.file) if (r["kind"], r["step"]) != (kind, step)])
+                self.stream = open(self.file, "a", encoding="utf-8")
             self.stream.write(json.dumps(finite_only(record)) + "\n")
             self.stream.flush()
         except OSError as error:
@@ -209,8 +217,11 @@ def read_metrics(file: str | Path, kind: str | None = None) -> list[dict[str, An
 def truncate_metrics(file: Path, step: int) -> None:
     """Drop the records after ``step`` from a metrics.jsonl."""
     if file.exists():
-        kept = [json.dumps(record) for record in read_metrics(file) if record["step"] <= step]
-        write_text(file, "".join(line + "\n" for line in kept))
+        _rewrite(file, [record for record in read_metrics(file) if record["step"] <= step])
+
+
+def _rewrite(file: Path, records: list[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _lines(file: Path) -> Iterable[str]:

@@ -515,3 +515,22 @@ def test_metrics_of_steps_after_the_checkpoint_are_dropped_at_resume(tmp_path):
         f.write(json.dumps({"kind": "train", "step": 9, "loss": 1.0}) + "\n" + '{"kind": "tra')
     run_toy(tmp_path)
     assert losses(tmp_path)[9][0] != 1.0, "step 9 is logged once, by the resumed run"
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_validation_that_comes_again_is_recorded_once(tmp_path, killed, monkeypatch):
+    """Behind the checkpoint of the last step of an epoch: killed before that of the epoch, or ended by max_steps."""
+
+    def records(exp_dir):
+        return [(r["kind"], r["step"], r["loss"]) for r in read_metrics(exp_dir / "log" / "metrics.jsonl")]
+
+    run_toy(tmp_path / "whole")
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop._Trainer, "_end_epoch", lambda _: signal.raise_signal(signal.SIGINT))
+            run_toy(tmp_path / "parts", save_every_n=7)
+    else:
+        run_toy(tmp_path / "parts", max_steps=7)
+    assert records(tmp_path / "parts")[-1][:2] == ("valid", 7) and not (tmp_path / "parts/epoch-1.pt").exists()
+    run_toy(tmp_path / "parts", save_every_n=7)
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")

@@ -78,6 +78,12 @@ def test_the_writer_appends_and_drops_what_will_come_again(tmp_path):
     writer.write("train", 3, {"loss": 7.0})
     writer.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(file)] == [(1, 1.0), (2, 0.5), (3, 7.0)]
+    writer = MetricsWriter(tmp_path, resumed_step=3)
+    for kind, loss in (("valid", 5.0), ("valid", 6.0), ("train", 8.0), ("valid", 9.0)):
+        writer.write(kind, 3, {"loss": loss})
+    writer.close()
+    found = [(r["kind"], r["loss"]) for r in read_metrics(file)][2:]
+    assert found == [("valid", 5.0), ("valid", 6.0), ("train", 8.0), ("valid", 9.0)], "a record of before is replaced"
 
 
 def test_tensorboard_names(tmp_path):
