@@ -243,6 +243,7 @@ def lhotse_sampler(folder: Path, count: int, buffer_size: int) -> dict:
     drawn, memory = 0, Memory(count)
     for batch in sampler:
         drawn += len(batch)
+        memory.note(min(drawn, count))
         if drawn >= count:
             break
     return memory.figures(drawn)
@@ -254,6 +255,7 @@ def reading(folder: Path, count: int) -> dict:
     while done < count:
         for k in range(len(plan.shar.rows)):
             done += sum(1 for _ in islice(plan.shar.read(k, ()), count - done))
+            memory.note(done)
             if done >= count:
                 break
     return memory.figures(done)
