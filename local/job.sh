@@ -19,7 +19,7 @@ _task_is_wanted() { # is nobody ending this job
 }
 
 run_task() {
-  local until="" left="" code=0 pid signals=0 seen=-1
+  local until="" left="" code=0 pid signals=0 seen=-1 again
   while [[ $1 != -- ]]; do
     case $1 in
       --until) until=$2 ;;
@@ -41,9 +41,12 @@ run_task() {
     trap 'signals=$((signals + 1)); kill -USR1 "$pid" 2> /dev/null' TERM
   fi
   while ((seen != signals)); do # a signal ends `wait` before the command has ended
-    seen=$signals code=0
-    wait "$pid" || code=$?
+    seen=$signals again=0
+    wait "$pid" || again=$?
+    # Of a command that ended together with the signal, bash may tell the end once, and then -1.
+    ((again < 0)) || code=$again
   done
+  if [[ -n $until && -e $until ]] && ((again < 0)); then code=0; fi
   trap '' USR1 TERM
   if [[ -n $until && ! -e $until ]] && ((code == 0 || signals)); then
     if ! _task_is_wanted; then

@@ -293,10 +293,10 @@ class _Submission:
             code = self.state.failure(number)
             ended = None if seen is None else seen.state
             since = self.gone.setdefault(number, time.monotonic())
-            if code is not None:
-                self.failures[number] = f"failed with exit code {code}", code
-            elif ended not in (None, "COMPLETED", "FAILED"):
+            if ended not in (None, "COMPLETED", "FAILED"):  # it says more than the exit code of what was killed
                 self.failures[number] = f"ended as {ended} in job {key[0]}", 1
+            elif code is not None:
+                self.failures[number] = f"failed with exit code {code}", code
             elif time.monotonic() > since + FILE_DELAY and not self.state.is_done(number):
                 self.failures[number] = f"left job {key[0]} without a word (squeue: {ended})", 1
             if number in self.failures:

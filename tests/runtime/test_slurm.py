@@ -307,6 +307,15 @@ def test_an_error_is_no_reason_to_requeue(cluster):
     assert (cluster.work / "left.failed").read_text() == "3\n" and not (cluster.root / "scontrol").exists()
 
 
+def test_the_end_of_a_command_that_dies_with_the_signal_is_known(cluster):
+    for n in range(12):
+        process = job(cluster, "--left", f"left{n}", "--", "bash", "-c", f"touch s{n}; exec sleep 99")
+        wait_for(cluster.work / f"s{n}")
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+        assert (cluster.work / f"left{n}.failed").read_text() == "143\n"
+
+
 def test_sigterm_reaches_a_command_that_cannot_go_on(cluster):
     task = "trap 'touch told; exit 9' TERM; touch s; sleep 99 & wait"
     process = job(cluster, "--left", "left", "--", "bash", "-c", task)
