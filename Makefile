@@ -22,6 +22,7 @@ TESTS ?=
 TEST_JOBS ?= 2
 DEMO_SHORT ?=
 SYSTEM ?= mvq
+SCALE_CUTS ?= 1000000
 export VENV VENV_K2 VENV_ESPNET PYTHON TEST_JOBS
 
 .PHONY: env demo test test-recipes test-faults test-all test-k2 test-espnet test-native test-slurm scale lint clean
@@ -58,7 +59,7 @@ test-slurm: env
 	@local/test_slurm.sh
 
 scale: env
-	@PYTHONPATH=. $(VENV)/bin/python benchmarks/scale.py --check
+	@PYTHONPATH=. $(VENV)/bin/python benchmarks/scale.py --cuts $(SCALE_CUTS) --check
 
 lint: env
 	@code=0; $(VENV)/bin/ruff check . || code=1; \
