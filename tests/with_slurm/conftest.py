@@ -61,6 +61,7 @@ class Slurm:
         self.root = root
         self.env = {**os.environ, "SLURM_CONF": str(root / "slurm.conf"), "CUDA_VISIBLE_DEVICES": ""}
         self.processes: list[subprocess.Popen] = []
+        self.started: list[subprocess.Popen] = []  # by tests, which may fail before these end
 
     def start(self) -> None:
         root = self.root
@@ -90,7 +91,11 @@ class Slurm:
         self.processes.append(process)
 
     def stop(self) -> None:
-        """Cancel what runs, then stop the daemons, the last first; each by its process id."""
+        """Stop what tests left, cancel the jobs, then stop the daemons, the last first; each by its process id."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
         self.ask("scancel", f"--user={os.getuid()}", "--full", "--signal=KILL")
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)

@@ -18,8 +18,11 @@ pytestmark = pytest.mark.timeout(7200)
 
 def start(slurm, line: list, cwd: Path, **env: str) -> subprocess.Popen:
     out = open(cwd / "out", "w")
-    process = subprocess.Popen([str(word) for word in line], cwd=cwd, env={**slurm.env, **env}, stdout=out, stderr=out)
+    process = subprocess.Popen(
+        [str(word) for word in line], cwd=cwd, env={**slurm.env, **env}, stdout=out, stderr=out, start_new_session=True
+    )
     out.close()
+    slurm.started.append(process)
     return process
 
 
