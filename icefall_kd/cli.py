@@ -134,7 +134,13 @@ def parse_config(
             values[name] = _convert(options[name], raw, f"{file}: {name}")
     for name, raw in flags.items():
         values[name] = _convert(options[name], raw, options[name].flag)
-    config = _build(config_class, options, values)
+    try:
+        config = _build(config_class, options, values)
+    except ConfigError as error:
+        if not config_files:
+            raise
+        # The options are judged together, wherever each is from.
+        raise ConfigError(f"{error} (with --config {', '.join(map(str, config_files))})") from error
     if print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
         sys.exit(0)

@@ -183,7 +183,7 @@ def whisper_config(model: CTranslate2Model) -> dict:
     """Return the sizes of a CTranslate2 Whisper as keyword arguments of transformers' ``WhisperConfig``.
 
     Raises:
-        DataError: If the model is no Whisper.
+        DataError: If the model is no Whisper, or its sizes do not fit each other.
     """
     if model.spec != SPEC_NAME:
         raise DataError(f"{model.path} holds a {model.spec}, not a {SPEC_NAME}; name a Whisper folder as teacher")
@@ -196,14 +196,19 @@ def whisper_config(model: CTranslate2Model) -> dict:
         return len(found)
 
     conv1, embeddings = model.array("encoder/conv1/weight"), model.array("decoder/embeddings/weight")
+    heads = {side: model.scalar(f"{side}/num_heads") for side in ("encoder", "decoder")}
+    for side, count in heads.items():
+        if count < 1 or conv1.shape[0] % count:
+            raise DataError(f"{model.path}: {side}/num_heads is {count}, which does not divide the {conv1.shape[0]} "
+                            "channels; the file is damaged, fetch it again")  # fmt: skip
     return {
         "d_model": conv1.shape[0],
         "num_mel_bins": conv1.shape[1],
         "vocab_size": embeddings.shape[0],
         "encoder_layers": num_layers("encoder"),
         "decoder_layers": num_layers("decoder"),
-        "encoder_attention_heads": model.scalar("encoder/num_heads"),
-        "decoder_attention_heads": model.scalar("decoder/num_heads"),
+        "encoder_attention_heads": heads["encoder"],
+        "decoder_attention_heads": heads["decoder"],
         "encoder_ffn_dim": model.array("encoder/layer_0/ffn/linear_0/weight").shape[0],
         "decoder_ffn_dim": model.array("decoder/layer_0/ffn/linear_0/weight").shape[0],
         "max_source_positions": model.array("encoder/position_encodings/encodings").shape[0],

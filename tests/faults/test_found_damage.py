@@ -4,6 +4,7 @@ import json
 import struct
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from micro_corpus import label_info, write_labels, write_part
@@ -19,13 +20,13 @@ from icefall_kd.models.lm import LmConfig, TokenLm, load_lm, save_lm
 from icefall_kd.quantization.quantizer import Quantizer
 from icefall_kd.runtime.files import read_json, read_record, reading, write_json
 from icefall_kd.runtime.tensors import read_tensors, write_tensors
-from icefall_kd.teachers.ctranslate2 import read_model
+from icefall_kd.teachers.ctranslate2 import read_model, whisper_config
 from icefall_kd.teachers.state_dicts import convert
 from icefall_kd.text.tokenizer import Tokenizer
 from icefall_kd.train.average import load_trained
 from icefall_kd.train.checkpoint import load_checkpoint, load_newest, load_tensors, save_checkpoint, state_sha256
 from tests.teachers.test_state_dicts import export, tiny
-from tests.teachers.tiny_models import ct2_bytes
+from tests.teachers.tiny_models import ct2_bytes, whisper_model, write_ct2
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, b"\xff\xfe", ""])
@@ -139,6 +140,18 @@ def test_a_scalar_of_a_ctranslate2_model_that_is_none(tmp_path):
     (tmp_path / "model.bin").write_bytes(ct2_bytes([("encoder/num_heads", torch.ones(2).numpy())]))
     with pytest.raises(DataError, match=r"model\.bin: encoder/num_heads is float32 \(2,\), not one integer"):
         read_model(tmp_path / "model.bin").scalar("encoder/num_heads")
+
+
+@pytest.mark.parametrize("heads", [0, -1, 3, 514])
+def test_heads_of_a_ctranslate2_model_that_do_not_divide_its_channels(tmp_path, heads):
+    whisper = whisper_model(d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                            decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8)  # fmt: skip
+    write_ct2(tmp_path, whisper)
+    model = read_model(tmp_path / "model.bin")
+    assert whisper_config(model)["decoder_attention_heads"] == 2
+    model.variables["decoder/num_heads"] = np.array(heads)
+    with pytest.raises(DataError, match=rf"model\.bin: decoder/num_heads is {heads}, which does not divide"):
+        whisper_config(model)
 
 
 @pytest.fixture
@@ -257,6 +270,15 @@ def test_a_language_model_that_claims_other_sizes(tmp_path, changes):
         load_lm(file, "t")
 
 
+def test_a_quantizer_whose_checksum_is_gone(tmp_path):
+    """The name of the checksum is one letter from another; tensors may then be any."""
+    file = tmp_path / "q.safetensors"
+    Quantizer(4, 2, 4).save(file, {"teacher": {"layer": 3}})
+    file.write_bytes(file.read_bytes().replace(b"sha256", b"shb256"))
+    with pytest.raises(DataError, match=r"q\.safetensors is damaged: its header says sha256 None"):
+        Quantizer.load(file)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 0), (0, 4, 4), (3, 4, 4), (2, 5, 4)])
 def test_centers_of_a_quantizer_of_impossible_sizes(tmp_path, shape):
     state = {**Quantizer(4, 2, 4).state_dict(), "centers": torch.zeros(shape)}
@@ -284,7 +306,10 @@ def test_yaml_that_grows_or_never_ends(tmp_path):
             parse_config(TrainConfig, ["--config", str(tmp_path / "bomb.yaml")])
 
 
-def test_options_of_a_file_name_it():
+def test_options_of_a_file_name_it(tmp_path):
+    (tmp_path / "train.yaml").write_text("chunk-size: [16, -9]\n")
+    with pytest.raises(ConfigError, match=r"--chunk-size is .*with --config .*train\.yaml"):
+        parse_config(TrainConfig, ["--config", str(tmp_path / "train.yaml")])
     for values in ({"num_epochs": "x"}, {"nonsense": 1}, {"num_epochs": 0}):
         with pytest.raises(ConfigError, match=r"^exp/config\.json: "):
             config_from_dict(TrainConfig, values, where="exp/config.json")

@@ -16,7 +16,12 @@ from icefall_kd.data.manifests import read_cuts
 REPO = Path(__file__).resolve().parents[2]
 RAN = "ran_me"
 ODD = f"it's \"odd\"; touch {RAN} & $(touch {RAN}) `touch {RAN}` * ;x"
-UTTERANCES = [f"u'{i};touch${{IFS}}{RAN};\"$(touch${{IFS}}{RAN})&" for i in range(4)]
+PARTS = (f"train; touch {RAN}", f"dev 'x' $(touch {RAN})")
+# By part; none is in two.
+UTTERANCES = {
+    part: [f"u'{4 * n + i};touch${{IFS}}{RAN};\"$(touch${{IFS}}{RAN})&" for i in range(4)]
+    for n, part in enumerate(PARTS)
+}
 SCRIPTS = {
     "run_mvq.sh": ["--teacher", "TEACHER", "--num-shards", "1", "--decoding-methods", "greedy_search"],
     "run_nar.sh": ["--num-shards", "1", "--decoding-methods", "mask_predict", "--teacher-methods", "joint_beam_search"],
@@ -32,13 +37,13 @@ def ran(*folders: Path) -> list[Path]:
 
 def write_odd_corpus(folder: Path) -> Path:
     """Write parts of wav files and transcripts, with speakers, utterances and files of odd names."""
-    for part in (f"train; touch {RAN}", f"dev 'x' $(touch {RAN})"):
+    for n, part in enumerate(PARTS):
         speaker = folder / part / f"speaker \"1\"; touch {RAN}"
         speaker.mkdir(parents=True)
-        for i, utterance in enumerate(UTTERANCES):
-            wave = 0.1 * np.random.default_rng(i).standard_normal(9000 + 500 * i)
+        for i, utterance in enumerate(UTTERANCES[part]):
+            wave = 0.1 * np.random.default_rng(4 * n + i).standard_normal(9000 + 500 * i)
             soundfile.write(speaker / f"{utterance}.wav", wave, 16000)
-        lines = "".join(f"{utterance} word {'abc'[i % 3]}\n" for i, utterance in enumerate(UTTERANCES))
+        lines = "".join(f"{utterance} word {'abc'[i % 3]}\n" for i, utterance in enumerate(UTTERANCES[part]))
         (speaker / f"my; touch {RAN}.trans.txt").write_text(lines)
     return folder
 
@@ -55,10 +60,10 @@ def test_the_real_preparation(repo, tmp_path):
         assert done.stderr.count("done before, skipped") == 5 * again
     assert ran(tmp_path, repo / "egs", repo / "local") == []
     parts = json.loads((data / "corpus.json").read_text())["parts"]
-    assert sorted(parts) == [f"dev 'x' $(touch {RAN})", f"train; touch {RAN}"]
+    assert sorted(parts) == sorted(PARTS)
     for part in parts:
         cuts = read_cuts(data / f"fbank/cuts_{part}.jsonl.gz")
-        assert sorted(cut.id for cut in cuts) == sorted(UTTERANCES)
+        assert sorted(cut.id for cut in cuts) == sorted(UTTERANCES[part])
         assert all(len(cut.load_audio()[0]) == cut.num_samples and cut.load_features() is not None for cut in cuts)
 
 
