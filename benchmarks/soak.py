@@ -102,7 +102,7 @@ class Line:
     def __init__(self, root: Path, work: Path) -> None:
         self.root, self.folder, self.log = root, root / "egs/librispeech", work / f"{root.name}.log"
         options = {
-            "corpus": "demo", "short": "true", "teacher": work / "teacher", "config": work / "student.yaml",
+            "corpus": "demo", "short": "true", "teacher": work / "models/teacher", "config": work / "student.yaml",
             "systems": "mvq", "num-codebooks": 2, "num-shards": 3, "nj": 2, "decoding-methods": "greedy_search",
             "decode-args": "--avg 2 --device cpu --num-threads 1 --bootstrap 20",
         }  # fmt: skip
@@ -416,7 +416,7 @@ def work_folder(given: Path | None) -> Iterator[Path]:
 
 def soak(work: Path, minutes: float, seed: int) -> dict:
     """Run both; return the figures."""
-    make_teacher(work / "teacher")
+    make_teacher(work / "models/teacher")
     (work / "student.yaml").write_text(STUDENT)
     calm = Line(work / "calm", work)
     copy_repository(calm.root)
