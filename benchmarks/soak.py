@@ -16,7 +16,8 @@ and everything that it made must equal the undisturbed run: corpus, features, qu
 hypotheses.
 
 What is to happen (which process, which artifact, when) is drawn from the seed; what it meets depends on how fast the
-machine is.  The teacher has random weights and the student 16 channels, so that nearly all time is that of the recipe.
+machine is.  Where a slow one had less than three kills, a file cut off and the full disk in these minutes, they last
+until it had.  The teacher has random weights and the student 16 channels, so that nearly all time is the recipe's.
 Not cut off are logs, and checkpoints behind which there are newer ones: nothing but the training from its beginning
 makes them again (decode.py names them).
 """
@@ -62,8 +63,9 @@ average-period: 1
 device: cpu
 num-threads: 1
 """
-# Mean times between two events, as shares of the seconds that the undisturbed run takes.
+# Times between two events, as shares of the seconds that the undisturbed run takes, or of the minutes if they are less.
 GAP = (0.03, 0.22)
+MIN_KILLS = 3
 KILLS = 0.75  # share of the events; the others cut a file off
 DISK_BYTES = 200_000_000
 
@@ -90,7 +92,7 @@ def copy_repository(target: Path) -> None:
     script = target / "local/prepare.sh"
     text, count = re.subn(r'^demo_options="" ', f'demo_options="{CORPUS}" ', script.read_text(), flags=re.MULTILINE)
     if count != 1:
-        raise SystemExit("local/prepare.sh has no line demo_options=\"\" any more; correct benchmarks/soak.py")
+        raise SystemExit('local/prepare.sh has no line demo_options="" any more; correct benchmarks/soak.py')
     script.write_text(text)
 
 
@@ -100,7 +102,7 @@ class Line:
     def __init__(self, root: Path, work: Path) -> None:
         self.root, self.folder, self.log = root, root / "egs/librispeech", work / f"{root.name}.log"
         options = {
-            "corpus": "demo", "short": "true", "teacher": work / "teacher", "config": work / "student.yaml",
+            "corpus": "demo", "short": "true", "teacher": work / "models/teacher", "config": work / "student.yaml",
             "systems": "mvq", "num-codebooks": 2, "num-shards": 3, "nj": 2, "decoding-methods": "greedy_search",
             "decode-args": "--avg 2 --device cpu --num-threads 1 --bootstrap 20",
         }  # fmt: skip
@@ -233,11 +235,11 @@ class Night:
 
     def run(self, minutes: float) -> bool:
         """Make trouble for so many minutes, then let the line end; return whether it did."""
-        self.deadline = time.monotonic() + 60 * minutes
+        self.pace, self.deadline = min(self.seconds, 60 * minutes), time.monotonic() + 60 * minutes
         self.disk_at = time.monotonic() + 60 * minutes * self.rng.uniform(0.3, 0.6)
         quiet = 0  # attempts without any trouble
         while quiet < 8:
-            calm = time.monotonic() > self.deadline
+            calm = self.is_over()
             if calm:
                 self.wait_for_orphans(self.seconds)
             if not calm and self.rng.random() < 0.3:
@@ -248,6 +250,11 @@ class Night:
             quiet += calm
             self.completed += code == 0
         return False
+
+    def is_over(self) -> bool:
+        """Return whether the minutes are over and there was trouble of each kind."""
+        had = sum(self.kills.values()) >= MIN_KILLS and self.damages and self.disk_end
+        return time.monotonic() > self.deadline and bool(had)
 
     def attempt(self) -> int:
         """Start the line, make trouble until it ends or the minutes do, and return its exit code."""
@@ -260,7 +267,7 @@ class Night:
         while process.poll() is None:
             time.sleep(0.05)
             now = time.monotonic()
-            if now > self.deadline:
+            if self.is_over():
                 continue
             if not self.disk_end and now > self.disk_at:
                 self.fill_disk(process)
@@ -282,7 +289,7 @@ class Night:
         return alive
 
     def gap(self) -> float:
-        return self.seconds * self.rng.uniform(*GAP)
+        return self.pace * self.rng.uniform(*GAP)
 
     def log_length(self) -> int:
         return self.line.log.stat().st_size if self.line.log.exists() else 0
@@ -409,7 +416,7 @@ def work_folder(given: Path | None) -> Iterator[Path]:
 
 def soak(work: Path, minutes: float, seed: int) -> dict:
     """Run both; return the figures."""
-    make_teacher(work / "teacher")
+    make_teacher(work / "models/teacher")
     (work / "student.yaml").write_text(STUDENT)
     calm = Line(work / "calm", work)
     copy_repository(calm.root)

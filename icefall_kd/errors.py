@@ -65,9 +65,13 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        message = f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run this again"
-        _leave(message, exit_code_of(error))
+        _leave(no_room(error), exit_code_of(error))
     sys.exit(code or 0)
+
+
+def no_room(error: OSError) -> str:
+    """Return what to say of a full disk."""
+    return f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run this again"
 
 
 def _leave(message: str, code: int) -> NoReturn:

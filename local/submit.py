@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from icefall_kd.errors import KdError  # noqa: E402
+from icefall_kd.errors import DISK_FULL, KdError, exit_code_of, no_room  # noqa: E402
 from icefall_kd.runtime import jobs, slurm  # noqa: E402
 
 
@@ -102,7 +102,12 @@ def main(arguments: list[str]) -> int:
         return jobs.run_here(work)
     except KdError as error:
         jobs.say(f"error: {error}")
-        return error.exit_code
+        return exit_code_of(error)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        jobs.say(f"error: {no_room(error)}")
+        return exit_code_of(error)
 
 
 if __name__ == "__main__":

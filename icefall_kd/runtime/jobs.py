@@ -157,8 +157,13 @@ class State:
 
     def record(self, number: int, code: int) -> None:
         """Note how a task ended."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.done_file if code == 0 else self.failed_file)(number).write_text(f"{code}\n")
+        file = (self.done_file if code == 0 else self.failed_file)(number)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{code}\n")
+        except OSError as error:
+            error.filename = str(file)  # a write that fails names none
+            raise
 
     def failure(self, number: int) -> int | None:
         """Return the exit code of a failed task; None: it has not failed."""

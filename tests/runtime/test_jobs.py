@@ -75,6 +75,16 @@ def test_what_is_missing_alone_runs_again(tmp_path):
     assert (tmp_path / "ran").read_text() == "0\n1\n2\n" * 2 + "0\n1\n2\n3\n"
 
 
+def test_a_full_disk_is_named_and_no_bug(tmp_path):
+    words = ["--state", "state", "--log", "JOB.log", "--array", "0-1%1", "--", "true"]
+    line = shlex.join([sys.executable, "-I", "-S", str(SUBMIT), *words])
+    result = subprocess.run(["bash", "-c", f"ulimit -f 0; {line}"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    file = next(tmp_path.glob("state/*/0.done"))
+    assert f"error: cannot write {file}: File too large; make room and run this again" in result.stderr
+    assert "1 of 2 tasks were finished before" in submit(tmp_path, *words).stderr  # the file is there, and says it
+
+
 def test_a_dry_run_prints_and_does_nothing(tmp_path):
     result = submit(tmp_path, "--dry-run", "--log", "l/JOB", "--array", "0-1", "--", "touch", "a b", "JOB")
     assert result.stdout == "touch 'a b' 0 > l/0 2>&1\ntouch 'a b' 1 > l/1 2>&1\n"
