@@ -53,7 +53,10 @@ case $1 in
   *report.py) write "${o[--exp-dir]}/report.html" x ;;
   *results.py) echo "$* " >> "$LOG.tables" ;;
   *train.py) echo "$* " >> "$LOG.words"; write "${o[--exp-dir]}/train_summary.json" x ;;
-  *decode.py) echo "$* " >> "$LOG.decodings"; write "${o[--exp-dir]}/${o[--decoding-method]}/results-$(cksum <<< "$*" | cut -d" " -f1).json" "$*" ;;
+  *decode.py)
+    echo "$* " >> "$LOG.decodings"
+    write "${o[--exp-dir]}/${o[--decoding-method]}/results-$(cksum <<< "$*" | cut -d" " -f1).json" "$*"
+    ;;
 esac
 """
 # What prepare.sh starts.
