@@ -325,16 +325,16 @@ def test_sigterm_reaches_a_command_that_cannot_go_on(cluster):
 
 
 @pytest.mark.parametrize("recipe", ["librispeech", "aishell"])
-@pytest.mark.parametrize(("name", "nodes"), [("one_node", 1), ("two_nodes", 2)])
-def test_the_examples_start_a_training_that_its_options_allow(cluster, monkeypatch, recipe, name, nodes):
+def test_the_example_starts_a_training_that_its_options_allow(cluster, monkeypatch, recipe):
     folder = REPO / "egs" / recipe
     srun = cluster.root.parent / "bin/srun"
     srun.write_text(f"#!{sys.executable} -IS\nimport json, os, sys\n"
                     'json.dump(sys.argv[1:], open(os.environ["WORDS"], "w"))\n')  # fmt: skip
     srun.chmod(0o755)
-    script = folder / f"slurm/{name}.sh"
+    script = folder / "slurm/train.sh"
     env = {**cluster.env, "WORDS": str(cluster.work / "words"), "SLURM_JOB_ID": "5"}
     done = subprocess.run(["bash", str(script)], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert "sbatch --nodes=2 slurm/train.sh" in script.read_text()  # options of the command line count more
     # It came back without its summary: requeued.
     assert done.returncode == 0 and "requeue 5" in (cluster.root / "scontrol").read_text(), done.stderr
     words = json.loads((cluster.work / "words").read_text())
@@ -344,4 +344,4 @@ def test_the_examples_start_a_training_that_its_options_allow(cluster, monkeypat
     config = parse_config(TrainConfig, words[5:])
     assert f"\nexp_dir={config.loop.exp_dir}\n" in script.read_text()
     directives = set(re.findall("^#SBATCH --(.*)$", script.read_text(), re.M))
-    assert {f"nodes={nodes}", "signal=B:USR1@120", "requeue", "open-mode=append", "cpus-per-task=8"} <= directives
+    assert {"nodes=1", "signal=B:USR1@120", "requeue", "open-mode=append", "cpus-per-task=8"} <= directives

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A training on two nodes with four GPUs each, without the rest of the recipe.  In the folder of the recipe, once
-# ./prepare.sh is through:    sbatch slurm/two_nodes.sh
+# A training with four GPUs a node, without the rest of the recipe.  In the folder of the recipe, once ./prepare.sh is
+# through:    sbatch slurm/train.sh, or on two nodes    sbatch --nodes=2 slurm/train.sh
 # Two minutes before its time ends it saves, is requeued and goes on with the same losses.
 #SBATCH --job-name=mvq-none
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 #SBATCH --gres=gpu:4
 #SBATCH --cpus-per-task=8

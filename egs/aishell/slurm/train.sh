@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A training on one node with four GPUs, without the rest of the recipe.  In the folder of the recipe, once
-# ./prepare.sh is through:    sbatch slurm/one_node.sh
+# A training with four GPUs a node, without the rest of the recipe.  In the folder of the recipe, once ./prepare.sh is
+# through:    sbatch slurm/train.sh, or on two nodes    sbatch --nodes=2 slurm/train.sh
 # Two minutes before its time ends it saves, is requeued and goes on with the same losses.
 #SBATCH --job-name=mvq-none
 #SBATCH --nodes=1
@@ -22,5 +22,5 @@ set -euo pipefail
 
 exp_dir=exp/mvq-none
 run_task --until "$exp_dir/train_summary.json" -- srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task=8 \
-  python3 ./train.py --config conf/mvq.yaml --exp-dir "$exp_dir" --kd none --manifest-dir data/librispeech/fbank \
-  --lang-dir data/librispeech/lang_bpe_500 --train-parts train-clean-100,train-clean-360,train-other-500 --valid-parts dev-clean,dev-other
+  python3 ./train.py --config conf/mvq.yaml --exp-dir "$exp_dir" --kd none --manifest-dir data/aishell/fbank \
+  --lang-dir data/aishell/lang_char --train-parts train --valid-parts dev
