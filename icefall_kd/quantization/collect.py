@@ -106,13 +106,13 @@ def draw_sample(paths: Sequence[Path], count: int, seed: int) -> Sample:
     return Sample({key: pool[key][1] for key in keys}, seconds / 3600)
 
 
-def _load(cut: MonoCut, teacher: Teacher) -> Tensor | None:
-    """Return the waveform (S,) at the teacher's rate, or None (with a warning) when it cannot be used."""
+def _load(cut: MonoCut, teacher: Teacher) -> Tensor | DataError | None:
+    """Return the waveform (S,) at the teacher's rate, why it cannot be read, or None where the teacher is no use."""
     try:
         wave = clean_audio(cut, teacher.sampling_rate)
     except DataError as error:
-        logger.warning("left out of the sample: %s (%s)", cut.id, error)
-        return None
+        logger.error("%s: %s", cut.id, error)
+        return error
     if teacher.num_frames(len(wave)) == 0:
         logger.warning("left out of the sample: %s (%d samples: too short)", cut.id, len(wave))
         return None
@@ -147,16 +147,19 @@ def collect_frames(
         most: frames that are kept, about, each as likely as any other; None: all.
         array: of the teacher's output (teachers/base.py: tap).
     Raises:
-        DataError: nothing could be read, or values do not fit float16.
+        DataError: a recording cannot be read, none is of the right length, or values do not fit float16.
     """
     parts: list[Tensor] = []
+    unread: list[tuple[str, DataError]] = []
     samples, start = 0, time.monotonic()
     total = sum(teacher.num_frames(round(c.duration * teacher.sampling_rate)) for c in sample.cuts.values())
     share, generator = 1.0 if most is None else most / max(total, 1), torch.Generator().manual_seed(0)
     progress = Progress(len(sample.cuts), "utterances", name="embeddings of the sample")
     for cuts in _batches(list(sample.cuts.values()), max_duration):
-        waves = [(cut.id, wave) for cut in cuts if (wave := _load(cut, teacher)) is not None]
-        if waves:
+        loaded = [(cut.id, _load(cut, teacher)) for cut in cuts]
+        unread += [(name, error) for name, error in loaded if isinstance(error, DataError)]
+        waves = [(name, wave) for name, wave in loaded if isinstance(wave, Tensor)]
+        if waves and not unread:
             output = teacher.extract(Batch.from_audio([wave for _, wave in waves], [name for name, _ in waves]))
             embeddings, lens = output.arrays[array].cpu().float(), output.lens[array].tolist()
             for e, length in zip(embeddings, lens, strict=True):
@@ -164,8 +167,15 @@ def collect_frames(
                 parts.append(to_float16(e[:length][kept]))
             samples += sum(len(wave) for _, wave in waves)
         progress.update(len(cuts))
+    if unread:
+        # Without them the result would not be that of the same line on whole recordings, and nothing would tell.
+        raise DataError(
+            f"{len(unread)} of the {len(sample.cuts)} sampled utterances cannot be read; first: {unread[0][0]}: "
+            f"{unread[0][1]}; make the recordings again (prepare.sh finds those that were cut off), or take these "
+            "utterances out of the cut sets"
+        )
     if not parts:
-        raise DataError(f"none of the {len(sample.cuts)} sampled utterances could be read; see the warnings above")
+        raise DataError(f"none of the {len(sample.cuts)} sampled utterances could be used; see the warnings above")
     seconds = max(time.monotonic() - start, 1e-9)
     return Frames(torch.cat(parts), samples / teacher.sampling_rate / seconds)
 

@@ -117,15 +117,26 @@ def test_a_killed_run_does_not_extract_again_and_ends_the_same(config, monkeypat
     assert report["sha256"] == expected["sha256"]
 
 
-def test_an_unreadable_utterance_is_left_out_and_nothing_readable_is_an_error(config, tmp_path, caplog):
+def test_a_recording_that_was_cut_off_is_an_error_and_whole_again_it_gives_the_same_quantizer(config, tmp_path):
+    expected = train_quantizer(replace(config, out=tmp_path / "other" / "q.safetensors"), SpectrumTeacher())
     sample = draw_sample(config.cuts, config.quantizer.quantizer_utts, config.quantizer.quantizer_seed)
-    (tmp_path / f"{next(iter(sample.cuts.values())).id}.wav").write_bytes(b"no audio")
-    train_quantizer(config, SpectrumTeacher())
-    assert "left out of the sample" in caplog.text
-    for path in tmp_path.glob("*.wav"):
-        path.write_bytes(b"no audio")
+    name = next(iter(sample.cuts.values())).id
+    recording = tmp_path / f"{name}.wav"
+    whole = recording.read_bytes()
+    for share in (0, 0.5, 0.9):
+        recording.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(DataError, match=f"1 of the 8 sampled utterances cannot be read; first: {name}"):
+            train_quantizer(config, SpectrumTeacher())
+        assert not list(config.out.parent.glob("*.safetensors"))
+    recording.write_bytes(whole)
+    assert train_quantizer(config, SpectrumTeacher())["sha256"] == expected["sha256"]
+
+
+def test_a_sample_too_short_for_the_teacher_is_an_error(config):
+    teacher = SpectrumTeacher()
+    teacher.num_frames = lambda samples: 0
     with pytest.raises(DataError, match="none of the 8"):
-        train_quantizer(replace(config, out=tmp_path / "none" / "q.safetensors"), SpectrumTeacher())
+        train_quantizer(config, teacher)
 
 
 def test_the_input_of_the_first_block_has_a_quantizer_too(config, monkeypatch):
