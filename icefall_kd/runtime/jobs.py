@@ -23,8 +23,10 @@ from icefall_kd.errors import ConfigError
 # torchrun that keeps the exit code of a rank.
 _TORCHRUN = Path(__file__).resolve().parents[2] / "local/torchrun.py"
 
-# The word of a command and of its log's name that becomes the number of a task.
+# The word of a command and of its log's name that becomes the number of a task: between letters or digits, as in a
+# folder JOBS, it is none.
 NUMBER = "JOB"
+NUMBER_WORD = re.compile(rf"(?<![^\W_]){NUMBER}(?![^\W_])")
 # Seconds that tasks have to save and end after SIGTERM, before they are killed.
 TERM_GRACE = 120
 _LAST_LINES = 20
@@ -102,7 +104,7 @@ class Work:
         if self.array is not None and self.array.first < self.array.last:
             if self.log is None:
                 raise ConfigError(f"--array {self.array} needs --log FILE with the word {NUMBER} in it")
-            if NUMBER not in self.log:
+            if not NUMBER_WORD.search(self.log):
                 raise ConfigError(f"--log is {self.log!r}; with --array it must hold the word {NUMBER}")
             if self.until is not None:
                 raise ConfigError("--until is of one command, and not of an array")
@@ -121,13 +123,13 @@ class Work:
         """Return the command of a task."""
         if self.array is None:
             return list(self.command)
-        return [word.replace(NUMBER, str(number)) for word in self.command]
+        return [NUMBER_WORD.sub(str(number), word) for word in self.command]
 
     def log_of(self, number: int) -> Path | None:
         """Return the log of a task."""
         if self.log is None or self.array is None:
             return None if self.log is None else Path(self.log)
-        return Path(self.log.replace(NUMBER, str(number)))
+        return Path(NUMBER_WORD.sub(str(number), self.log))
 
     def describe(self, number: int) -> str:
         """Return a task as messages name it."""

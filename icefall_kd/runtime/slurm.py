@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icefall_kd.errors import ConfigError
-from icefall_kd.runtime.jobs import NUMBER, Ended, Ending, State, Work, report_failures, say
+from icefall_kd.runtime.jobs import NUMBER_WORD, Ended, Ending, State, Work, report_failures, say
 
 JOB_SH = Path(__file__).resolve().parents[2] / "local" / "job.sh"
 # Slurm's own default, for a dry run where there is no Slurm.
@@ -81,7 +81,8 @@ def _output(work: Work, chunk: Chunk) -> str:
     log = os.path.abspath(work.log if work.log is not None else default_log(work)).replace("%", "%%")
     if work.array is None:
         return log
-    return log.replace(NUMBER, f"{chunk.base // 10**chunk.digits}%{chunk.digits}a" if chunk.base else "%a")
+    number = f"{chunk.base // 10**chunk.digits}%{chunk.digits}a" if chunk.base else "%a"
+    return NUMBER_WORD.sub(number, log)
 
 
 def default_log(work: Work) -> Path:
@@ -108,13 +109,14 @@ def script(work: Work, chunk: Chunk, state: State) -> str:
     # cores is no longer inherited from the job since Slurm 22.05.
     launch = ["srun", "--kill-on-bad-exit=0", "--wait=120", f"--cpus-per-task={max(1, work.cpus // ranks)}"]
     command = [*(launch if work.nodes * ranks > 1 else []), *work.command]
-    words, number = "${command[@]}", "0"
+    number, quoted = "0", [shlex.quote(word) for word in command]
     if work.array is not None:
-        words, number = "${command[@]//" + NUMBER + "/$number}", '"$number"'
+        number = '"$number"'
+        quoted = [number.join(part and shlex.quote(part) for part in NUMBER_WORD.split(w)) or "''" for w in command]
         lines.append(f"number=$((SLURM_ARRAY_TASK_ID + {chunk.base}))")
-    lines += ["command=(", *(f"  {shlex.quote(word)}" for word in command), ")", f". {shlex.quote(str(JOB_SH))}"]
+    lines += ["command=(", *(f"  {word}" for word in quoted), ")", f". {shlex.quote(str(JOB_SH))}"]
     until = "" if work.until is None else f"--until {shlex.quote(str(work.until))} "
-    lines.append(f'run_task {until}--left {shlex.quote(str(state.folder))}/{number} -- "{words}"')
+    lines.append(f'run_task {until}--left {shlex.quote(str(state.folder))}/{number} -- "${{command[@]}}"')
     return "\n".join(lines) + "\n"
 
 

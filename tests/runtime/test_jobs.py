@@ -29,9 +29,9 @@ def test_one_command_with_and_without_a_log(tmp_path):
 
 
 def test_an_array_runs_every_task_with_its_number(tmp_path):
-    submit(tmp_path, "--log", "log/JOB.log", "--array", "3-12%3", "--", "echo", "shard JOB/13")
-    logs = {int(p.stem): p.read_text() for p in (tmp_path / "log").iterdir()}
-    assert logs == {n: f"shard {n}/13\n" for n in range(3, 13)}
+    submit(tmp_path, "--log", "JOBS/JOB.log", "--array", "3-12%3", "--", "echo", "shard_JOB/13", "JOBS 1JOB éJOB")
+    logs = {int(p.stem): p.read_text() for p in (tmp_path / "JOBS").iterdir()}
+    assert logs == {n: f"shard_{n}/13 JOBS 1JOB éJOB\n" for n in range(3, 13)}
 
 
 def test_only_so_many_tasks_run_at_the_same_time(tmp_path):

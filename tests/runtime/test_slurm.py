@@ -148,10 +148,11 @@ def test_every_word_arrives_as_it_was_given(cluster):
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
     cluster.submit("--log", "one.log", "--", sys.executable, "-c", show, *WORDS)
     assert json.loads((cluster.work / "one.log").read_text().splitlines()[-1]) == WORDS
-    cluster.submit("--log", "logs/x JOB%.log", "--array", "8-9", "--", sys.executable, "-c", show, *WORDS, "JOB of JOB")
+    numbered = ["JOB of JOB", "it's JOB", "JOBS"]
+    cluster.submit("--log", "logs/x JOB%.log", "--array", "8-9", "--", sys.executable, "-c", show, *WORDS, *numbered)
     for number in (8, 9):
         line = (cluster.work / f"logs/x {number}%.log").read_text().splitlines()[-1]
-        assert json.loads(line) == [*WORDS, f"{number} of {number}"]
+        assert json.loads(line) == [*WORDS, f"{number} of {number}", f"it's {number}", "JOBS"]
 
 
 def test_a_dry_run_prints_the_script_and_needs_no_slurm(tmp_path):
