@@ -36,6 +36,11 @@ if [[ $corpus == demo ]]; then
 fi
 : "${extract_jobs:=1}" "${train_jobs:=1}"
 
+for name in data_dir exp_dir audio_dir; do
+  [[ ${!name:-} != *,* ]] ||
+    fail 2 "--${name//_/-} is ${!name}; commas stand between the files of a list: choose a folder without one in its name"
+done
+
 marker_dir=$exp_dir/.done
 kind=fbank
 IFS=, read -r -a train_cuts <<< "$train_parts"

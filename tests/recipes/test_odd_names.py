@@ -82,3 +82,13 @@ def test_what_every_recipe_starts(tmp_path, script):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([ODD, f"data {ODD}", f"exp {ODD}"])
     again, _ = recipe.run("--data-dir", str(data), "--exp-dir", str(exp))
     assert "train.py" not in again and "decode.py" not in again
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("option", ["--data-dir", "--exp-dir"])
+def test_a_folder_with_a_comma_is_refused(repo, tmp_path, script, option):
+    line = ["bash", str(repo / "egs/librispeech" / script), "--corpus", "trans", option, str(tmp_path / "a,b")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert f"{option} is {tmp_path / 'a,b'}; commas stand between" in done.stderr
+    assert list(tmp_path.iterdir()) == []
