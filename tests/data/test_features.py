@@ -95,6 +95,27 @@ def test_a_finished_split_is_not_computed_again(manifest, tmp_path):
         assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def test_splits_one_by_one_are_those_of_one_run(manifest, tmp_path):
+    """As the tasks of an array compute them, in any order, and a run without a split joins them."""
+    extractor, out = FbankExtractor(backend="lhotse"), tmp_path / "fbank"
+    for shard in (2, 0, 1):
+        assert store_features([manifest], out, extractor, nj=3, shard=shard) == {}
+        assert not (out / "cuts_train.jsonl.gz").exists()
+    stamps = {archive: archive.stat().st_mtime_ns for archive in out.glob("*.lca")}
+    assert store_features([manifest], out, extractor, nj=3) == {"train": 15}
+    assert {archive: archive.stat().st_mtime_ns for archive in out.glob("*.lca")} == stamps and len(stamps) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("icefall_kd.data.features.exclusive_pool", _serial)
+        store_features([manifest], tmp_path / "other", extractor, nj=3)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "other").iterdir())
+    for archive in out.glob("*.lca"):
+        assert archive.read_bytes() == (tmp_path / "other" / archive.name).read_bytes()
+    arrays = [[c.load_features() for c in read_cuts(d / "cuts_train.jsonl.gz")] for d in (out, tmp_path / "other")]
+    assert all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
+    with pytest.raises(ConfigError, match="--shard is 3; with --nj 3 it must be from 0 to 2"):
+        store_features([manifest], out, extractor, nj=3, shard=3)
+
+
 @pytest.mark.parametrize("damaged", ["archive", "cuts"])
 def test_a_finished_split_that_was_cut_off_is_computed_again(manifest, tmp_path, caplog, damaged):
     extractor, out = FbankExtractor(backend="lhotse"), tmp_path / "fbank"

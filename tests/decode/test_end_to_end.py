@@ -70,6 +70,29 @@ def test_every_search_decodes_a_folder_of_audio(trained, method):
     assert len(ids) == 3
 
 
+def test_shares_of_the_parts_leave_what_one_run_leaves(trained, tmp_path):
+    audio, exp_dir = trained
+    parts = []
+    for name in ("one", "two", "three"):
+        parts.append(tmp_path / name)
+        parts[-1].mkdir()
+        for file in audio.iterdir():
+            (parts[-1] / file.name).write_bytes(file.read_bytes())
+    options = {"exp_dir": exp_dir, "test_parts": list(map(str, parts)), "device": "cpu", "epoch": 1, "bootstrap": 0}
+    options["decoding_method"] = "ctc_greedy_search"
+    folder = exp_dir / "ctc_greedy_search"
+    whole = decode(DecodeConfig(**options))
+    for file in list(folder.glob("*-epoch-1*")):
+        file.unlink()
+    shares = [decode(DecodeConfig(**options, shard=k, num_shards=2)) for k in (0, 1)]
+    assert [list(share) for share in shares] == [["one", "three"], ["two"]]
+    together = shares[0] | shares[1]
+    assert {n: r["utterances"] for n, r in together.items()} == {n: r["utterances"] for n, r in whole.items()}
+    for name in whole:
+        assert read_recogs(next(folder.glob(f"recogs-{name}-epoch-1*")))[0] == sorted(TEXTS)
+    assert decode(DecodeConfig(**options, shard=3, num_shards=4)) == {}
+
+
 def test_weights_in_safetensors_decode_as_their_checkpoint_does(trained, tmp_path):
     audio, exp_dir = trained
     source, weights = exp_dir / "epoch-1.pt", tmp_path / "last-1-up-to-epoch-1.safetensors"
