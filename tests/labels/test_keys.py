@@ -1,5 +1,6 @@
 """Label keys name audio content: they survive renaming and follow every change of the audio's time."""
 
+import hashlib
 from fractions import Fraction
 
 import pytest
@@ -158,3 +159,17 @@ def test_keys_parse_and_refuse_nonsense():
     assert keys.as_speed(0.9) == Fraction(9, 10) and keys.as_speed(1) == 1
     with pytest.raises(ConfigError):
         keys.as_speed("fast")
+
+
+@pytest.mark.parametrize("number", [0, 1, 300])
+def test_the_fingerprint_of_a_corpus_is_that_of_the_sorted_digests_of_keys_and_texts(number):
+    """In the form that label sets on disk hold, whatever the order of the cuts."""
+    texts = [f"said {i}" for i in range(number)]
+    digests = sorted(hashlib.sha256(f"key {i}\0{text}".encode()).digest() for i, text in enumerate(texts))
+    expected = hashlib.sha256(b"".join(digests)).hexdigest()
+    for order in (range(number), reversed(range(number))):
+        corpus = keys.CorpusFingerprint()
+        for i in order:
+            supervision = SupervisionSegment(id="s", recording_id="r", start=0, duration=1, text=texts[i])
+            corpus.add(f"key {i}", MonoCut(id="c", start=0, duration=1, channel=0, supervisions=[supervision]))
+        assert corpus.hexdigest() == expected
