@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from icefall_kd.data.demo_text import make_sentences, vocabulary
+from icefall_kd.data.pcm import write_pcm16
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.files import atomic_folder, fingerprint, read_json, remove_leftovers, write_json
 from icefall_kd.runtime.signals import end_with_parent
@@ -321,16 +322,12 @@ def add_reality(wave: np.ndarray, spec: DemoSpec, utt: str) -> np.ndarray:
 
 def _write_speaker(speaker: DemoSpeaker, spec: DemoSpec, folder: Path) -> tuple[str, float]:
     """Write one speaker's audio into ``folder``; return the speaker's id and minutes."""
-    import soundfile
-
     folder.mkdir(parents=True, exist_ok=True)
     seconds = 0.0
-    suffix, subtype = (".flac", "PCM_16") if spec.language == "en" else (".wav", "PCM_16")
+    suffix = ".flac" if spec.language == "en" else ".wav"
     for u in speaker.utterances:
         wave = add_reality(synthesise(speaker, u.spoken), spec, u.utt)
-        soundfile.write(
-            folder / (u.utt + suffix), np.round(wave * 32767).astype(np.int16), SAMPLE_RATE, subtype=subtype
-        )
+        write_pcm16(folder / (u.utt + suffix), wave, SAMPLE_RATE)
         seconds += len(wave) / SAMPLE_RATE
     if spec.language == "en":
         lines = "".join(f"{u.utt} {u.text}\n" for u in speaker.utterances)

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 
 from icefall_kd.data.corpora import Utterance, read_part
+from icefall_kd.data.pcm import write_pcm16
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.runtime.files import fingerprint, read_json, sha256_file, write_json
 
@@ -235,7 +236,7 @@ def _write_split(folder: Path, strings: list[DigitString], by_id: dict[str, Utte
         path.parent.mkdir(parents=True, exist_ok=True)
         (rate,) = rates
         wave = join([waves[name] for name in string.sources], rate, spec, string.utt)
-        soundfile.write(path, np.round(wave * 32767).astype(np.int16), rate, subtype="PCM_16")
+        write_pcm16(path, wave, rate)
     lines = "".join(f"{s.utt} {s.text}\n" for s in strings)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "digits.trans.txt").write_text(lines, encoding="utf-8")
