@@ -27,7 +27,7 @@ _NEVER = -1e5
 
 @dataclass(frozen=True, kw_only=True)
 class LexiconBeam:
-    """Options of the search; defaults are those of the paper's code (docs/hubert.md)."""
+    """Options of the search; defaults are those of the co-author's code (docs/hubert.md)."""
 
     beam_size: int = 50
     """Hypotheses a frame."""

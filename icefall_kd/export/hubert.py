@@ -1,7 +1,7 @@
 """The graph of an exported HuBERT model: samples, or log-mel features, to log-probabilities of CTC.
 
 A model with the log-mel front end takes the features, which no ONNX operator makes of samples: 80 bins of Kaldi's
-log-mel energies with whole windows (25 ms every 10 ms), of samples times 2^15; their CMVN is in the graph.
+log-mel energies with whole windows (25 ms every 10 ms), of samples in [-1, 1]; their CMVN is in the graph.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """What a student of HuBERT needs for its training alone: heads that predict the teacher's states and clusters.
 
-Section numbers are those of arXiv 2210.15631's models as the co-author's code builds them (docs/hubert.md).
+Chang et al. 2021, arXiv 2110.01900 (from the last layer); Lee et al. 2022, arXiv 2207.00555 (layer by layer); Wang et
+al. 2022, arXiv 2210.15631, as the co-author's code builds both (docs/hubert.md).
 """
 
 from collections.abc import Mapping, Sequence

@@ -188,7 +188,9 @@ class HubertDistilSystem(System):
                 ("rec", distance(predicted, y, self.cfg.regression), self.cfg.rec_scale),
                 ("cos", cosine_distance(predicted, y), self.cfg.cos_scale),
             ):  # (N, n, T')
-                terms[f"{name}_loss"] = _term(torch.einsum("nlt,l->nt", loss, self.layer_scales), valid, scale)
+                with torch.autocast(loss.device.type, enabled=False):  # the product would have the student's precision
+                    each = torch.einsum("nlt,l->nt", loss, self.layer_scales)
+                terms[f"{name}_loss"] = _term(each, valid, scale)
                 for row, layer in zip(loss.detach().transpose(0, 1), self.target.layers, strict=True):
                     metrics[f"{name}_H{layer}"] = (row.masked_fill(~valid, 0.0).sum(), float(valid.sum()))
         if self._clusters[0] is not None:

@@ -64,7 +64,7 @@ class ExperimentTeacher(PretrainedTeacher):
 
     @classmethod
     def load(cls, exp_dir: Path, **kwargs) -> PretrainedTeacher:
-        """Load the newest model of an exp_dir, averaged over the last epoch where the training kept averages.
+        """Load the newest model of an exp_dir, averaged over its last epoch as train/average.py: load_trained does it.
 
         One of --system hubert is a teacher of its own kind (teachers/hubert.py).
 

@@ -136,7 +136,8 @@ def speech_ssl_from_tensors(
 def hubert_layers(**options: Any) -> nn.Module:
     """Return positional convolution, LayerNorm, dropout and layers (post-norm) of a new HuBERT model.
 
-    Their initial values are transformers': those of BERT, and of wav2vec 2.0 for the convolution.
+    Their initial values are transformers', those of BERT; the convolution's are torch's own, of about the size that
+    wav2vec 2.0 has, because its weight norm hides the weight from transformers.
 
     Args:
         options: of transformers' configuration.

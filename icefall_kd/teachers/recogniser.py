@@ -124,7 +124,7 @@ class RecogniserTeacher:
         kinds: Sequence[str] = tuple(RECOGNISER_ROWS),
         search: Decoder | None = None,
     ) -> "RecogniserTeacher":
-        """Load the newest model of an exp_dir, averaged over the last epoch where the training kept averages.
+        """Load the newest model of an exp_dir, averaged over its last epoch as train/average.py: load_trained does it.
 
         Args:
             exp_dir: a training with --system nar --attention-decoder ar.

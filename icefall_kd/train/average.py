@@ -245,13 +245,18 @@ def load_trained(
 ) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Return the newest weights of a training, averaged over its last epoch where it kept averages.
 
+    Those of a training that is in its first epoch, or has one alone, are taken as they are: the mean of all its steps
+    would hold what was drawn at random, and parts that its first stage has frozen.
+
     Returns and raises as :func:`load_for_decoding`.
     """
     try:
-        return load_for_decoding(exp_dir, tokenizer_hash=tokenizer_hash)
+        if range_ends(exp_dir, "epoch" if list_checkpoints(exp_dir, "epoch") else "checkpoint", None, 1)[0] is not None:
+            return load_for_decoding(exp_dir, tokenizer_hash=tokenizer_hash)
+        logger.info("%s: there is no epoch before the newest weights; they are taken as they are", exp_dir)
     except ConfigError as error:
         logger.warning("%s: %s; the newest parameters are taken as they are", exp_dir, error)
-        return load_for_decoding(exp_dir, use_averaged_model=False, tokenizer_hash=tokenizer_hash)
+    return load_for_decoding(exp_dir, use_averaged_model=False, tokenizer_hash=tokenizer_hash)
 
 
 def trained_tokenizer(exp_dir: str | Path) -> str:

@@ -1,5 +1,6 @@
 """Features: one frame arithmetic, arrays and manifests agree, splits resume."""
 
+import math
 import os
 
 import lhotse
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from icefall_kd.data.corpora import open_corpus
-from icefall_kd.data.features import FbankExtractor, _plan_splits, _store_split, store_features
+from icefall_kd.data.features import FbankExtractor, _plan_splits, _store_split, snipped_fbank, store_features
 from icefall_kd.data.manifests import cuts_file, read_cuts, write_cuts
 from icefall_kd.data.recordings import make_cuts, with_speed_copies
 from icefall_kd.errors import ConfigError, DataError
@@ -22,6 +23,13 @@ def manifest(corpus_dir, tmp_path):
     path = cuts_file(tmp_path / "manifests", "train")
     write_cuts(path, with_speed_copies(cuts))
     return path
+
+
+def test_features_of_16_bit_samples_are_larger_by_what_the_page_on_export_says():
+    audio = torch.randn(1, 4000) * 0.1
+    larger = snipped_fbank(audio * 2**15) - snipped_fbank(audio)
+    torch.testing.assert_close(larger, torch.full_like(larger, 2 * math.log(2**15)), rtol=1e-4, atol=1e-3)
+    assert round(float(larger.mean()), 1) == 20.8
 
 
 @pytest.mark.parametrize("num_samples", [80, 159, 239, 240, 399, 400, 401, 16000, 16079, 16080, 16081, 16239, 16240])

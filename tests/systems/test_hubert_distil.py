@@ -82,6 +82,21 @@ def test_regression_is_the_mean_over_frames_layers_and_channels(teacher, structu
     assert sum(found.metrics[f"rec_H{i}"][0].item() for i in (1, 2, 3)) / 3 == pytest.approx(rec, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["type1", "type2", "type3"])
+@pytest.mark.parametrize("stage", ["front end", "all"])
+def test_losses_are_float32_whatever_the_precision_of_the_student(teacher, front, kind, stage):
+    options = {"disc_type": kind, "frontend_steps": 1}
+    system = build(teacher, structure="deep_thin", **front, hubert_kd=options).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = system.losses(samples(), 0 if stage == "front end" else 1)
+    assert set(found.terms) == ({"frontend_loss"} if stage == "front end" else {"rec_loss", "cos_loss", "disc_loss"})
+    for name, term in found.terms.items():
+        assert term.value.dtype == term.per_utterance.dtype == torch.float32, name
+        # The sums of its layers are the loss, to more digits than bfloat16 has.
+        layers = [found.metrics[f"{name[:4]}H{i}"][0].item() for i in (1, 2, 3) if f"{name[:4]}H{i}" in found.metrics]
+        assert not layers or term.value.item() == pytest.approx(sum(layers) / 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", ["type1", "type2", "type3"])
 def test_divergence_compares_with_the_teachers_clusters(teacher, kind, scaled):

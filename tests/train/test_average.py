@@ -98,6 +98,21 @@ def test_the_newest_epoch_is_the_default(exp_dir):
     assert "checkpoint-25.pt" in avg.load_for_decoding(exp_dir)[2]
 
 
+def test_a_training_goes_on_from_its_last_epoch_and_never_from_its_start(exp_dir):
+    last, _, used = avg.load_trained(exp_dir)
+    assert used == "average of all steps after epoch-3.pt up to epoch-4.pt"
+    torch.testing.assert_close(last["w"], sampled_mean(21, 28)[0])
+    # The mean of a first epoch would hold what was drawn, and what a first stage left as it was.
+    for epoch in (2, 3, 4):
+        (exp_dir / f"epoch-{epoch}.pt").unlink()
+    first, _, used = avg.load_trained(exp_dir)
+    assert used == "epoch-1.pt" and torch.equal(first["w"], weights(7))
+    (exp_dir / "epoch-1.pt").unlink()
+    for step in (10, 15, 20, 25):
+        (exp_dir / f"checkpoint-{step}.pt").unlink()
+    assert avg.load_trained(exp_dir)[2] == "checkpoint-5.pt"
+
+
 def test_ranges_of_checkpoints(exp_dir):
     state, _, used = avg.load_for_decoding(exp_dir, iter=25, avg=2)
     torch.testing.assert_close(state["w"], sampled_mean(15, 25)[0], rtol=1e-6, atol=1e-6)
