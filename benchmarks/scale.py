@@ -79,7 +79,7 @@ def write_shar(folder: Path, count: int, num_shards: int) -> dict:
 
     began = time.perf_counter()
     made_up = {"codec": "lilcom", "pieces": None, "inputs": f"{count} made up"}
-    info = SharInfo(num_shards=num_shards, data=["features"], labels={}, **made_up)
+    info = SharInfo(num_shards=num_shards, data=[], labels={}, **made_up)
     (folder / "shards").mkdir(parents=True)
     write_json(folder / INFO_NAME, asdict(info))
     rows, size = [], 0

@@ -18,16 +18,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
-from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.shar.readers.tar import TarIterator
 
+from icefall_kd.data.manifests import iterate_cuts
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.info import LabelSetInfo
 from icefall_kd.labels.join import JoinReport
 from icefall_kd.labels.keys import key_of
-from icefall_kd.runtime.files import fingerprint, read_json, read_lines, sha256_file
+from icefall_kd.runtime.files import fingerprint, read_json, read_lines, reading, sha256_file
 
 INFO_NAME, ROWS_NAME = "shar.json", "shards.jsonl"
 FORMAT_VERSION = 1
@@ -73,10 +75,12 @@ class SharInfo:
         content = read_json(file)
         if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
             raise DataError(f"{file} is of another format version than {FORMAT_VERSION}; export again")
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise DataError(f"{file} is damaged ({error}); export into another folder") from error
+        with reading(str(file), "export into another folder"):
+            info = _typed(cls, content)
+            if info.num_shards < 1 or not set(info.data) <= {"features", "recording"}:
+                raise ValueError(f"{info.num_shards} shards of {info.data}")
+            _ = info.fingerprint  # of numbers that are finite
+        return info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,16 @@ class ShardRow:
     """{"name", "bytes", "sha256"} of the file of the cuts ("cuts") and of each field."""
 
 
+def _typed(cls: type[Any], content: Any) -> Any:
+    """Return a dataclass of values that a file held; a TypeError or ValueError unless each is of its type."""
+    item = cls(**content)
+    for name, kind in get_type_hints(cls).items():
+        value, kind = getattr(item, name), get_origin(kind) if get_origin(kind) in (dict, list) else kind
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is {str(value)[:80]!r}")
+    return item
+
+
 def row_file(path: Path, shard: int) -> Path:
     """Return where the row of a shard lies in the folder ``path``."""
     return Path(path) / "rows" / f"{shard:06d}.json"
@@ -108,15 +122,25 @@ def load_row(path: Path, shard: int, info: SharInfo) -> ShardRow | None:
     file = row_file(path, shard)
     if not file.exists():
         return None
-    row = _as_row(read_json(file), file)
+    row = _as_row(read_json(file), file, info)
     return row if row.of == info.fingerprint and not size_problems(path, row) else None
 
 
-def _as_row(content: object, where: Path) -> ShardRow:
-    try:
-        return ShardRow(**content)
-    except TypeError as error:
-        raise DataError(f"{where} is damaged ({error}); delete it and run the export again") from error
+def _as_row(content: object, where: Path, info: SharInfo) -> ShardRow:
+    with reading(str(where), "delete it and run the export again"):
+        row = _typed(ShardRow, content)
+        if row.cuts < 1:
+            raise ValueError(f"shard {row.shard} has {row.cuts} cuts")
+        for file in row.files.values():
+            if {name: type(value) for name, value in file.items()} != {"name": str, "bytes": int, "sha256": str}:
+                raise TypeError(f"a file of shard {row.shard} is {file}")
+            if Path(file["name"]).name != file["name"]:
+                raise ValueError(f"a file of shard {row.shard} is called {file['name']!r}")
+        if row.of == info.fingerprint and {"cuts", *info.fields} != set(row.files):
+            raise ValueError(f"shard {row.shard} has the files {sorted(row.files)}")
+        if row.of == info.fingerprint and set(info.labels) != set(row.labelled):
+            raise ValueError(f"shard {row.shard} says of {sorted(row.labelled)} how many are labelled")
+    return row
 
 
 def size_problems(path: Path, row: ShardRow) -> list[str]:
@@ -153,8 +177,8 @@ class Shar:
                 "to come); run local/export_shar.py again with the same options"
             )
         try:
-            self.rows = [_as_row(json.loads(line), file) for line in read_lines(file)]
-        except json.JSONDecodeError as error:
+            self.rows = [_as_row(json.loads(line), file, self.info) for line in read_lines(file)]
+        except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{file} is damaged ({error}); delete it and run the export again") from error
         if [row.shard for row in self.rows] != list(range(self.info.num_shards)):
             raise DataError(f"{file} has {len(self.rows)} rows of {self.info.num_shards}; delete it and export again")
@@ -233,8 +257,8 @@ class Shar:
         wanted = {name: row.files[name] for name in ("cuts", *fields)}
         if problems := size_problems(self.path, ShardRow(**{**asdict(row), "files": wanted})):
             raise DataError("; ".join(problems))
-        paths = {name: [self.path / "shards" / file["name"]] for name, file in wanted.items()}
-        count, cuts = 0, iter(CutSet.from_shar(fields=paths))
+        paths = {name: self.path / "shards" / file["name"] for name, file in wanted.items()}
+        count, cuts = 0, _filled(paths)
         while True:
             try:
                 cut = next(cuts, None)
@@ -267,6 +291,23 @@ class Shar:
                         "run the export again with the same options"
                     )
         return problems
+
+
+def _filled(paths: dict[str, Path]) -> Iterator[Cut]:
+    """Yield the cuts of a shard with what its tar files hold of them.
+
+    Lhotse's own reader believes the rows of the cuts, and what has no data in a tar file it would read from where its
+    row says: by a command, or with pickle.
+    """
+    fields = [name for name in paths if name != "cuts"]
+    for cut, *found in zip(iterate_cuts(paths["cuts"]), *(TarIterator(paths[name]) for name in fields), strict=False):
+        for name, (manifest, member) in zip(fields, found, strict=True):
+            if manifest is None:
+                continue  # the cut has none
+            if str(member.parent / member.stem) != cut.id:
+                raise ValueError(f"cut {cut.id} meets {member} of {paths[name].name}")
+            setattr(cut, name, manifest)
+        yield cut
 
 
 class StreamedLabels:

@@ -23,7 +23,6 @@ from lhotse import CutSet
 from lhotse.array import Array
 from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MonoCut
-from lhotse.serialization import deserialize_item
 from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy
 
@@ -259,8 +258,7 @@ def _write_shard(path: Path, shard: int, info: SharInfo, stores: dict[str, Label
 
 
 def _part(path: Path, shard: int) -> Iterator[Cut]:
-    for line in read_lines(path / ".parts" / "cuts" / f"{shard:06d}.jsonl.gz"):
-        yield deserialize_item(json.loads(line))
+    return iterate_cuts(path / ".parts" / "cuts" / f"{shard:06d}.jsonl.gz")
 
 
 def _carrying(cut: MonoCut, key: str, info: SharInfo, stores: dict[str, LabelStore]) -> MonoCut:

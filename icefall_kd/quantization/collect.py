@@ -90,20 +90,34 @@ class Frames:
 
 
 def draw_sample(paths: Sequence[Path], count: int, seed: int) -> Sample:
-    """Draw ``count`` training utterances of a quantizer from cut sets (see :func:`sample_utterances`)."""
-    pool: dict[str, tuple[Candidate, MonoCut]] = {}
+    """Draw ``count`` training utterances of a quantizer from cut sets (see :func:`sample_utterances`).
+
+    The cut sets are read twice, since of all cuts only what the draw needs is held: key and duration.
+    """
+    pool: dict[str, Candidate] = {}
     seconds = 0.0
     for path in paths:
         if not Path(path).exists():
             raise ConfigError(f"--cuts {path} does not exist; run prepare.sh, or name the cut sets as a,b")
-        for cut in iterate_cuts(Path(path)):
-            key, speech = label_key(cut), speech_track(cut)
+        for key, speech, perturbed in _keyed(path):
             seconds += speech.duration
-            perturbed = candidate(speech).perturbed or parse_key(key).speed != 1
             if not perturbed:
-                pool.setdefault(key, (Candidate(key, speech.duration), speech))
-    keys = sample_utterances((entry for entry, _ in pool.values()), count, seed)
-    return Sample({key: pool[key][1] for key in keys}, seconds / 3600)
+                pool.setdefault(key, Candidate(key, speech.duration))
+    keys = sample_utterances(pool.values(), count, seed)
+    del pool
+    found: dict[str, MonoCut | None] = dict.fromkeys(keys)
+    for path in paths:
+        for key, speech, perturbed in _keyed(path):
+            if not perturbed and key in found and found[key] is None:
+                found[key] = speech
+    return Sample(found, seconds / 3600)
+
+
+def _keyed(path: Path) -> Iterator[tuple[str, MonoCut, bool]]:
+    """Yield label key and speech of every cut, and whether it is a perturbed copy."""
+    for cut in iterate_cuts(Path(path)):
+        key, speech = label_key(cut), speech_track(cut)
+        yield key, speech, candidate(speech).perturbed or parse_key(key).speed != 1
 
 
 def _load(cut: MonoCut, teacher: Teacher) -> Tensor | DataError | None:

@@ -1,8 +1,11 @@
 """A Shar holds what its cuts and label sets hold, has the same bytes however it was made, and names what is wrong."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +14,13 @@ from micro_corpus import label_info, read_cuts, write_corpus, write_labels
 from shar_toys import content, write_label_sets, write_shar
 
 import icefall_kd.data.shar_export as module
+from icefall_kd.data.manifests import write_jsonl
 from icefall_kd.data.shar import Shar, StreamedLabels
 from icefall_kd.errors import ConfigError, DataError
 from icefall_kd.labels.keys import label_key
 from icefall_kd.labels.shard import key_hash
 from icefall_kd.labels.store import LabelStore, shard_of
+from icefall_kd.runtime.files import read_lines, sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,72 @@ def test_files_that_end_early_are_not_taken_for_shorter_shards(copied, name):
         (copied / "shards.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(DataError, match=r"shard 1 .* (is damaged behind cut|ends after)"):
             list(Shar(copied).read(1, ["features"]))
+
+
+def altered(shar, number, change_row, without):
+    """Change the row of the first cut of a shard, and take its data out of the tar file of a field."""
+    cuts, tar = shar / f"shards/cuts.{number:06d}.jsonl.gz", shar / f"shards/{without}.{number:06d}.tar"
+    first, *others = [json.loads(line) for line in read_lines(cuts)]
+    change_row(first)
+    write_jsonl(cuts, [first, *others])
+    kept = io.BytesIO()
+    with tarfile.open(tar) as old, tarfile.open(fileobj=kept, mode="w") as new:
+        for member in old:
+            data, name = old.extractfile(member).read(), Path(member.name)
+            if name.stem == first["id"]:
+                member.name, member.size = str(name.with_suffix(".nometa" if name.suffix == ".json" else ".nodata")), 0
+                data = b""
+            new.addfile(member, io.BytesIO(data))
+    tar.write_bytes(kept.getvalue())
+    rows = [json.loads(line) for line in (shar / "shards.jsonl").read_text().splitlines()]
+    for entry in rows[number]["files"].values():
+        found = shar / "shards" / entry["name"]
+        entry |= {"bytes": found.stat().st_size, "sha256": sha256_file(found)}
+    (shar / "shards.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rows_of_somebody_else_run_nothing(copied, tmp_path):
+    marks = [tmp_path / "ran", tmp_path / "read"]
+
+    def command(row):
+        source = {"type": "command", "channels": [0], "source": f"touch {marks[0]}"}
+        row["recording"]["sources"] = [source]
+
+    def pickled(row):
+        row["custom"]["codebook_indexes"]["storage_type"] = "memory_raw"
+
+    def pipe(row):
+        row["features"] |= {"storage_type": "lilcom_chunky", "storage_path": f"pipe:touch {marks[1]}"}
+
+    faults = [(command, "recording"), (pickled, "codebook_indexes"), (pipe, "features")]
+    for number, (fault, field) in enumerate(faults):
+        altered(copied, number, fault, field)
+        with pytest.raises(DataError, match=rf"shard {number} .*cuts.00000{number}.jsonl.gz is damaged or unsafe"):
+            for cut in Shar(copied).read(number, Shar(copied).info.fields):
+                cut.load_audio(), cut.load_features(), StreamedLabels(Shar(copied), field).of([cut])
+    assert Shar(copied).verify() == [] and not any(mark.exists() for mark in marks)
+    altered(copied, 3, lambda row: None, "recording")  # no data where there was some: what the row names is not there
+    with pytest.raises(Exception, match=r"(?i)shar"):
+        next(Shar(copied).read(3, ["recording"])).load_audio()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"files": {"cuts": {"name": "../cuts", "bytes": 1, "sha256": "0"}}}, "is called '../cuts'"),
+        ({"files": {"cuts": {"name": "cuts", "bytes": "1", "sha256": "0"}}}, "a file of shard 2 is"),
+        ({"files": {}}, r"has the files \[\]"),
+        ({"cuts": 0}, "shard 2 has 0 cuts"),
+        ({"seconds": None}, "seconds is 'None'"),
+        ({"labelled": {}}, "how many are labelled"),
+    ],
+)
+def test_a_row_that_no_export_writes_is_named(copied, change, told):
+    rows = [json.loads(line) for line in (copied / "shards.jsonl").read_text().splitlines()]
+    rows[2] |= change
+    (copied / "shards.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=rf"shards.jsonl is damaged \(.*{told}.*delete it and run the export again"):
+        Shar(copied)
 
 
 def test_shards_of_another_shar_are_refused(corpus, copied, tmp_path):

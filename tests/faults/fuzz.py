@@ -178,6 +178,7 @@ def run_cases(kinds: dict[str, Kind], cases: list[tuple[str, int]], done, result
             if name not in sound:
                 folder.mkdir()
                 for file, content in kind.files.items():
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
                     (folder / file).write_bytes(content)
                 sound[name] = digest(kind.read(folder))
             case = make_case(kinds, name, seed)
@@ -247,6 +248,7 @@ def repeat(kinds: dict[str, Kind], name: str, seed: int) -> str:
     print(case, file=sys.stderr)
     with tempfile.TemporaryDirectory() as root:
         for file, content in kinds[name].files.items():
+            (Path(root) / file).parent.mkdir(parents=True, exist_ok=True)
             (Path(root) / file).write_bytes(content)
         sound = digest(kinds[name].read(Path(root)))
         _place(kinds[name], case, Path(root))

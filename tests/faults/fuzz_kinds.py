@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from micro_corpus import write_labels, write_part
+from shar_toys import write_shar
 
 from icefall_kd.cli import config_from_dict, config_to_dict, parse_config
 from icefall_kd.config import TrainConfig
+from icefall_kd.data.loader import audio_of, features_of
 from icefall_kd.data.manifests import iterate_cuts
+from icefall_kd.data.shar import Shar, labels_of
 from icefall_kd.errors import DataError
 from icefall_kd.labels.keys import cut_text, label_key, speech_track
 from icefall_kd.labels.shard import hash_words
@@ -37,14 +40,15 @@ TEXTS = ["one two", "three", "four one"]
 
 # How many cases of each kind: 10,000 in all.
 COUNTS = {
-    "shards": 1500, "label_set": 800, "cuts": 1700, "checkpoint": 1000, "trained": 500, "weights": 500,
+    "shards": 1300, "label_set": 700, "cuts": 1400, "shar": 600, "checkpoint": 1000, "trained": 500, "weights": 500,
     "quantizer": 700, "clusters": 500, "cmvn": 400, "lm": 400, "ctranslate2": 600, "fairseq": 300, "old_fairseq": 200,
     "tokenizer": 300, "bpe": 200, "yaml": 200, "config": 200,
 }  # fmt: skip
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
+def _contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    found = (p for p in sorted(folder.glob(pattern)) if p.is_file() and not p.name.startswith("."))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
 
 def _read_labels(folder: Path) -> Any:
@@ -70,6 +74,20 @@ def _read_cuts(folder: Path) -> Any:
             found.append([label_key(cut), cut_text(cut), cut.num_samples, speech_track(cut).duration, cut.to_dict()])
         except DataError as error:
             raise DataError(f"{folder}: {error}") from error  # names the cut, whose file its reader knows
+    return found
+
+
+def _read_shar(folder: Path) -> Any:
+    shar, found = Shar(folder), []
+    for row in shar.rows:
+        for cut in shar.read(row.shard, shar.info.fields):
+            try:
+                data = [features_of(cut), audio_of(cut), labels_of(cut, "codebook_indexes")]
+            except DataError as error:
+                raise DataError(f"{folder}: {error}") from error  # names the cut, whose file its reader knows
+            found.append([label_key(cut), cut_text(cut), cut.num_samples, data])
+    if problems := shar.verify():  # what reads every byte
+        raise DataError("; ".join(problems))
     return found
 
 
@@ -150,6 +168,13 @@ def make_kinds(root: Path) -> dict[str, Kind]:
     add("label_set", labels, {"label_set.json": ("bytes", "json", "json")}, _read_labels, everything)
     manifest = {"cuts_train.jsonl.gz": ("bytes", "lines", "lines")}
     add("cuts", root / "corpus/fbank", manifest, _read_cuts)
+
+    write_labels(root / "corpus/codes", cuts)
+    shar = write_shar(root / "corpus", num_shards=1, feature_codec="lilcom")
+    data = [f"shards/{name}.000000.tar" for name in ("features", "recording", "codebook_indexes")]
+    layers = {"shards.jsonl": ("json",), "shar.json": ("json",), "shards/cuts.000000.jsonl.gz": ("bytes", "lines")}
+    layers |= dict.fromkeys(data, ("bytes",))
+    kinds["shar"] = Kind(_contents(shar, "**/*"), layers, _read_shar, ("bytes", "lines"))
 
     for number in (1, 2):
         save_checkpoint(root / "exp" / f"epoch-{number}.pt", _training("a", 3 * number))

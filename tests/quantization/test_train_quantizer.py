@@ -1,6 +1,8 @@
 """From cuts to a quantizer file, with a teacher of the test's own."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +61,29 @@ def cuts(tmp_path: Path) -> Path:
     found += [cut.perturb_speed(0.9) for cut in found]
     CutSet.from_cuts(found).to_file(tmp_path / "cuts.jsonl.gz")
     return tmp_path / "cuts.jsonl.gz"
+
+
+def test_the_draw_holds_the_drawn_cuts_alone(cuts, tmp_path, monkeypatch):
+    """Of a corpus it knows keys and durations; the cuts are those of the first line with their key."""
+    double = tmp_path / "double.jsonl.gz"
+    CutSet.from_cuts(cut.with_id(f"{cut.id}-again") for cut in CutSet.from_file(cuts)).to_file(double)
+    made, most = [], []
+
+    def watched(path, original=collect.iterate_cuts):
+        for cut in original(path):
+            made.append(weakref.ref(cut))
+            yield cut
+            del cut
+            gc.collect()
+            most.append(sum(ref() is not None for ref in made))
+
+    monkeypatch.setattr(collect, "iterate_cuts", watched)
+    sample = draw_sample([cuts, double], 3, 1)
+    assert len(most) >= 48 and max(most) <= 3 + 2
+    assert len(sample.cuts) == 3 and all(label_key(cut) == key for key, cut in sample.cuts.items())
+    assert not any(cut.id.endswith("-again") for cut in sample.cuts.values())
+    monkeypatch.undo()
+    assert list(draw_sample([double, cuts], 3, 1).cuts) == list(sample.cuts)
 
 
 @pytest.fixture
