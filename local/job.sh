@@ -15,7 +15,16 @@ _task_log() {
 }
 
 _task_is_wanted() { # is nobody ending this job
-  [[ -n ${SLURM_JOB_ID:-} && $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]
+  local said _
+  [[ -n ${SLURM_JOB_ID:-} ]] || return 1
+  for _ in 1 2 3 4 5; do # the controller may be away just now
+    if said=$(scontrol --oneliner show job "$SLURM_JOB_ID"); then
+      [[ $said == *" JobState=RUNNING "* ]]
+      return
+    fi
+    sleep 2
+  done
+  return 1
 }
 
 run_task() {

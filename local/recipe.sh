@@ -39,6 +39,8 @@ fi
 for name in data_dir exp_dir audio_dir; do
   [[ ${!name:-} != *,* ]] ||
     fail 2 "--${name//_/-} is ${!name}; commas stand between the files of a list: choose a folder without one in its name"
+  [[ ! ${!name:-} =~ (^|[^[:alnum:]])JOB([^[:alnum:]]|$) ]] ||
+    fail 2 "--${name//_/-} is ${!name}; the word JOB stands for the number of a task: choose a folder without it in its name"
 done
 
 marker_dir=$exp_dir/.done

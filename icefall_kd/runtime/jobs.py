@@ -381,7 +381,11 @@ class _Pool:
                     del self.running[pid]
             deadline = time.monotonic() + seconds
             while self.running and time.monotonic() < deadline:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
+                try:
+                    pid, _ = os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:  # the signal came between the end of the last and its note
+                    self.running.clear()
+                    return
                 self.running.pop(pid, None)
                 if pid == 0:
                     time.sleep(0.05)

@@ -85,10 +85,12 @@ def test_what_every_recipe_starts(tmp_path, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("option", ["--data-dir", "--exp-dir"])
-def test_a_folder_with_a_comma_is_refused(repo, tmp_path, script, option):
-    line = ["bash", str(repo / "egs/librispeech" / script), "--corpus", "trans", option, str(tmp_path / "a,b")]
+@pytest.mark.parametrize(("option", "name", "why"), [
+    ("--data-dir", "a,b", "commas stand between"), ("--exp-dir", "exp_JOB 1", "the word JOB stands for"),
+])  # fmt: skip
+def test_a_folder_whose_name_would_be_taken_for_something_else_is_refused(repo, tmp_path, script, option, name, why):
+    line = ["bash", str(repo / "egs/librispeech" / script), "--corpus", "trans", option, str(tmp_path / name)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
-    assert f"{option} is {tmp_path / 'a,b'}; commas stand between" in done.stderr
+    assert f"{option} is {tmp_path / name}; {why}" in done.stderr
     assert list(tmp_path.iterdir()) == []
