@@ -155,11 +155,13 @@ def test_two_ranks_of_a_training_of_hubert_equal_one(repo, tmp_path, objective):
 
 
 def test_a_rank_that_fails_ends_all_within_a_bound(repo, tmp_path):
-    begin = time.monotonic()
-    runs = [start(repo, tmp_path / str(rank), data={"fail_at": (1, 3, rank)}) for rank in (0, 1)]
+    begin, config = time.monotonic(), {"num_epochs": 1, "save_every_n": 2}
+    runs = [start(repo, tmp_path / str(rank), config=config, data={"fail_at": (1, 5, rank)}) for rank in (0, 1)]
     for rank in (0, 1):
         ended(finish(runs[rank], timeout=60), 1, "RuntimeError: planted failure", by=rank)
     assert time.monotonic() - begin < 60
+    for rank in (0, 1):
+        resumes(repo, tmp_path / str(rank), **config)
 
 
 def ended(results, code, cause, by=None):
@@ -221,6 +223,8 @@ def test_ranks_with_uneven_batches_end_with_code_4(repo, tmp_path, accum_grad):
     step, counts = (6, "1, 1 and no more") if accum_grad == 1 else (2, "2 and no more, 1 and no more")
     ended(results, 4, f"in batches at step {step} of epoch 1: forward passes by rank are {counts};")
     assert list_checkpoints(tmp_path / "exp", "checkpoint")
+    for file in (tmp_path / "exp").glob("*.pt"):
+        load_checkpoint(file)
 
 
 def test_the_exit_code_of_a_rank_goes_through_the_launcher(repo, tmp_path):
@@ -243,10 +247,15 @@ def test_an_infinite_loss_on_one_rank_is_skipped_by_both(repo, tmp_path):
 
 
 def test_infinite_losses_in_a_row_end_both_ranks_with_code_3(repo, tmp_path):
-    data = {"inf_at": [(1, i, 1) for i in range(7)]}
-    results = finish(start(repo, tmp_path, data=data, config={"max_skips": 2}))
-    ended(results, 3, "NumericError: 3 steps in a row were not finite, the last at step 2: ce_loss is nan in", by=1)
-    assert (tmp_path / "nonfinite-step2-rank1.json").exists()
+    data, config = {"inf_at": [(1, i, 1) for i in range(4, 8)]}, {"max_skips": 2, "save_every_n": 2, "num_epochs": 1}
+    results = finish(start(repo, tmp_path / "exp", data=data, config=config))
+    ended(results, 3, "NumericError: 3 steps in a row were not finite, the last at step 6: ce_loss is nan in", by=1)
+    assert (tmp_path / "exp/nonfinite-step6-rank1.json").exists()
+    # What was saved is sound, be it behind a step that was skipped; the same line without the cause goes on from there.
+    for file in (tmp_path / "exp").glob("*.pt"):
+        assert all(torch.isfinite(v).all() for v in load_checkpoint(file)["model"].values())
+    results = finish(start(repo, tmp_path / "exp", config=config))
+    assert [code for code, _, _ in results] == [0, 0] and "continuing from" in results[0][2], results[0][2]
 
 
 @pytest.mark.parametrize("oom_scan", [True, False])
