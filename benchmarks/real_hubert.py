@@ -83,8 +83,8 @@ class Bed:
         return [f"{word}-{amount}" for amount in self.amounts for word in COMPARED_WITH]
 
 
-# Few transcripts are learnt best, by the loss on dev with seed 1 of the digits, at a rate of 0.004 without a teacher (of
-# 0.002 and 0.004), and by distilled students at that of the confs, 0.002 (of 0.0005, 0.002, 0.004 and 0.01).
+# Few transcripts are learnt best, by the loss on dev with seed 1 of the digits, at a rate of 0.004 without a teacher
+# (of 0.002 and 0.004), and by distilled students at that of the confs, 0.002 (of 0.0005, 0.002, 0.004 and 0.01).
 BEDS = {
     "hubert_digits": Bed([1, 2, 3], "dualmode_digits", {"2min": (60, 0.004), "all": (8, 0.002)}),
     "hubert_barista": Bed([1], "barista", {"3min": (50, 0.004), "all": (10, 0.002)}),
