@@ -304,3 +304,64 @@ def test_what_is_said_of_the_real_recordings_of_dualmode():
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("dualmode_*.json")]
     seconds = sum(run["training"]["seconds"] for run in runs if isinstance(run, dict) and "training" in run)
     assert f"Trainings took {seconds / 60:.0f} minutes of one core in sum" in text
+
+
+def test_what_is_said_of_the_real_recordings_of_hubert():
+    text = " ".join((REPO / "RESULTS.md").read_text(encoding="utf-8").split())
+    words = "ctc_lexicon_beam"
+    found = {
+        (bed, *c["from"][0].rsplit("-", 1), c["to"][0].rsplit("-", 1)[0]): c
+        for bed in ("digits", "barista")
+        for c in result(f"real_hubert/hubert_{bed}_comparisons")
+        if c["to"][1] == words
+    }
+
+    def change(bed, amount, before, after, seeds=None):
+        compared = found[bed, before, amount, after]
+        assert seeds is None or compared["seeds"] == seeds
+        value, low, high = (float(x) for x in compared["difference"].translate({ord(c): None for c in ",[]"}).split())
+        return compared["relative"], value, low, high
+
+    def rate(system, bed="digits", seed=1):
+        return result(f"real_hubert/hubert_{bed}_{system}_seed{seed}")["decodings"][words]["error_rate"]
+
+    clusters = []
+    for bed, few, pair, seeds in (
+        ("digits", "2min", ("fbank-two", "fbank-both"), [1, 2, 3]),
+        ("digits", "2min", ("deep-reg", "deep-both"), [1]),
+        ("barista", "3min", ("fbank-two", "fbank-both"), [1]),
+    ):
+        clusters.append([change(bed, amount, *pair, seeds) for amount in (few, "all")])
+        assert all(high < 0 for *_, high in clusters[-1])
+    said = "{} with 2 minutes and {} with all, three seeds; from samples {} and {}; barista {} and {}, one seed"
+    assert said.format(*(one[0] for pair in clusters for one in pair)) in text
+    assert "{} against {}, {} against {} and {} against {};".format(
+        *(f"{one[1]:.2f}" for pair in clusters for one in pair)
+    ) in text  # fmt: skip
+    shares = [[float(one[0].split()[0]) for one in pair] for pair in clusters]
+    assert all(few[1] < every[1] for few, every in clusters) and all(few > every for few, every in shares)
+
+    alone = [change("digits", amount, "fbank-scratch", "fbank-two", [1, 2, 3]) for amount in ("2min", "all")]
+    assert all(low > 0 for _, _, low, _ in alone)
+    assert "worse than no teacher, {} with 2 minutes and {} with all".format(*(one[0] for one in alone)) in text
+    for amount in ("3min", "all"):
+        _, _, low, high = change("barista", amount, "fbank-scratch", "fbank-two")
+        assert low < 0 < high
+    few, every = (change("digits", amount, "fbank-scratch", "fbank-both") for amount in ("2min", "all"))
+    assert every[2] < 0 < every[3] and few[2] > 0 and f"still worse with 2 minutes ({few[0]})" in text
+    better = [change("barista", amount, "fbank-scratch", "fbank-both") for amount in ("3min", "all")]
+    assert all(high < 0 for *_, high in better)
+    assert "clearly better on barista, {} and {}".format(*(one[0] for one in better)) in text
+
+    right = [result(f"real_hubert/hubert_audio_ssl{i}")["validations"][-1] for i in (1, 2)]
+    assert [end["epoch"] for end in right] == [5, 5]
+    assert "tells {:.1%} and {:.1%}".format(*(end["masked_acc"] for end in right)).replace("%", " %") in text
+    assert f"({rate('teacher-2min'):.1f} % errors) and makes {rate('teacher-all'):.1f} % with all" in text
+    deep = [rate(f"{name}-2min") for name in ("scratch", "deep-reg", "deep-both")]
+    assert "{:.1f} % errors; distilled, {:.1f} % and {:.1f} %".format(*deep) in text
+    for amount, form in (
+        ("2min", "{:.2f} % against {:.2f} % with 2 minutes"),
+        ("all", "{:.2f} % against {:.2f} % with all"),
+    ):
+        assert form.format(rate(f"fbank-both-{amount}"), rate(f"deep-both-{amount}")) in text
+        assert change("digits", amount, "deep-reg", "fbank-two")[3] < 0
