@@ -43,7 +43,7 @@ COMPARED_WITH = {
 }
 UNTAUGHT = ("scratch", "fbank-scratch")
 # Other pairs: structures, front ends, and all that distillation gives.
-PAIRS = [("wide-reg", "deep-reg"), ("deep-both", "fbank-both"), ("deep-reg", "fbank-two"), ("scratch", "deep-both"),
+PAIRS = [("wide-reg", "deep-reg"), ("deep-reg", "deep-disc"), ("deep-both", "fbank-both"), ("deep-reg", "fbank-two"), ("scratch", "deep-both"),
          ("fbank-scratch", "fbank-both"), ("fbank-one", "fbank-two"), ("teacher", "deep-both"),
          ("teacher", "fbank-both")]  # fmt: skip
 # Systems that differ in one thing; of each table, whichever are there.

@@ -365,3 +365,17 @@ def test_what_is_said_of_the_real_recordings_of_hubert():
     ):
         assert form.format(rate(f"fbank-both-{amount}"), rate(f"deep-both-{amount}")) in text
         assert change("digits", amount, "deep-reg", "fbank-two")[3] < 0
+    named = ("deep-disc", "deep-reg", "deep-both", "wide-reg")
+    disc, reg, both, wide = ([f"{rate(f'{name}-{amount}'):.2f} %" for amount in ("2min", "all")] for name in named)
+    said = "{} with 2 minutes and {} with all, states alone {} and {}, both {} and {}. **One wide layer**"
+    assert said.format(*disc, *reg, *both) in text and "than four thin ones, {} and {}, with".format(*wide) in text
+    layers = [result(f"real_hubert/hubert_similarity_{n}")["cka"] for n in (
+        "distil-deep-reg", "distil-deep-both", "distil-fbank-both",
+        "deep-reg-all-seed1", "deep-both-all-seed1", "fbank-both-all-seed1",
+    )]  # fmt: skip
+    before, after = ([x for cka in some for row in cka for x in row] for some in (layers[:3], layers[3:]))
+    assert min(before) > 0.68 and f"from above 0.68 to between {min(after):.2f} and {max(after):.2f}" in text
+    files = (REPO / "benchmarks/results/real_hubert").glob("*.json")
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    seconds = sum(run["training"]["seconds"] for run in runs if isinstance(run, dict) and "training" in run)
+    assert f"Trainings took {seconds / 60:.0f} minutes of one core in sum" in text
