@@ -43,9 +43,17 @@ COMPARED_WITH = {
 }
 UNTAUGHT = ("scratch", "fbank-scratch")
 # Other pairs: structures, front ends, and all that distillation gives.
-PAIRS = [("wide-reg", "deep-reg"), ("deep-reg", "deep-disc"), ("deep-both", "fbank-both"), ("deep-reg", "fbank-two"), ("scratch", "deep-both"),
-         ("fbank-scratch", "fbank-both"), ("fbank-one", "fbank-two"), ("teacher", "deep-both"),
-         ("teacher", "fbank-both")]  # fmt: skip
+PAIRS = [
+    ("wide-reg", "deep-reg"),
+    ("deep-reg", "deep-disc"),
+    ("deep-both", "fbank-both"),
+    ("deep-reg", "fbank-two"),
+    ("scratch", "deep-both"),
+    ("fbank-scratch", "fbank-both"),
+    ("fbank-one", "fbank-two"),
+    ("teacher", "deep-both"),
+    ("teacher", "fbank-both"),
+]
 # Systems that differ in one thing; of each table, whichever are there.
 GRIDS = {
     "T1, structures (L_reg)": ["deep-reg", "wide-reg"],
