@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -379,3 +380,17 @@ def test_what_is_said_of_the_real_recordings_of_hubert():
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     seconds = sum(run["training"]["seconds"] for run in runs if isinstance(run, dict) and "training" in run)
     assert f"Trainings took {seconds / 60:.0f} minutes of one core in sum" in text
+
+
+def test_what_is_said_of_the_demo_of_hubert():
+    page = (REPO / "RESULTS.md").read_text(encoding="utf-8")
+    assert "the rows are equal within their intervals" in " ".join(page.split())
+    block = page.split("<!-- results:demo_hubert begin -->")[1].split("<!-- results:demo_hubert end -->")[0]
+    header, _, *lines = [line for line in block.splitlines() if line]
+    names = [cell.strip() for cell in header.split("|")]
+    rows = [dict(zip(names, (cell.strip() for cell in line.split("|")), strict=True)) for line in lines]
+    assert len(rows) == 3
+    for row in rows[1:]:
+        for part in ("dev-demo", "test-demo"):
+            low, high = re.search(r"\((\S+) to (\S+)\)$", row[f"difference {part}"]).groups()
+            assert float(low) < 0 < float(high)
