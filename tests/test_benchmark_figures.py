@@ -366,10 +366,14 @@ def test_what_is_said_of_the_real_recordings_of_hubert():
     ):
         assert form.format(rate(f"fbank-both-{amount}"), rate(f"deep-both-{amount}")) in text
         assert change("digits", amount, "deep-reg", "fbank-two")[3] < 0
-    named = ("deep-disc", "deep-reg", "deep-both", "wide-reg")
-    disc, reg, both, wide = ([f"{rate(f'{name}-{amount}'):.2f} %" for amount in ("2min", "all")] for name in named)
-    said = "{} with 2 minutes and {} with all, states alone {} and {}, both {} and {}. **One wide layer**"
-    assert said.format(*disc, *reg, *both) in text and "than four thin ones, {} and {}, with".format(*wide) in text
+    names = ("deep-disc", "deep-reg", "deep-both", "wide-reg", "fbank-two", "fbank-one")
+    rates = [[f"{rate(f'{name}-{amount}'):.2f} %" for amount in ("2min", "all")] for name in names]
+    disc, reg, both, wide, two, one = (" and ".join(pair) for pair in rates)
+    gains = [change("digits", amount, "deep-reg", "deep-disc") for amount in ("2min", "all")]
+    assert all(high < 0 for *_, high in gains)
+    assert "{} with 2 minutes and {} with all: ".format(*(gain[0] for gain in gains)) in text
+    assert f"with all: {disc} against {reg}; both together make {both}. **One wide layer** makes {wide}, with" in text
+    assert f"distilling the front end make {two}, one stage {one}." in text
     layers = [result(f"real_hubert/hubert_similarity_{n}")["cka"] for n in (
         "distil-deep-reg", "distil-deep-both", "distil-fbank-both",
         "deep-reg-all-seed1", "deep-both-all-seed1", "fbank-both-all-seed1",
