@@ -8,7 +8,9 @@ import pytest
 from lhotse.recipes import musan
 
 from icefall_kd.data.corpora import download
-from icefall_kd.errors import DataError
+from icefall_kd.errors import ConfigError, DataError
+
+checked = pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="Python before 3.11.4 has no filter")
 
 
 def write_archive(path, kind, outside):
@@ -51,6 +53,7 @@ def fetched(tmp_path, monkeypatch):
     return fetch
 
 
+@checked
 def test_a_sound_archive_is_unpacked(fetched):
     folder, _ = fetched("sound")
     before = tarfile.TarFile.extraction_filter
@@ -59,6 +62,7 @@ def test_a_sound_archive_is_unpacked(fetched):
     assert tarfile.TarFile.extraction_filter is before
 
 
+@checked
 @pytest.mark.parametrize("kind", ["dots", "absolute", "link", "device", "truncated"])
 def test_an_unfit_archive_is_refused(fetched, kind):
     folder, outside = fetched(kind)
@@ -66,6 +70,14 @@ def test_an_unfit_archive_is_refused(fetched, kind):
         download("musan", folder)
     assert not list(outside.iterdir())
     assert not (folder / ".musan_completed").exists() and not (folder / "musan/null").exists()
+
+
+def test_a_python_without_a_filter_unpacks_nothing(fetched, monkeypatch):
+    folder, _ = fetched("sound")
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    with pytest.raises(ConfigError, match=r"3\.11\.4 is the first that has them"):
+        download("musan", folder)
+    assert not (folder / "musan").exists()
 
 
 def test_lhotse_by_itself_follows_links_of_an_archive(fetched):
