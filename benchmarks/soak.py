@@ -8,12 +8,13 @@ The recipe runs twice, each time in a copy of the repository: undisturbed, then 
 * SIGKILL for a random process of the run, again and again; where it was the shell of the recipe, one half of the times
   the rest is killed too, as a scheduler does, and one half of the times it lives on beside the next attempt;
 * a random finished artifact loses its end, while the run goes on or between two attempts;
-* the disk is full, once: a small file system is filled or, where none can be mounted, files are limited in size.
+* the disk is full, once while there is something to write: a small file system is filled or, where none can be mounted,
+  files are limited in size.
 
-After every end the same line is started again.  Where an attempt that was left alone ends with a message that names a
-file which was cut off, that file is deleted, as the message says.  When the minutes are over the line runs to its end,
-and everything that it made must equal the undisturbed run: corpus, features, quantizer, labels, weights and losses,
-hypotheses.
+After every end the same line is started again; behind one that was complete the experiments begin anew, or trouble
+would meet finished stages alone.  Where an attempt that was left alone ends with a message that names a file which was
+cut off, that file is deleted, as the message says.  When the minutes are over the line runs to its end, and everything
+that it made must equal the undisturbed run: corpus, features, quantizer, labels, weights and losses, hypotheses.
 
 What is to happen (which process, which artifact, when) is drawn from the seed; what it meets depends on how fast the
 machine is.  Where a slow one had less than three kills, a file cut off and the full disk in these minutes, they last
@@ -249,6 +250,10 @@ class Night:
                 return True
             quiet += calm
             self.completed += code == 0
+            if code == 0:
+                self.wait_for_orphans(self.seconds)
+                shutil.rmtree(self.line.folder / "exp", ignore_errors=True)
+                self.damages = [damage for damage in self.damages if damage.named or damage.path.exists()]
         return False
 
     def is_over(self) -> bool:
@@ -342,6 +347,9 @@ class Night:
             process.wait(4 * self.seconds)
         self.disk.empty()
         said = self.said(since)
+        if process.returncode == 0:  # it had nothing to write
+            self.disk_at = time.monotonic() + self.gap()
+            return
         words = re.findall(r"No space left on device|File too large|make room|Make room", said)
         self.disk_end = {"kind": self.disk.kind, "exit_code": process.returncode, "named": bool(words)}
 
