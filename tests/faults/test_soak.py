@@ -1,6 +1,6 @@
 """The recipe among kills, damaged files and a full disk: what it makes is what it makes undisturbed.
 
-The driver is benchmarks/soak.py.  Variables: SOAK_MINUTES=0.5 (of trouble; 0: not at all), SOAK_SEED=2.
+The driver is benchmarks/soak.py.  It runs where SOAK_MINUTES is set (to the minutes of trouble); SOAK_SEED=2 is another.
 """
 
 import json
@@ -14,7 +14,7 @@ pytest.importorskip("espeakng_loader")
 MINUTES, SEED = float(os.environ.get("SOAK_MINUTES", 5)), os.environ.get("SOAK_SEED", "1")
 
 
-@pytest.mark.skipif(MINUTES == 0, reason="SOAK_MINUTES is 0")
+@pytest.mark.skipif("SOAK_MINUTES" not in os.environ, reason="SOAK_MINUTES is not set")
 @pytest.mark.timeout(900 + int(120 * MINUTES))
 def test_a_recipe_in_trouble_ends_in_the_same_labels_and_losses(repo, tmp_path):
     command = [sys.executable, str(repo / "benchmarks/soak.py"), "--minutes", str(MINUTES), "--seed", SEED]
