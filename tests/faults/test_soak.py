@@ -1,6 +1,6 @@
 """The recipe among kills, damaged files and a full disk: what it makes is what it makes undisturbed.
 
-The driver is benchmarks/soak.py.  It runs where SOAK_MINUTES is set (to the minutes of trouble); SOAK_SEED=2 is another.
+The driver is benchmarks/soak.py.  It runs where SOAK_MINUTES is set, to the minutes of trouble; SOAK_SEED=2 is another.
 """
 
 import json
