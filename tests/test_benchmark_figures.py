@@ -398,3 +398,13 @@ def test_what_is_said_of_the_demo_of_hubert():
         for part in ("dev-demo", "test-demo"):
             low, high = re.search(r"\((\S+) to (\S+)\)$", row[f"difference {part}"]).groups()
             assert float(low) < 0 < float(high)
+
+
+def test_a_million_cuts():
+    page = " ".join((REPO / "docs" / "scale.md").read_text(encoding="utf-8").split())
+    figures = result("scale/one_million")
+    stream, sampler = figures["stream"], figures["lhotse_sampler_of_20000"]
+    memory = stream["mebibytes_by_tenth"]
+    assert figures["cuts"] == stream["cuts"] == figures["join"]["cuts"] == 1_000_000 and stream["each_once"]
+    assert f"in {memory[0]} to {memory[-1]} MiB, {stream['cuts_per_processor_second']:,.0f} a second of" in page
+    assert f"its buffer of 20,000 drew {sampler['cuts_per_processor_second']:,.0f}" in page
