@@ -1,8 +1,7 @@
 # shellcheck shell=bash
 # Timed steps, for .ci/run and local/test_all.sh: all of them run, and any failure fails.
 #
-#   step NAME MINUTES COMMAND ...   MINUTES: what the step is meant to take at most on two cores; it is not stopped.  Exit
-#                                   code 77: the machine lacks what the step needs, which is told and is no failure
+#   step NAME MINUTES COMMAND ...   MINUTES: what the step is meant to take at most on two cores; it is not stopped
 #   end_steps                       print the summary, and leave with 1 when a step failed
 
 _steps_summary=()
@@ -20,9 +19,7 @@ step() {
   shift 2
   printf '\n=== %s: %s\n' "$name" "$*"
   "$@" || code=$?
-  if ((code == 77)); then
-    verdict="NOT RUN, the machine lacks what it needs"
-  elif ((code)); then
+  if ((code)); then
     verdict="FAILED with exit code $code"
     _steps_status=1
   fi
