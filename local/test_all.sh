@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 steps="
 unit    10
 recipes 25 recipes
-faults  15 faults
+faults  20 faults
 "
 
 wanted=()
