@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -367,9 +367,14 @@ class DataModule:
             len(self.train_cuts), self.train_seconds / 3600, len(self.rejected), len(self.valid_cuts),
         )  # fmt: skip
 
+    def _cuts_with(self, store: LabelStore) -> Sequence[Cut]:
+        """Return the training cuts, or a sample of them, whose labels can be asked for."""
+        return list(self.train_cuts)
+
     def _report_alignment(self, name: str, store: LabelStore, unit: Unit) -> None:
         """Log how the states of a language model meet the tokens; a DataError when no text can be aligned."""
-        report = coverage(store, map(transcript, self.train_cuts), self.tokenizer, unit)
+        cuts = self._cuts_with(store)
+        report = coverage(store.of(cuts), map(transcript, cuts), self.tokenizer, unit)
         # Many unknown pieces: texts of another case, or of another language.
         strange = report.misaligned or 10 * report.unknown > report.units
         level = logging.WARNING if strange else logging.INFO

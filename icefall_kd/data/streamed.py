@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Cuts that buckets, the look at the memory and the first filtering know of a Shar.
 SAMPLE = 10_000
+# Of these, cuts whose texts are aligned with a language model's states before the training.
+ALIGNED = 1000
 
 
 class SharDataModule(DataModule):
@@ -78,6 +80,10 @@ class SharDataModule(DataModule):
                 f"{min_coverage}. Extract labels of these cuts and export them again"
             )
         return report
+
+    def _cuts_with(self, store: StreamedLabels) -> list[Cut]:
+        # One shard is a random sample, and a language model's states of all of them would fill the memory.
+        return self._with_data(list(itertools.islice(self.train_cuts, ALIGNED)), [store.field])
 
     def _open_whole(self, spec: LabelSpec) -> LabelStore:
         # Validation is of cut sets, whose labels are looked up.
@@ -188,12 +194,13 @@ class SharDataModule(DataModule):
         # What the last batches of its streams did not see is not counted.
         logger.info("the streams of this rank end; the filters left out %d cuts", sum(s.left_out for s in streams))
 
-    def _with_data(self, cuts: list[Cut]) -> list[Cut]:
+    def _with_data(self, cuts: list[Cut], fields: Sequence[str] | None = None) -> list[Cut]:
+        fields = self._fields if fields is None else fields
         places = [tuple(cut.custom[PLACE]) for cut in cuts]
         found = {}
         for shard in sorted({shard for shard, _ in places}):
             last = max(offset for k, offset in places if k == shard)
-            for offset, cut in enumerate(itertools.islice(self.shar.read(shard, self._fields), last + 1)):
+            for offset, cut in enumerate(itertools.islice(self.shar.read(shard, fields), last + 1)):
                 found[shard, offset] = cut
         return [found[place] for place in places]
 

@@ -3,10 +3,13 @@
 import pytest
 from micro_corpus import write_corpus
 from shar_toys import write_shar
+from text_toys import write_bert
 
-from icefall_kd.config import SharConfig, TeacherConfig
+from icefall_kd.config import ExtractTextConfig, LanguageModelConfig, SharConfig, TeacherConfig
 from icefall_kd.data.shar_export import export_shar
+from icefall_kd.labels.extract_text import extract_text_states
 from icefall_kd.recipe import train_main
+from icefall_kd.runtime.files import read_json
 from icefall_kd.train.metrics import read_metrics
 from tests.hubert_toys import hubert_config
 from tests.ssl_toys import write_speech
@@ -47,12 +50,30 @@ def stopped_and_resumed_is_the_same(words, tmp_path):
     assert losses(words, tmp_path / "parts") == whole
 
 
+def recogniser(system, folder):
+    paths = {"manifest-dir": "fbank", "lang-dir": "lang_char", "shar-dir": "shar"}
+    found = [word for name, path in paths.items() for word in (f"--{name}", str(folder / path))]
+    return [*CONFORMER, *LOOP, "--system", system, *SYSTEMS[system].split(), *found]
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_recognisers_without_labels(corpus, tmp_path, system):
-    paths = {"manifest-dir": "fbank", "lang-dir": "lang_char", "shar-dir": "shar"}
-    found = [word for name, path in paths.items() for word in (f"--{name}", str(corpus / path))]
-    words = [*CONFORMER, *LOOP, "--system", system, *SYSTEMS[system].split(), *found]
+    stopped_and_resumed_is_the_same(recogniser(system, corpus), tmp_path)
+
+
+def test_hkd_from_the_states_of_texts(tmp_path):
+    """Their keys name texts, which several cuts of a shard share, and not audio."""
+    folder = write_corpus(tmp_path / "corpus", num_train=24)
+    cuts, states = folder / "fbank" / "cuts_train.jsonl.gz", folder / "states"
+    bert = LanguageModelConfig(plm=str(write_bert(folder / "plm")), plm_device="cpu")
+    extract_text_states(ExtractTextConfig(cuts=[cuts], label_dir=states, language_model=bert))
+    write_shar(folder, label_dir=[states])
+    words = [*recogniser("hkd", folder), "--text-kd", "acd,lrd", "--label-dir", str(states), "--acd-negatives", "3"]
     stopped_and_resumed_is_the_same(words, tmp_path)
+    for record in read_metrics(tmp_path / "whole" / "log" / "metrics.jsonl", "train"):
+        assert record["acd_loss"] > 0 and record["lrd_loss"] > 0
+    found = read_json(tmp_path / "whole" / "train_summary.json")["text_coverage"]
+    assert found == {"unit": "token", "utterances": 24, "aligned": 24, "missing": 0, "misaligned": 0}
 
 
 def test_the_pre_training_of_hubert_from_clusters_of_pieces(tmp_path):
