@@ -4,7 +4,8 @@
 #   run_task [--until FILE] [--left PATH] -- COMMAND ...
 #
 #   --until FILE   the command writes it when it is complete; if it was told to stop before, the job is requeued and
-#                  the command started again, which goes on where it was
+#                  the command started again, which goes on where it was.  A file of an earlier run says nothing of a
+#                  command that was ended by a signal
 #   --left PATH    leave PATH.done when the command is complete, or its exit code in PATH.failed
 #
 # SIGUSR1 comes before the end of the time limit (#SBATCH --signal=B:USR1@120) or by `scancel --batch --signal=USR1`.
@@ -27,8 +28,12 @@ _task_is_wanted() { # is nobody ending this job
   return 1
 }
 
+_file_state() { # of two equal ones, the file was not written in between
+  stat --format='%i %s %Y %Z' -- "$1" 2> /dev/null || true
+}
+
 run_task() {
-  local until="" left="" code=0 pid signals=0 seen=-1 again
+  local until="" left="" code=0 pid signals=0 seen=-1 again before="" complete=false
   while [[ $1 != -- ]]; do
     case $1 in
       --until) until=$2 ;;
@@ -39,6 +44,7 @@ run_task() {
   done
   shift
   [[ -z $left ]] || rm -f "$left.failed"
+  [[ -z $until ]] || before=$(_file_state "$until")
   _task_log "on $(hostname), start ${SLURM_RESTART_COUNT:-0}: $(printf '%q ' "$@")"
   "$@" < /dev/null &
   pid=$!
@@ -55,9 +61,14 @@ run_task() {
     # Of a command that ended together with the signal, bash may tell the end once, and then -1.
     ((again < 0)) || code=$again
   done
-  if [[ -n $until && -e $until ]] && ((again < 0)); then code=0; fi
+  if [[ -n $until && -e $until && $(_file_state "$until") != "$before" ]]; then
+    complete=true
+    ((again >= 0)) || code=0
+  elif [[ -n $until && -e $until ]] && ((code == 0)); then
+    complete=true # it was before, and nothing was left to do
+  fi
   trap '' USR1 TERM
-  if [[ -n $until && ! -e $until ]] && ((code == 0 || signals)); then
+  if [[ -n $until && $complete == false ]] && ((code == 0 || signals)); then
     if ! _task_is_wanted; then
       _task_log "told to stop, and the job is being ended"
       return 143

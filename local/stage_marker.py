@@ -33,7 +33,8 @@ MUST_RUN, USAGE, DATA = 10, 2, 4
 # and reading it all would cost more than the stage that the marker spares.  The price is that a large corpus with
 # new time stamps is checked once more; what comes out is the same, so nothing behind that stage runs.
 FOLDER_CONTENT_LIMIT = 256 * 2**20
-IGNORED_FOLDERS = {".done", "__pycache__", ".git"}
+# Below a declared folder these say nothing of its content: what a job logged is no reason to train again.
+IGNORED_FOLDERS = {".done", "__pycache__", ".git", "log"}
 # Output folders with more files are not looked into: a downloaded corpus is an input of the stage that checks it.
 SIZED_FILES = 10_000
 

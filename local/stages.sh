@@ -27,7 +27,8 @@
 # `begin` returns 1 when the stage is done already.  Its words:
 #   --option NAME ... or NAME=VALUE ...   options that the result depends on (NAME: a shell variable)
 #   --input PATH ...                      files and folders read; content decides, not time stamps (folders above
-#                                         256 MiB, as whole corpora: names, sizes and time stamps)
+#                                         256 MiB, as whole corpora: names, sizes and time stamps; folders
+#                                         called log below them do not count)
 #   --output PATH ...                     what must exist when the stage ends, and to skip it later; a file of it (in
 #                                         it, for a folder) that has become shorter runs the stage again.  With a *
 #                                         in its last part: those that match when it ends, which may be removed later

@@ -110,6 +110,11 @@ def draw_sample(paths: Sequence[Path], count: int, seed: int) -> Sample:
         for key, speech, perturbed in _keyed(path):
             if not perturbed and key in found and found[key] is None:
                 found[key] = speech
+    if gone := [key for key, speech in found.items() if speech is None]:
+        raise DataError(
+            f"--cuts {','.join(map(str, paths))} changed while they were read: {len(gone)} of {len(keys)} utterances "
+            f"that were drawn are gone, as {gone[0]!r}; run the same command again when nothing writes them"
+        )
     return Sample(found, seconds / 3600)
 
 

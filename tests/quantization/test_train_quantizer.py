@@ -86,6 +86,18 @@ def test_the_draw_holds_the_drawn_cuts_alone(cuts, tmp_path, monkeypatch):
     assert list(draw_sample([double, cuts], 3, 1).cuts) == list(sample.cuts)
 
 
+def test_cut_sets_that_change_during_the_draw_are_refused(cuts, monkeypatch):
+    reads = []
+
+    def shrinking(path, original=collect.iterate_cuts):
+        reads.append(path)
+        return original(path) if len(reads) == 1 else iter(())
+
+    monkeypatch.setattr(collect, "iterate_cuts", shrinking)
+    with pytest.raises(DataError, match="changed while they were read: 3 of 3 utterances"):
+        draw_sample([cuts], 3, 1)
+
+
 @pytest.fixture
 def config(cuts: Path, tmp_path: Path) -> TrainQuantizerConfig:
     return TrainQuantizerConfig(

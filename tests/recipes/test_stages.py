@@ -264,6 +264,8 @@ def test_a_folder_as_input_is_compared_by_content(recipe):
     recipe.run()
     os.utime(folder / "a.wav", (1, 1))
     (folder / ".tmp-1-0-x").write_text("ignored")
+    (folder / "log").mkdir()
+    (folder / "log/extract.0.log").write_text("ignored, too")
     assert recipe.run()[0] == ["table"]
     (folder / "b.wav").write_text("bc")
     out, err = recipe.run()

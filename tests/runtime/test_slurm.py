@@ -286,6 +286,24 @@ def test_a_command_that_is_told_to_stop_saves_and_its_job_is_requeued(cluster, n
     assert (cluster.work / "left.done").exists()
 
 
+def test_the_file_of_an_earlier_run_does_not_speak_for_a_command_that_a_signal_ended(cluster):
+    """A training that is extended removes its old summary late: a signal may come first."""
+    complete = cluster.work / "complete"
+    complete.touch()
+    words = ["--until", "complete", "--left", "left", "--", "bash", "-c"]
+    process = job(cluster, *words, "touch started; exec sleep 99")
+    wait_for(cluster.work / "started")
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "requeue 5" in (cluster.root / "scontrol").read_text(), err
+    assert not list(cluster.work.glob("left*"))
+    # Without a signal it is an error, and a command that had nothing to do is complete.
+    assert job(cluster, *words, "exit 3").wait(timeout=60) == 3
+    assert (cluster.work / "left.failed").read_text() == "3\n"
+    assert job(cluster, *words, "true").wait(timeout=60) == 0
+    assert (cluster.work / "left.done").exists()
+
+
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
 def test_a_cancelled_job_is_not_requeued(cluster, state):
     process = job(cluster, "--until", "complete", "--left", "left", "--", "bash", "-c", RESUMES, JOB_STATE=state)
