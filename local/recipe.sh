@@ -121,7 +121,7 @@ train_in() { # train_in EXP_DIR OPTION ...: start or resume a training; with --f
 }
 
 decode_step() { # decode_step NAME EXP_DIR METHOD OPTION ...: decode and score all test parts, unless that is done
-  local name=$1 dir=$2 method=$3 array=()
+  local name=$1 dir=$2 method=$3 array=() part all_parts
   shift 3
   begin --name "$name" --option decode_args test_parts "options=$*" --input "$dir/train_summary.json" \
     "${test_cuts[@]}" --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || return 0
@@ -132,6 +132,13 @@ decode_step() { # decode_step NAME EXP_DIR METHOD OPTION ...: decode and score a
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=$nj run_cmd gpu "${array[@]}" -- ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" \
     --test-parts "$test_parts" --decoding-method "$method" "$@" $decode_args
+  IFS=, read -r -a all_parts <<< "$test_parts"
+  for part in "${all_parts[@]}"; do
+    if [[ -z $(find "$dir/$method" -name "results-$part-*.json" -print -quit) ]]; then
+      forget_tasks # this part was finished once, and its results were removed since
+      fail 4 "there are no results of $part in $dir/$method; run the same line again"
+    fi
+  done
   finish
 }
 

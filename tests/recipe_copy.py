@@ -55,7 +55,11 @@ case $1 in
   *train.py) echo "$* " >> "$LOG.words"; write "${o[--exp-dir]}/train_summary.json" x ;;
   *decode.py)
     echo "$* " >> "$LOG.decodings"
-    write "${o[--exp-dir]}/${o[--decoding-method]}/results-$(cksum <<< "$*" | cut -d" " -f1).json" "$*"
+    IFS=, read -r -a parts <<< "${o[--test-parts]}"
+    for part in "${parts[@]}"; do
+      [[ ",${FORGETS:-}," == *",$part,"* ]] ||
+        write "${o[--exp-dir]}/${o[--decoding-method]}/results-$part-$(cksum <<< "$*" | cut -d" " -f1).json" "$*"
+    done
     ;;
 esac
 """

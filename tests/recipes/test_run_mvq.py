@@ -39,6 +39,14 @@ def test_what_changed_runs_again_and_nothing_else(recipe):
     assert "option max_reject_ratio changed: '0.01' -> '0.1'" in log
 
 
+def test_a_part_without_results_is_named(recipe):
+    recipe.env["FORGETS"] = "dev"
+    log = recipe.run(code=4)[1]
+    assert "there are no results of dev in exp/trans/none-seed42/greedy_search; run the same line again" in log
+    del recipe.env["FORGETS"]
+    assert recipe.run()[0] == ["decode.py", "decode.py", "results.py"]
+
+
 def test_several_layers_have_a_quantizer_and_a_label_set_each_and_one_extraction(recipe):
     (recipe.root / "my_teacher.py").write_text("one")
     options = ["--teacher", str(recipe.root / "my_teacher.py:Mine"), "--layer", "6,12", "--systems", "mvq"]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def requeue(slurm, name: str, exp_dir: Path, process: subprocess.Popen, step: in
     job = slurm.job(name)
     slurm.ask("scancel", "--batch", "--signal=USR1", job)
     slurm.until(lambda: slurm.job(name, "PENDING") == job, "the requeued job", process=process)
+    # What the delay is for: a node refuses a job that starts in the second in which it was told to end it.
+    time.sleep(3)
     slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
