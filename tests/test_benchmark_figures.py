@@ -400,11 +400,13 @@ def test_what_is_said_of_the_demo_of_hubert():
             assert float(low) < 0 < float(high)
 
 
-def test_a_million_cuts():
+@pytest.mark.parametrize(("name", "cuts"), [("one_million", 1_000_000), ("ten_million", 10_000_000)])
+def test_millions_of_cuts(name, cuts):
     page = " ".join((REPO / "docs" / "scale.md").read_text(encoding="utf-8").split())
-    figures = result("scale/one_million")
+    figures = result(f"scale/{name}")
     stream, sampler = figures["stream"], figures["lhotse_sampler_of_20000"]
-    memory = stream["mebibytes_by_tenth"]
-    assert figures["cuts"] == stream["cuts"] == figures["join"]["cuts"] == 1_000_000 and stream["each_once"]
+    memory, joined = stream["mebibytes_by_tenth"], figures["join"]["mebibytes_by_tenth"]
+    assert figures["cuts"] == stream["cuts"] == figures["join"]["cuts"] == cuts and stream["each_once"]
     assert f"in {memory[0]} to {memory[-1]} MiB, {stream['cuts_per_processor_second']:,.0f} a second of" in page
     assert f"its buffer of 20,000 drew {sampler['cuts_per_processor_second']:,.0f}" in page
+    assert f"joined in {min(joined)} to {max(joined)} MiB" in page and f"`benchmarks/results/scale/{name}.json`" in page
