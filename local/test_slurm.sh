@@ -26,8 +26,10 @@ if ((${#missing[@]})); then
     log "needs ${missing[*]}, and apt is not here to install them"
     exit 2
   fi
-  if ! apt-get update -qq > /dev/null || ! apt-get install -qq --simulate "${packages[@]}" > /dev/null; then
-    log "needs ${missing[*]}, and apt cannot install ${packages[*]} (see above)"
+  # An update that reaches no server ends with 0, and old lists name packages that nobody delivers: only their files tell.
+  if ! apt-get update -qq > /dev/null ||
+    ! apt-get install -y -qq --no-install-recommends --download-only "${packages[@]}" > /dev/null; then
+    log "needs ${missing[*]}, and apt cannot fetch ${packages[*]} (see above)"
     exit 2
   fi
 fi
