@@ -61,11 +61,13 @@ run_task() {
     # Of a command that ended together with the signal, bash may tell the end once, and then -1.
     ((again < 0)) || code=$again
   done
-  if [[ -n $until && -e $until && $(_file_state "$until") != "$before" ]]; then
-    complete=true
-    ((again >= 0)) || code=0
-  elif [[ -n $until && -e $until ]] && ((code == 0)); then
-    complete=true # it was before, and nothing was left to do
+  if [[ -n $until && -e $until ]]; then
+    if [[ $(_file_state "$until") != "$before" ]]; then
+      complete=true
+      ((again >= 0)) || code=0
+    elif ((code == 0)); then
+      complete=true # it was before, and nothing was left to do
+    fi
   fi
   trap '' USR1 TERM
   if [[ -n $until && $complete == false ]] && ((code == 0 || signals)); then

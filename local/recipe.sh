@@ -120,8 +120,19 @@ train_in() { # train_in EXP_DIR OPTION ...: start or resume a training; with --f
     --valid-parts "$valid_parts" "$@" $train_args
 }
 
+part_without_results() { # part_without_results FOLDER: the first of the test parts that has none there
+  local part parts
+  IFS=, read -r -a parts <<< "$test_parts"
+  for part in "${parts[@]}"; do
+    if [[ -z $(find "$1" -name "results-$part-*.json" -print -quit 2> /dev/null) ]]; then
+      echo "$part"
+      return
+    fi
+  done
+}
+
 decode_step() { # decode_step NAME EXP_DIR METHOD OPTION ...: decode and score all test parts, unless that is done
-  local name=$1 dir=$2 method=$3 array=() part all_parts
+  local name=$1 dir=$2 method=$3 array=() part tries=1
   shift 3
   begin --name "$name" --option decode_args test_parts "options=$*" --input "$dir/train_summary.json" \
     "${test_cuts[@]}" --output "$dir/$method" --code 'icefall_kd/decode/*.py' icefall_kd/scoring.py || return 0
@@ -132,12 +143,14 @@ decode_step() { # decode_step NAME EXP_DIR METHOD OPTION ...: decode and score a
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=$nj run_cmd gpu "${array[@]}" -- ./decode.py --exp-dir "$dir" --manifest-dir "$data_dir/$kind" \
     --test-parts "$test_parts" --decoding-method "$method" "$@" $decode_args
-  IFS=, read -r -a all_parts <<< "$test_parts"
-  for part in "${all_parts[@]}"; do
-    if [[ -z $(find "$dir/$method" -name "results-$part-*.json" -print -quit) ]]; then
-      forget_tasks # this part was finished once, and its results were removed since
+  # A network file system may show up to a minute later what other nodes wrote.
+  [[ $cmd_backend != slurm ]] || tries=10
+  until part=$(part_without_results "$dir/$method") && [[ -z $part ]]; do
+    if ((--tries == 0)); then
+      forget_tasks # it was finished once, and its results were removed since
       fail 4 "there are no results of $part in $dir/$method; run the same line again"
     fi
+    sleep 10
   done
   finish
 }
